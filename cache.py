@@ -1,0 +1,231 @@
+"""The activation cache: what the frozen prefix makes of each utterance, on disk.
+
+A directory holds activations of one kind: of the same weights, depth, preprocessing and type, described in `cache.json`.
+Every process that writes has two files of its own, `<writer>.bin` with activations one after the other and `<writer>.csv`
+with a line for each, written after its activation: whatever moment a process dies at, only what it had in hand is lost,
+and several may write at once. An entry is for one state of one audio file (path, size, time of change) and is checked
+against its CRC-32 the first time it is read: a wrong activation is never used.
+
+    python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses
+    python cache.py verify cache/1f0c3a...                 read everything, name what is damaged
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FORMAT = 1  # raise it when the same identity would mean other numbers
+SHARD_BYTES = 1 << 31
+COLUMNS = ("crc32", "shard", "offset", "frames", "size", "mtime_ns", "path")
+ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
+
+
+class ActivationCache:
+    """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it."""
+
+    def __init__(self, root: str | Path, identity: dict, paths: Sequence[str], width: int, dtype: torch.dtype):
+        """Open or create the cache for `identity`, a description that JSON can hold; `paths` are the audio files."""
+        identity = {"format": FORMAT, **identity, "width": width, "dtype": str(dtype).removeprefix("torch.")}
+        self.directory = Path(root) / directory_name(identity)
+        self.paths, self.width, self.dtype = paths, width, dtype
+        self.row_bytes = width * dtype.itemsize
+        self.entries = np.zeros(len(paths), ENTRY)  # frames 0: not there
+        self.shards: list[str] = []
+        self.readers: dict[int, object] = {}
+        self.writer: tuple | None = None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        description = self.directory / "cache.json"
+        if not description.is_file():
+            beside = description.with_suffix(f".{uuid.uuid4().hex}.tmp")
+            beside.write_text(json.dumps(identity, indent=2), encoding="utf-8")
+            os.replace(beside, description)
+        self.load_index()
+
+    def load_index(self) -> None:
+        """Find the entries of our paths; an entry for another state of a file, or past the end of its shard, is none."""
+        number_of = {os.path.abspath(path): number for number, path in enumerate(self.paths)}
+        for row in read_index(self.directory):
+            number = number_of.get(row["path"])
+            if number is None:
+                continue
+            if row["shard"] not in self.shards:
+                self.shards.append(row["shard"])
+            shard = self.directory / row["shard"]
+            end = row["offset"] + row["frames"] * self.row_bytes
+            if file_state(row["path"]) == (row["size"], row["mtime_ns"]) and end <= file_size(shard):
+                where = (row["crc32"], self.shards.index(row["shard"]), row["offset"], row["frames"], False)
+                self.entries[number] = where
+
+    def has(self, numbers: Sequence[int]) -> bool:
+        """Whether all of these utterances are there."""
+        return bool((self.entries["frames"][np.asarray(numbers)] > 0).all())
+
+    def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Packed activations `(N, width)` in the cache's type, and the lengths. Raises ValueError for a damaged entry."""
+        entries = self.entries[np.asarray(numbers)]
+        packed = torch.empty(int(entries["frames"].sum()), self.width, dtype=self.dtype)
+        start = 0
+        for number, entry in zip(numbers, entries, strict=True):
+            part = packed[start : start + int(entry["frames"])].view(torch.uint8).numpy()
+            file = self.reader(int(entry["shard"]))
+            file.seek(int(entry["offset"]))
+            whole = file.readinto(memoryview(part).cast("B")) == part.nbytes
+            if not entry["checked"]:
+                if not whole or zlib.crc32(part) != entry["crc32"]:
+                    raise ValueError(
+                        f"{self.directory / self.shards[entry['shard']]}: the activation of {self.paths[number]} is damaged; "
+                        f"delete {self.directory} and run again to compute it anew"
+                    )
+                self.entries["checked"][number] = True
+            start += int(entry["frames"])
+        return packed, entries["frames"].tolist()
+
+    def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
+
+        The rounded values are returned so that the epoch that fills the cache trains on what the next ones will read.
+        """
+        stored = packed.to("cpu", self.dtype)
+        for number, part in zip(numbers, stored.split(list(lengths)), strict=True):
+            if self.has([number]):
+                continue
+            if not part.isfinite().all():
+                raise ValueError(
+                    f"the activations of {self.paths[number]} do not fit {self.dtype} (largest "
+                    f"{packed.abs().max():.3g}); set cache_dtype: float32"
+                )
+            self.append(number, part.contiguous())
+        return stored
+
+    def append(self, number: int, part: Tensor) -> None:
+        data = part.view(torch.uint8).numpy().tobytes()
+        try:
+            name, shard, index = self.writer or self.open_writer()
+            offset = shard.tell()
+            shard.write(data)
+            shard.flush()
+            path = os.path.abspath(self.paths[number])
+            crc = zlib.crc32(data)
+            csv.writer(index).writerow((crc, name, offset, len(part), *file_state(path), path))
+            index.flush()
+        except OSError as error:
+            raise OSError(
+                f"cache {self.directory}: {error.strerror}; free space, or set cache_dir or cache: false"
+            ) from None
+        self.entries[number] = (crc, self.shards.index(name), offset, len(part), True)
+        if offset + len(data) > SHARD_BYTES:
+            self.close()
+
+    def open_writer(self) -> tuple:
+        name = uuid.uuid4().hex[:12]
+        shard = open(self.directory / f"{name}.bin", "xb")  # noqa: SIM115 stays open until `close`
+        index = open(self.directory / f"{name}.csv", "x", newline="", encoding="utf-8")  # noqa: SIM115
+        csv.writer(index).writerow(COLUMNS)
+        self.shards.append(f"{name}.bin")
+        self.writer = f"{name}.bin", shard, index
+        return self.writer
+
+    def reader(self, shard: int) -> object:
+        if shard not in self.readers:
+            self.readers[shard] = open(self.directory / self.shards[shard], "rb", buffering=0)
+        return self.readers[shard]
+
+    def check_space(self, seconds: float) -> None:
+        """Raise OSError if what is missing of `seconds` of audio will not fit on the disk."""
+        missing = float((self.entries["frames"] == 0).mean()) if len(self.entries) else 0.0
+        needed, free = int(seconds * 50 * self.row_bytes * missing), shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise OSError(
+                f"cache {self.directory}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB; "
+                "free space, or set cache_dir, or cache: false"
+            )
+
+    def close(self) -> None:
+        for file in (*(self.writer or ())[1:], *self.readers.values()):
+            file.close()
+        self.writer, self.readers = None, {}
+
+
+def directory_name(identity: dict) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_state(path: str) -> tuple[int, int] | None:
+    """Size and time of change, by which a replaced audio file is noticed."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def file_size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def read_index(directory: Path) -> Iterator[dict]:
+    """Every complete line of every writer's index; the line a killed process was writing is passed over."""
+    for path in sorted(directory.glob("*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
+                try:
+                    yield {key: row[key] if key in ("shard", "path") else int(row[key]) for key in COLUMNS}
+                except (KeyError, TypeError, ValueError):
+                    continue
+
+
+def verify(directory: str | Path) -> list[str]:
+    """Read every activation of a cache; the audio paths of those whose bytes are not what was written."""
+    directory = Path(directory)
+    if not (directory / "cache.json").is_file():
+        raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
+    identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
+    row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
+    damaged = []
+    for row in read_index(directory):
+        size = row["frames"] * row_bytes
+        try:
+            with open(directory / row["shard"], "rb") as file:
+                file.seek(row["offset"])
+                data = file.read(size)
+        except OSError:
+            data = b""
+        if len(data) != size or zlib.crc32(data) != row["crc32"]:
+            damaged.append(row["path"])
+    return damaged
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fill or check activation caches.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    build_parser = commands.add_parser("build", help="fill the cache that a config uses")
+    build_parser.add_argument("config")
+    build_parser.add_argument("overrides", nargs="*", metavar="key=value")
+    commands.add_parser("verify", help="name damaged activations").add_argument("directory")
+    arguments = parser.parse_args()
+    if arguments.command == "verify":
+        damaged = verify(arguments.directory)
+        print("\n".join(damaged) or "every activation is as it was written")
+        sys.exit(bool(damaged))
+    from run import build_cache
+
+    build_cache(arguments.config, arguments.overrides)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

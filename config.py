@@ -1,0 +1,157 @@
+"""The configuration: one flat frozen dataclass. A YAML key is a field's name, so a search finds every use of it."""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Config:
+    """An experiment. `python train.py configs/lora_r8.yaml key=value ...` reads a YAML file and then the overrides."""
+
+    name: str = ""  # of the run's directory; empty: the name of the YAML file
+    output_dir: str = "runs"
+    seed: int = 0  # of initialisation, batches and dropout; the data splits do not depend on it
+
+    corpus: str = "demo"  # "demo" is synthesised and has nothing to do with emotion; "manifest" is yours
+    data_root: str | None = None  # where the corpus lies; null: its default place
+    manifest: str | None = None  # CSV with path,split,speaker,activation,valence[,dominance]
+    fold: int | None = None  # for corpora that are split into folds
+    label_range: list[float] | None = None  # of the labels, e.g. [1, 7]; null: the corpus's own
+    targets: list[str] = ("activation", "valence")
+    allow_speaker_overlap: bool = False  # a speaker in two splits makes scores too good
+
+    backbone: str = "facebook/wav2vec2-base"  # a directory, a file, or a name on the Hugging Face hub
+    trainable_layers: int | list[int] | Literal["all"] = 0  # the last k, a list, or all with the projection below them
+    lora_rank: int = 0  # 0: no LoRA. 8 is where the published comparisons level off
+    lora_alpha: float = 16.0  # the update counts alpha / rank times
+    lora_targets: list[str] = ("q", "v")  # among q k v o fc1 fc2
+    lora_layers: int | list[int] | Literal["all"] | None = None  # null: every layer that is not trainable
+    lora_dropout: float = 0.0
+    head_width: int = 256
+    head_dropout: float = 0.0
+    hidden_dropout: float = 0.1  # dropout, layer drop and masking act on what trains, never on the frozen prefix
+    attention_dropout: float = 0.0  # above 0 a GPU cannot use its kernel for packed sequences
+    activation_dropout: float = 0.0
+    projection_dropout: float = 0.0
+    layer_drop: float = 0.0
+    mask_time_prob: float = 0.0
+    mask_time_length: int = 10
+    mask_feature_prob: float = 0.0
+    mask_feature_length: int = 64
+
+    cache: bool = False  # keep the frozen prefix's output on disk: computed once, whatever the epochs, heads and rates
+    cache_dir: str = "cache"
+    cache_dtype: Literal["float16", "float32"] = "float16"  # float16 halves the space; predictions move by about 1e-3
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it, else fp16; CPU fp32
+    gradient_checkpointing: bool = False  # a third slower, for memory: one layer's activations at a time
+    batch_size: int = 32  # utterances; CCC is a statistic of the batch, so small batches make a noisy loss
+    micro_batch_size: int | None = None  # utterances in memory at once; the loss stays that of the whole batch
+    epochs: int = 10
+    patience: int = 5  # epochs without a better development CCC before the run stops
+    lr: float = 1e-4  # of backbone layers and LoRA
+    head_lr: float = 1e-3
+    weight_decay: float = 0.01  # of matrices; norms and biases have none
+    warmup: int = 10  # steps in which the rates rise to their values
+    clip: float = 1.0  # norm of the whole gradient
+    device: str = "auto"  # auto: CUDA, then MPS, then the CPU
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "epochs", "patience", "head_width", "mask_time_length", "mask_feature_length"):
+            self.require(key, getattr(self, key) >= 1, "at least 1")
+        for key in ("lora_rank", "warmup", "seed", "weight_decay"):
+            self.require(key, getattr(self, key) >= 0, "at least 0")
+        for key in ("lr", "head_lr", "clip", "lora_alpha"):
+            self.require(key, getattr(self, key) > 0, "a number above 0")
+        for key in (field.name for field in fields(self) if field.name.endswith(("dropout", "_drop", "_prob"))):
+            self.require(key, 0 <= getattr(self, key) < 1, "a number from 0 to below 1")
+        self.require(
+            "micro_batch_size", self.micro_batch_size is None or self.micro_batch_size >= 1, "at least 1 or null"
+        )
+        self.require("targets", len(set(self.targets)) == len(self.targets) > 0, "different names, at least one")
+        low_high = self.label_range or (0, 1)
+        self.require("label_range", len(low_high) == 2 and low_high[0] < low_high[1], "[low, high]")
+        self.require("backbone", bool(self.backbone), "a directory, a file or a name on the hub")
+        frozen_input = self.trainable_layers != "all"
+        for key in ("projection_dropout", "mask_time_prob", "mask_feature_prob"):
+            acts = "0, because it acts below layer 0 and that is frozen unless trainable_layers is all"
+            self.require(key, not (frozen_input and getattr(self, key)), acts)
+        if self.lora_rank and self.trainable_layers == "all":
+            self.require("lora_rank", False, "0 with trainable_layers: all, where no layer is left for LoRA")
+
+    def require(self, key: str, fulfilled: bool, expected: str) -> None:
+        if not fulfilled:
+            raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
+
+
+TYPES = typing.get_type_hints(Config)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file with `key=value` overrides. Raises FileNotFoundError or ValueError naming the key."""
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise FileNotFoundError(f"{path}: no such config" + (f"; {path.parent} holds {known}" if known else ""))
+    values = parse(path.read_text(encoding="utf-8"), str(path)) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override}: expected key=value, as in seed=1")
+        values[key] = parse(value, override)
+    config = make_config(values, str(path))
+    return config if config.name else make_config({**values, "name": path.stem}, str(path))
+
+
+def parse(text: str, where: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
+
+
+def make_config(values: dict, where: str) -> Config:
+    """A `Config` of plain values, each checked against the type of its field."""
+    for key in values:
+        if key not in TYPES:
+            near = difflib.get_close_matches(str(key), TYPES, 1)
+            raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+    try:
+        return Config(**{key: coerce(value, TYPES[key], key) for key, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def coerce(value: object, kind: object, key: str) -> object:
+    """`value` as the type `kind`, where nothing is lost by it: `1` is a float, `1e-4` is one although YAML says text."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for argument in arguments:
+            try:
+                return coerce(value, argument, key)
+            except ValueError:
+                continue
+    elif origin is Literal and value in arguments and isinstance(value, str):
+        return value
+    elif origin is list and isinstance(value, list | tuple):
+        return [coerce(item, arguments[0], key) for item in value]
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if number - number == 0:  # neither NaN nor infinite
+            return number
+    elif kind in (int, str, bool, type(None)) and type(value) is kind:
+        return value
+    names = " or ".join(map(str, arguments)) if origin is Literal else str(getattr(kind, "__name__", kind))
+    raise ValueError(f"{key}: expected {names.replace('NoneType', 'null')}, found {value!r}")

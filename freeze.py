@@ -1,0 +1,125 @@
+"""What trains, and where the frozen prefix ends.
+
+The prefix is everything before the first module that trains. It runs without autograd and in eval mode, whether its
+output is cached or not, so both are the same experiment. The feature encoder belongs to it in every method.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model import EmotionModel, Wav2Vec2
+
+
+def layer_numbers(value: int | Sequence[int] | str, count: int, key: str = "trainable_layers") -> list[int]:
+    """The layers that a count (the last k), a list of numbers or "all" stands for, of `count` layers."""
+    if value == "all":
+        return list(range(count))
+    if isinstance(value, int):
+        if not 0 <= value <= count:
+            raise ValueError(f"{key}: the model has {count} layers, found {value}")
+        return list(range(count - value, count))
+    if outside := [number for number in value if not 0 <= number < count]:
+        raise ValueError(f"{key}: no layer {outside[0]}; expected numbers from 0 to {count - 1}")
+    return sorted(set(value))
+
+
+def freeze(model: EmotionModel | Wav2Vec2, trainable_layers: int | Sequence[int] | str) -> None:
+    """Leave these transformer layers of the backbone trainable and freeze the others.
+
+    A count means the last k, 0 none (heads only). "all" trains the feature projection and the positional convolution as
+    well: everything but the feature encoder. A head stays as it is.
+    """
+    backbone = getattr(model, "backbone", model)
+    numbers = layer_numbers(trainable_layers, len(backbone.layers))
+    backbone.requires_grad_(False)
+    for number in numbers:
+        backbone.layers[number].requires_grad_(True)
+    if trainable_layers == "all":
+        backbone.projection.requires_grad_(True)
+        backbone.projection.mask_embedding.requires_grad_(backbone.config.mask_time_prob > 0)
+        backbone.position.requires_grad_(True)
+        backbone.norm.requires_grad_(True)
+    if backbone.config.pre_norm and numbers:
+        backbone.norm.requires_grad_(True)  # it follows the last layer
+
+
+def prefix_depth(model: EmotionModel | Wav2Vec2) -> int:
+    """The hidden state at which the frozen prefix ends: -1 (features), 0..L-1, or L+1 (pooled) if no layer trains."""
+    backbone = getattr(model, "backbone", model)
+    for depth, part in enumerate([[backbone.projection, backbone.position], *backbone.layers], start=-1):
+        modules = part if isinstance(part, list) else [part]
+        if any(parameter.requires_grad for module in modules for parameter in module.parameters()):
+            return depth
+    return len(backbone.layers) + 1
+
+
+def train_mode(model: EmotionModel, depth: int) -> None:
+    """Training mode (dropout, masking) for what comes after hidden state `depth`, eval mode for the prefix."""
+    model.train()
+    for module in model.backbone.before(depth):
+        module.eval()
+
+
+def drop_prefix(model: EmotionModel, depth: int) -> None:
+    """Give up the memory of all that comes before hidden state `depth`: the cache holds its output."""
+    for module in model.backbone.before(depth):
+        module.to_empty(device="meta")
+
+
+def cast_frozen(model: EmotionModel, dtype: torch.dtype) -> None:
+    """Keep the frozen matrices in the type that autocast would cast them to at every step; norms stay in fp32."""
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and not module.weight.requires_grad:
+            module.to(dtype)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What trains, by name, on the CPU: all that a checkpoint needs beside the pretrained weights."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `trained_state` took. Raises ValueError unless exactly the trainable parameters are there."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if different := sorted(parameters.keys() ^ state.keys()):
+        raise ValueError(f"checkpoint does not fit the model: {', '.join(different[:5])} on one side only")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def table(model: EmotionModel) -> str:
+    """What trains and how many parameters, one line a part."""
+    backbone = model.backbone
+    parts = [("feature encoder", backbone.feature_encoder), ("feature projection", backbone.projection)]
+    parts += [("positional convolution", backbone.position), ("norm", backbone.norm)]
+    parts += [(f"layer {i}", layer) for i, layer in enumerate(backbone.layers)] + [("head", model.head)]
+    rows: list[list] = []
+    for name, module in parts:
+        total, trainable = count(module)
+        same = (
+            rows
+            and name.startswith("layer ")
+            and rows[-1][0].startswith("layer")
+            and rows[-1][1:3] == [total, trainable]
+        )
+        if same:  # one line for a run of layers alike
+            rows[-1][3:] = [rows[-1][3] + 1]
+        else:
+            rows.append([name, total, trainable, 1])
+    lines = [f"{'':24}{'parameters':>14}{'trainable':>14}"]
+    for name, total, trainable, repeated in rows:
+        first = int(name.split()[1]) if repeated > 1 else 0
+        label = f"layers {first} to {first + repeated - 1}" if repeated > 1 else name
+        lines.append(f"{label:24}{total * repeated:>14,}{trainable * repeated:>14,}")
+    total, trainable = count(model)
+    lines.append(f"{'all':24}{total:>14,}{trainable:>14,}  ({trainable / total:.2%})")
+    return "\n".join(lines)
+
+
+def count(module: nn.Module) -> tuple[int, int]:
+    """Parameters of a module: all, and those that train."""
+    sizes = [(p.numel(), p.numel() if p.requires_grad else 0) for p in module.parameters()]
+    return sum(total for total, _ in sizes), sum(trainable for _, trainable in sizes)

@@ -1,0 +1,83 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685) by surgery on a finished model.
+
+A frozen `W` of a linear layer gets a trainable update of rank R: `y = W x + (alpha / R) B A x`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PARENTS = {"q": "attention", "k": "attention", "v": "attention", "o": "attention"}
+PARENTS |= {"fc1": "feed_forward", "fc2": "feed_forward"}
+TARGETS = tuple(PARENTS)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer `(N, in) -> (N, out)`, frozen, beside a trainable low-rank path that starts at exactly zero."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale, self.dropout = alpha / rank, dropout
+        like = {"device": base.weight.device, "dtype": torch.float32}
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))  # zero: training starts at the base model
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # not zero: else B would have no gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        low_rank = F.linear(F.dropout(x, self.dropout, self.training), self.A)  # (N, R)
+        return self.base(x) + self.scale * F.linear(low_rank, self.B)
+
+
+def inject(
+    module: nn.Module,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    layers: Sequence[int] | None = None,
+    dropout: float = 0.0,
+) -> list[str]:
+    """Wrap the `targets` (among q k v o fc1 fc2) of the transformer layers with these numbers (None: all).
+
+    `module` is a backbone or has one as `backbone`. Returns the names of what it wrapped. Raises ValueError for a target
+    or layer that does not exist, one wrapped already, and a rank below 1.
+    """
+    blocks = getattr(module, "backbone", module).layers
+    numbers = range(len(blocks)) if layers is None else layers
+    if rank < 1:
+        raise ValueError(f"lora_rank: expected at least 1, found {rank}")
+    if unknown := [target for target in targets if target not in PARENTS]:
+        raise ValueError(f"lora_targets: no {', '.join(unknown)}; expected some of {', '.join(TARGETS)}")
+    if outside := [number for number in numbers if not 0 <= number < len(blocks)]:
+        raise ValueError(f"lora_layers: no layer {outside[0]}; expected numbers from 0 to {len(blocks) - 1}")
+    if not targets or not len(numbers):
+        raise ValueError("lora_targets and lora_layers: nothing to wrap; expected at least one of each")
+    names = []
+    for number in numbers:
+        for target in targets:
+            parent = getattr(blocks[number], PARENTS[target])
+            if isinstance(getattr(parent, target), LoRALinear):
+                raise ValueError(f"layers.{number}.{PARENTS[target]}.{target} has LoRA already")
+            setattr(parent, target, LoRALinear(getattr(parent, target), rank, alpha, dropout))
+            names.append(f"layers.{number}.{PARENTS[target]}.{target}")
+    return names
+
+
+def adapters(module: nn.Module) -> Iterator[tuple[nn.Module, str, LoRALinear]]:
+    """Every LoRA layer below `module` with the module that holds it and its name there."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                yield parent, name, child
+
+
+@torch.no_grad()
+def merge(module: nn.Module) -> None:
+    """Add every update to its weight, `W + (alpha / R) B A`, and put the plain linear layer back."""
+    for parent, name, adapter in adapters(module):
+        weight = adapter.base.weight
+        adapter.base.weight = nn.Parameter(weight + (adapter.scale * adapter.B @ adapter.A).to(weight.dtype))
+        setattr(parent, name, adapter.base)

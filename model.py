@@ -1,0 +1,404 @@
+"""Wav2Vec 2.0 and the emotion model on top of it, without padding.
+
+A batch is its utterances' frames one after the other, `(N, D)`, and their `lengths`. Whatever mixes
+frames (convolutions, normalisation over time, attention, pooling) stays inside an utterance, so an
+utterance's output does not depend on its batch; everything else, 94% of the work, is a matrix product
+over one dense block of frames.
+
+Shape legend: B utterances, S samples, T frames of one utterance, N frames of the whole batch,
+C channels of the feature encoder, D width of the transformer, H heads, K targets.
+
+Hidden states are numbered as `output_hidden_states=True` numbers them in transformers: 0 is the input of
+layer 0, i the output of layer i-1, L the final output. Here -1 is the feature encoder's output as well,
+and L+1 the pooled utterance. A number of this kind is called a *depth*.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+HOP = 320  # samples from one frame to the next: the product of the strides
+FIELD = 400  # samples that one frame sees
+
+
+@dataclass(frozen=True)
+class Wav2Vec2Config:
+    """Architecture (the defaults are wav2vec2-base) and, below it, the regularisation of what trains."""
+
+    conv_channels: tuple[int, ...] = (512,) * 7
+    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_norm: str = "group"  # "group": over time, after the first convolution only. "layer": after each
+    conv_bias: bool = False
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    pre_norm: bool = False
+    position_kernel: int = 128
+    position_groups: int = 16
+    norm_eps: float = 1e-5
+    normalize_waveform: bool = True  # what the checkpoint was trained on: zero mean, unit variance
+
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    projection_dropout: float = 0.0
+    layer_drop: float = 0.0
+    mask_time_prob: float = 0.0  # SpecAugment: share of frames replaced by the mask embedding
+    mask_time_length: int = 10
+    mask_feature_prob: float = 0.0  # share of channels set to zero
+    mask_feature_length: int = 64
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` for rows `(N, in)`; on a CPU as a 1x1 convolution.
+
+    Same arithmetic, other library: PyTorch sends fp32 matrix products to MKL, which on AMD processors runs
+    at half the speed of oneDNN, where convolutions go. On Intel the two are equal.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    rows = len(x)
+    if rows < 64:  # below, oneDNN adds up in another order, and an utterance would depend on its batch by 1e-5
+        x = F.pad(x, (0, 0, 0, 64 - rows))
+    return convolve_rows(x, weight[:, :, None, None], bias, stride=1)[:rows]
+
+
+def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """Convolution over time of rows `(T, in)` -> `(T', out)`; weight `(out, in, kernel, 1)`.
+
+    Rows are the channels-last layout of an image one pixel wide: no copy on the way in or out.
+    """
+    image = x.contiguous()[None, :, None].permute(0, 3, 1, 2)  # (T, in) -> (1, T, 1, in) -> (1, in, T, 1)
+    image = F.conv2d(image, weight, bias, stride=(stride, 1))
+    return image.permute(0, 2, 3, 1).flatten(0, 2)  # (1, out, T', 1) -> (T', out)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` over rows `(N, in)`, through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class FeatureEncoder(nn.Module):
+    """Waveforms to 50 frames a second: seven convolutions, never with a gradient.
+
+    A frame depends on 400 samples, so an utterance is worked through in pieces: the buffers stay in the
+    processor's cache and do not grow with the utterance. The one thing that looks further is the group
+    kind's normalisation over time, and its statistics are known before the first convolution is computed.
+    """
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__()
+        inputs = (1, *config.conv_channels[:-1])
+        shapes = zip(inputs, config.conv_channels, config.conv_kernels, config.conv_strides, strict=True)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, (kernel, 1), (stride, 1), bias=config.conv_bias) for i, o, kernel, stride in shapes
+        )
+        self.group_norm = config.conv_norm == "group"
+        normed = config.conv_channels[:1] if self.group_norm else config.conv_channels
+        self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=config.norm_eps) for channels in normed)
+
+    @torch.no_grad()
+    def forward(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Waveforms `(S,)` each -> packed features `(N, C)` and the number of frames of each."""
+        frames = [self.encode(waveform) for waveform in waveforms]
+        return torch.cat(frames), [len(x) for x in frames]
+
+    def encode(self, waveform: Tensor) -> Tensor:
+        """One waveform `(S,)` -> `(T, C)`, `T = (S - 400) // 320 + 1`."""
+        if len(waveform) < FIELD:
+            raise ValueError(f"waveform of {len(waveform)} samples: one frame needs {FIELD}")
+        count = (len(waveform) - FIELD) // HOP + 1
+        piece = 100 if waveform.device.type == "cpu" else 10_000  # frames: 13 MB a buffer, or one piece
+        weight, bias = self.first_convolution(waveform)
+        out = []
+        for start in range(0, count, piece):
+            stop = min(start + piece, count)
+            samples = waveform[start * HOP : (stop - 1) * HOP + FIELD]
+            x = linear(windows(samples, self.convs[0]), weight, bias)
+            for i, conv in enumerate(self.convs):
+                if i > 0:
+                    x = convolve_rows(x, conv.weight, conv.bias, conv.stride[0])
+                if not self.group_norm:
+                    x = self.norms[i](x)
+                x = torch.ops.aten.gelu_(x)
+            out.append(x)
+        return torch.cat(out)
+
+    def first_convolution(self, waveform: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight `(C, kernel)` and bias `(C,)`, in the group kind with the normalisation folded in.
+
+        A channel is `w.s` over windows s of the waveform, so its mean over time is `w.mean(s)` and its
+        variance `w^T cov(s) w`. A bias of the convolution would cancel.
+        """
+        weight, bias = self.convs[0].weight.flatten(1), self.convs[0].bias
+        if not self.group_norm:
+            return weight, bias
+        norm = self.norms[0]
+        s = windows(waveform, self.convs[0]).double()  # (T, kernel)
+        mean = s.mean(0)
+        s = s - mean
+        w = weight.double()
+        variance = (w @ (s.T @ s / len(s)) * w).sum(1)
+        scale = norm.weight.double() / torch.sqrt(variance + norm.eps)
+        return (w * scale[:, None]).float(), (norm.bias.double() - w @ mean * scale).float()
+
+
+def windows(samples: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The stretches of samples `(S,)` that a one-channel convolution sees, `(T, kernel)`."""
+    return samples.unfold(0, conv.kernel_size[0], conv.stride[0])
+
+
+class FeatureProjection(nn.Module):
+    """Features `(N, C)` to the width of the transformer `(N, D)`, with masking in training."""
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.conv_channels[-1], eps=config.norm_eps)
+        self.linear = Linear(config.conv_channels[-1], config.width)
+        self.mask_embedding = nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        c = self.config
+        x = F.dropout(self.linear(self.norm(x)), c.projection_dropout, self.training)
+        if self.training and c.mask_time_prob > 0:
+            masked = torch.cat([span_mask(n, c.mask_time_prob, c.mask_time_length) for n in lengths])
+            x = torch.where(masked.to(x.device)[:, None], self.mask_embedding.to(x.dtype), x)
+        if self.training and c.mask_feature_prob > 0:
+            masks = [span_mask(c.width, c.mask_feature_prob, c.mask_feature_length) for _ in lengths]
+            rows = [mask.expand(n, -1) for mask, n in zip(masks, lengths, strict=True)]
+            x = x.masked_fill(torch.cat(rows).to(x.device), 0)
+        return x
+
+
+def span_mask(size: int, probability: float, length: int) -> Tensor:
+    """Boolean `(size,)`, true in random spans of `length` that would cover `probability` of it without overlap."""
+    length = min(length, size)
+    count = int(probability * size / length + torch.rand(()).item())  # rounded up or down at random
+    starts = torch.randint(size - length + 1, (count,))
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[(starts[:, None] + torch.arange(length)).flatten()] = True
+    return mask
+
+
+class PositionalConvolution(nn.Module):
+    """Adds to each frame a grouped convolution over the 128 frames around it, zeros outside the utterance."""
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__()
+        self.conv = nn.Conv1d(
+            config.width,
+            config.width,
+            config.position_kernel,
+            padding=config.position_kernel // 2,
+            groups=config.position_groups,
+        )
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """`(N, D)` -> `(N, D)`. An even kernel yields one frame too many: the last is dropped."""
+        position = [self.conv(part.T)[:, : len(part)].T for part in x.split(lengths)]  # (T, D) -> (D, T) -> (T, D)
+        return x + F.gelu(torch.cat(position))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within each utterance."""
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.q, self.k, self.v, self.o = (Linear(config.width, config.width) for _ in range(4))
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """`(N, D)` -> `(N, D)`."""
+        q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q, self.k, self.v))  # (N, H, D/H)
+        dropout = self.dropout if self.training else 0.0
+        return self.o(packed_attention(q, k, v, lengths, dropout).flatten(1))
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dropout: float = 0.0) -> Tensor:
+    """Softmax attention of packed `(N, H, D/H)` within the utterances that `lengths` delimits.
+
+    One call on a GPU in 16 bit, where PyTorch has a kernel for packed sequences (it knows no dropout);
+    elsewhere utterance by utterance.
+    """
+    if q.is_cuda and q.dtype != torch.float32 and dropout == 0:
+        from torch.nn.attention.varlen import varlen_attn
+
+        offsets, longest = boundaries(tuple(lengths), q.device), max(lengths)
+        return varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    out = []
+    for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        qkv = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
+        out.append(F.scaled_dot_product_attention(*qkv, dropout_p=dropout)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@lru_cache(maxsize=4)  # every layer of a step asks for the same
+def boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where utterances begin and end among the packed frames, int32 `(B + 1,)`."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__()
+        self.dropout = config.activation_dropout
+        self.fc1 = Linear(config.width, config.ffn)
+        self.fc2 = Linear(config.ffn, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training))
+
+
+class Layer(nn.Module):
+    """Transformer layer, normalised before each half (the large models since lv60) or after (base)."""
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__()
+        self.pre_norm, self.dropout = config.pre_norm, config.hidden_dropout
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """`(N, D)` -> `(N, D)`."""
+        if self.pre_norm:
+            x = x + self.drop(self.attention(self.attention_norm(x), lengths))
+            return x + self.drop(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + self.drop(self.attention(x, lengths)))
+        return self.feed_forward_norm(x + self.drop(self.feed_forward(x)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Wav2Vec2(nn.Module):
+    """The backbone: feature encoder, projection, positional convolution, transformer layers."""
+
+    def __init__(self, config: Wav2Vec2Config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.feature_encoder = FeatureEncoder(config)
+        self.projection = FeatureProjection(config)
+        self.position = PositionalConvolution(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)  # before the layers, or after them if pre-norm
+
+    def forward(self, x: Tensor, lengths: Sequence[int], first: int = -1, last: int | None = None) -> Tensor:
+        """From packed hidden state `first` to hidden state `last` (the final output if None).
+
+        `x` is `(N, C)` for `first = -1`, else `(N, D)`; so is the result for `last`.
+        """
+        c = self.config
+        last = c.layers if last is None else last
+        if first < 0 <= last:
+            x = self.position(self.projection(x, lengths), lengths)
+            x = x if c.pre_norm else self.norm(x)
+            x = F.dropout(x, c.hidden_dropout, self.projection.training)
+        for layer in self.layers[max(first, 0) : max(last, 0)]:
+            if layer.training and c.layer_drop > 0 and torch.rand(()) < c.layer_drop:
+                continue
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, lengths, use_reentrant=False)
+            else:
+                x = layer(x, lengths)
+        return self.norm(x) if c.pre_norm and first < last == c.layers else x
+
+    def before(self, depth: int) -> list[nn.Module]:
+        """The modules that only lead up to hidden state `depth`."""
+        c = self.config
+        embedding = [self.projection, self.position, *([] if c.pre_norm else [self.norm])] if depth >= 0 else []
+        final = [self.norm] if c.pre_norm and depth >= c.layers else []
+        return [self.feature_encoder, *embedding, *self.layers[: max(depth, 0)], *final]
+
+    @torch.no_grad()
+    def hidden_states(self, waveforms: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Every hidden state of every utterance: `L + 1` lists of B tensors `(T, D)`.
+
+        Waveforms are `(S,)`, 16 kHz, used as they are.
+        """
+        x, lengths = self.feature_encoder(waveforms)
+        states = []
+        for depth in range(self.config.layers + 1):
+            x = self(x, lengths, depth - 1, depth)
+            states.append(list(x.split(lengths)))
+        return states
+
+
+class EmotionModel(nn.Module):
+    """Backbone, mean over the frames, and a head with one hidden layer that predicts all targets.
+
+    The head works on labels scaled to 0..1; `label_range` is their range in the corpus.
+    """
+
+    def __init__(
+        self,
+        backbone: Wav2Vec2,
+        targets: Sequence[str],
+        label_range: tuple[float, float],
+        head_width: int = 256,
+        head_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.backbone, self.targets, self.label_range = backbone, tuple(targets), tuple(label_range)
+        self.head = nn.Sequential(
+            nn.Linear(backbone.config.width, head_width),
+            nn.Tanh(),
+            nn.Dropout(head_dropout),
+            nn.Linear(head_width, len(targets)),
+        )
+        nn.init.constant_(self.head[-1].bias, 0.5)  # the middle of the range
+
+    @torch.no_grad()
+    def encode(self, waveforms: Sequence[Tensor], depth: int) -> tuple[Tensor, list[int]]:
+        """Waveforms `(S,)` each, 16 kHz -> packed hidden state `depth` and its lengths.
+
+        At depth L+1 the result is the pooled utterances, `(B, D)`: packed too, one row each.
+        """
+        if self.backbone.config.normalize_waveform:
+            waveforms = [normalize(waveform) for waveform in waveforms]
+        x, lengths = self.backbone.feature_encoder(waveforms)
+        layers = self.backbone.config.layers
+        x = self.backbone(x, lengths, -1, min(depth, layers))
+        return (pool(x, lengths), [1] * len(lengths)) if depth > layers else (x, lengths)
+
+    def forward(self, x: Tensor, lengths: Sequence[int], depth: int = -1) -> Tensor:
+        """Packed hidden state `depth` -> predictions `(B, K)`, 0..1 for labels at the ends of their range."""
+        if depth <= self.backbone.config.layers:
+            x = pool(self.backbone(x, lengths, depth), lengths)
+        return self.head(x)
+
+    @torch.no_grad()
+    def predict(self, waveform: Tensor, sample_rate: int) -> dict[str, float]:
+        """Targets by name, in the corpus scale, of one mono waveform `(S,)` at any sample rate."""
+        from data import resample
+
+        self.eval()
+        device = self.head[0].weight.device
+        predictions = self(*self.encode([resample(waveform, sample_rate).to(device)], -1))[0]
+        low, high = self.label_range
+        return {name: low + (high - low) * y for name, y in zip(self.targets, predictions.tolist(), strict=True)}
+
+
+def normalize(waveform: Tensor) -> Tensor:
+    """`(x - mean) / sqrt(variance + 1e-7)` over one waveform `(S,)`: zero mean, unit variance."""
+    variance, mean = torch.var_mean(waveform, correction=0)
+    return (waveform - mean) / torch.sqrt(variance + 1e-7)
+
+
+def pool(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean over each utterance's frames in fp32, `(N, D)` -> `(B, D)`."""
+    return torch.stack([part.float().mean(0) for part in x.split(lengths)])

@@ -1,0 +1,225 @@
+"""One place that turns a configuration into a model, and a run's directory into a model again."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+import data
+import weights
+from cache import ActivationCache
+from config import Config, load_config, make_config
+from freeze import cast_frozen, freeze, layer_numbers, load_trained, prefix_depth
+from lora import inject, merge
+from model import EmotionModel, Wav2Vec2Config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
+DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; for "auto" CUDA, then MPS, then the CPU. Raises ValueError if it is not there."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in found.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps") from None
+    if not found.get(device.type) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        there = ", ".join(kind for kind, is_there in found.items() if is_there)
+        raise ValueError(f"device: {name} is not there for PyTorch {torch.__version__}; this machine has {there}")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """ "auto": bf16 on a GPU that computes in it, fp16 on one that does not, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "fp32"
+
+
+def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, float]]:
+    """The corpus and the range of its labels, checked. Raises FileNotFoundError or ValueError."""
+    utterances = data.load_corpus(config.corpus, config.data_root, config.manifest, config.fold)
+    label_range = config.label_range or data.LABEL_RANGE.get(config.corpus)
+    if label_range is None:
+        raise ValueError(f"label_range: corpus {config.corpus!r} has none of its own; set it, e.g. label_range: [1, 7]")
+    data.check_labels(utterances, config.targets, label_range, config.allow_speaker_overlap)
+    return utterances, tuple(label_range)
+
+
+def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
+    """The model as configured, on the CPU and in eval mode, and the identity of its backbone: source and SHA-256."""
+    regularisation = {key: getattr(config, key) for key in REGULARISATION}
+    try:
+        files = weights.locate(config.backbone)
+        backbone = weights.load_backbone(config.backbone, **regularisation)
+        identity = {"source": config.backbone, "sha256": weights.sha256(files)}
+    except weights.UnavailableError as error:
+        if config.corpus != "demo":
+            raise
+        print(f"warning: {error}\nwarning: the demo goes on with RANDOM weights of wav2vec2-base", file=sys.stderr)
+        backbone = weights.random_backbone(Wav2Vec2Config(**regularisation))
+        identity = {"source": config.backbone, "sha256": "random weights 1"}
+    backbone.gradient_checkpointing = config.gradient_checkpointing
+    torch.manual_seed(config.seed)  # of the head and of LoRA
+    model = EmotionModel(backbone, config.targets, label_range, config.head_width, config.head_dropout)
+    freeze(model, config.trainable_layers)
+    if config.lora_rank:
+        count = backbone.config.layers
+        trainable = set(layer_numbers(config.trainable_layers, count))
+        chosen = layer_numbers("all" if config.lora_layers is None else config.lora_layers, count, "lora_layers")
+        if config.lora_layers is None:
+            chosen = [number for number in chosen if number not in trainable]
+        if both := trainable.intersection(chosen):
+            raise ValueError(f"lora_layers: layer {min(both)} is in trainable_layers too; it is one or the other")
+        inject(model, config.lora_rank, config.lora_alpha, config.lora_targets, chosen, config.lora_dropout)
+    return model.eval(), identity
+
+
+class Prefix:
+    """The frozen prefix's output for numbered utterances: computed, or read from a cache that it fills as it goes."""
+
+    def __init__(self, model: EmotionModel, paths: Sequence[str], device: torch.device, precision: str):
+        self.model, self.paths, self.device = model, paths, device
+        self.depth, self.dtype = prefix_depth(model), DTYPES[precision]
+        self.precision = precision
+        self.cache: ActivationCache | None = None
+        self.build_seconds = 0.0
+
+    def open_cache(self, root: str, dtype: str, identity: dict) -> ActivationCache:
+        """From here on keep what is computed below `root`, and read what is there."""
+        config = self.model.backbone.config
+        width = config.conv_channels[-1] if self.depth < 0 else config.width
+        kind = {"backbone": identity["sha256"], "depth": self.depth, "precision": self.precision}
+        kind["normalize_waveform"] = config.normalize_waveform
+        self.cache = ActivationCache(root, kind, self.paths, width, getattr(torch, dtype))
+        return self.cache
+
+    def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor, list[int]]]:
+        """Each batch's numbers, packed activations on the device in fp32, and lengths; read one batch ahead."""
+        for numbers, loaded in zip(batches, data.prefetch(self.load, batches), strict=True):
+            x, lengths = loaded if isinstance(loaded, tuple) else self.encode(numbers, loaded)
+            yield numbers, x.to(self.device, non_blocking=True).float(), lengths
+
+    def load(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]] | list[Tensor]:
+        """A batch from the cache, or its waveforms: all of them even if one is missing, so that results repeat."""
+        if self.cache is not None and self.cache.has(numbers):
+            return self.cache.read(numbers)
+        return [data.read_audio(self.paths[number]) for number in numbers]
+
+    def encode(self, numbers: Sequence[int], waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        start = time.perf_counter()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            x, lengths = self.model.encode([waveform.to(self.device) for waveform in waveforms], self.depth)
+        if self.cache is not None:
+            x = self.cache.write(numbers, x, lengths)
+            self.build_seconds += time.perf_counter() - start
+        return x, lengths
+
+
+def in_order(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches in the given order, for evaluation."""
+    return [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
+
+
+def prepare(model: EmotionModel, precision: str, device: torch.device) -> EmotionModel:
+    """On its device, frozen matrices in the type that they are used in."""
+    if precision != "fp32":
+        cast_frozen(model, DTYPES[precision])
+    return model.to(device)
+
+
+def build_cache(path: str, overrides: Sequence[str]) -> None:
+    """Compute every activation that a config's cache should hold and does not."""
+    from tqdm import tqdm
+
+    config = load_config(path, overrides)
+    device = pick_device(config.device)
+    utterances, label_range = load_utterances(config)
+    seconds = data.check_audio(utterances)
+    model, identity = build_model(config, label_range)
+    precision = pick_precision(config.precision, device)
+    prefix = Prefix(prepare(model, precision, device), [u.path for u in utterances], device, precision)
+    cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity)
+    cache.check_space(sum(seconds))
+    missing = [batch for batch in in_order(range(len(utterances)), config.batch_size) if not cache.has(batch)]
+    for _ in prefix(tqdm(missing, desc=f"cache {cache.directory}", unit="batch", disable=None)):
+        pass
+    cache.close()
+    print(f"{cache.directory}: {len(utterances)} utterances, complete")
+
+
+def load_run(directory: str | Path, device: str = "cpu") -> EmotionModel:
+    """The best model of a finished run, LoRA merged, in eval mode. Raises FileNotFoundError or ValueError."""
+    directory = Path(directory)
+    best = load_checkpoint(directory / "best.pt")
+    config = make_config(best["config"], str(directory))
+    model, identity = build_model(config, tuple(best["label_range"]))
+    if identity["sha256"] != best["backbone"]["sha256"]:
+        raise ValueError(f"{directory}: was trained on other weights of {config.backbone} than are found now")
+    load_trained(model, best["trained"])
+    merge(model)
+    return model.to(pick_device(device)).eval()
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of ours, from which nothing but tensors and plain values can come."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a run's directory, as train.py writes it")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: is not a whole checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """`save` to a file beside `path`, then put it in its place: whoever reads `path` finds the old or the new, whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save(beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer has errors of its own for a full disk
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); what was there is unharmed") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    write(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_yaml(path: Path, config: Config) -> None:
+    text = yaml.safe_dump(
+        {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}, sort_keys=False
+    )
+    write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where one is used, else the most that this process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":  # ru_maxrss would count the parent process from before our program began
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

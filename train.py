@@ -1,0 +1,337 @@
+"""Finetune Wav2Vec 2.0 for activation and valence.
+
+    python train.py configs/lora_r8.yaml [key=value ...]
+
+A run lives in `runs/<name>`. The same command again resumes a run that was stopped and reports one that is finished.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+import run
+from config import Config, load_config
+from freeze import count, drop_prefix, load_trained, table, train_mode, trained_state
+from metrics import bootstrap_ci, ccc, ccc_loss
+from model import EmotionModel
+
+
+def step(
+    model: EmotionModel,
+    x: Tensor,
+    lengths: Sequence[int],
+    labels: Tensor,
+    depth: int,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    dtype: torch.dtype = torch.float32,
+    clip: float = 1.0,
+    micro_batch_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One training step on packed hidden state `depth`; returns the loss and the predictions `(B, K)`.
+
+    CCC is a statistic of the batch, not a mean over it. Micro-batches therefore only bound the memory: each is
+    recomputed in the backward pass, and the loss is that of the whole batch, exactly.
+    """
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        if micro_batch_size is None:
+            predictions = model(x, lengths, depth)
+        else:
+            parts = [lengths[i : i + micro_batch_size] for i in range(0, len(lengths), micro_batch_size)]
+            inputs = zip(x.split([sum(part) for part in parts]), parts, strict=True)
+            predictions = torch.cat([checkpoint(model, *part, depth, use_reentrant=False) for part in inputs])
+    loss = ccc_loss(predictions, labels)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach(), predictions.detach()
+
+
+def make_optimizer(model: EmotionModel, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with `head_lr` for the head, `lr` for the rest, and weight decay for matrices alone."""
+    groups = {(part, decays): [] for part in ("backbone", "head") for decays in (True, False)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["head" if name.startswith("head.") else "backbone", parameter.ndim > 1].append(parameter)
+    rates = {"backbone": lr, "head": head_lr}
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": rates[part], "peak_lr": rates[part], "weight_decay": weight_decay * decays}
+            for (part, decays), parameters in groups.items()
+            if parameters
+        ],
+        fused=True,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: EmotionModel, prefix: run.Prefix, numbers: Sequence[int], batch_size: int) -> Tensor:
+    """Predictions `(len(numbers), K)` on the CPU, labels scaled to 0..1."""
+    model.eval()
+    predictions = []
+    for _, x, lengths in prefix(run.in_order(numbers, batch_size)):
+        with torch.autocast(x.device.type, prefix.dtype, enabled=prefix.dtype != torch.float32):
+            predictions.append(model(x, lengths, prefix.depth).float())
+    return torch.cat(predictions).cpu()
+
+
+def open_directory(config: Config) -> Path:
+    """The run's directory. Raises ValueError if another configuration has run there."""
+    directory = Path(config.output_dir) / config.name
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "config.yaml"
+    if not path.is_file():
+        run.write_yaml(path, config)
+        return directory
+    there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    here = yaml.safe_load(yaml.safe_dump(asdict(config) | {"targets": list(config.targets)}))
+    if different := [
+        f"{key}: {there.get(key)!r} there, {here[key]!r} now" for key in here if here[key] != there.get(key)
+    ]:
+        raise ValueError(
+            f"{directory} holds a run with another config ({'; '.join(different[:5])}); choose another name="
+        )
+    return directory
+
+
+def train(config: Config) -> dict:
+    """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
+    began = time.perf_counter()
+    device = run.pick_device(config.device)
+    precision = run.pick_precision(config.precision, device)
+    directory = open_directory(config)
+    if (directory / "result.json").is_file():
+        return json.loads((directory / "result.json").read_text(encoding="utf-8"))
+
+    # Data
+    utterances, label_range = run.load_utterances(config)
+    seconds = data.check_audio(utterances)
+    labels = torch.tensor([[utterance.labels[target] for target in config.targets] for utterance in utterances])
+    labels = data.scale_labels(labels, label_range)
+    split = {name: [i for i, u in enumerate(utterances) if u.split == name] for name in data.SPLITS}
+    if config.corpus == "demo":
+        print(run.DEMO_NOTE)
+    for name, numbers in split.items():
+        hours = sum(seconds[i] for i in numbers) / 3600
+        print(
+            f"{name:6}{len(numbers):8,} utterances{len({utterances[i].speaker for i in numbers}):6} speakers{hours:9.3f} h"
+        )
+
+    # Model
+    model, backbone = run.build_model(config, label_range)
+    model = run.prepare(model, precision, device)
+    print(f"{table(model)}\n{device.type}, {precision}")
+    optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    prefix = run.Prefix(model, [utterance.path for utterance in utterances], device, precision)
+    if config.cache:
+        cache = prefix.open_cache(config.cache_dir, config.cache_dtype, backbone)
+        cache.check_space(sum(seconds))
+
+    # State: all that the loop changes beside parameters and optimizer
+    state = {"epoch": 0, "best": -2.0, "best_epoch": 0, "seconds": 0.0, "cache_build": 0.0, "log": []}
+    total_parameters, trainable_parameters = count(model)
+    if (directory / "last.pt").is_file():
+        last = run.load_checkpoint(directory / "last.pt")
+        load_trained(model, last["trained"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        state = last["state"]
+        restore_random(last["random"])
+        print(f"resuming after epoch {state['epoch']}")
+    else:
+        torch.manual_seed(config.seed)
+    before = state["seconds"], state["cache_build"]
+
+    steps = len(data.batches(len(split["train"]), config.batch_size, config.seed, 0))
+    bar = tqdm(
+        total=steps * config.epochs, initial=steps * state["epoch"], unit="step", disable=None, dynamic_ncols=True
+    )
+    while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < config.patience:
+        epoch, start, losses = state["epoch"] + 1, time.perf_counter(), []
+        bar.set_description(f"epoch {epoch}")
+        train_mode(model, prefix.depth)
+        batches = data.batches(len(split["train"]), config.batch_size, config.seed, epoch)
+        done = 0.0
+        for i, (numbers, x, lengths) in enumerate(prefix([[split["train"][j] for j in batch] for batch in batches])):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * min(1.0, (steps * (epoch - 1) + i + 1) / max(config.warmup, 1))
+            target = labels[numbers].to(device, non_blocking=True)
+            loss, _ = step(
+                model,
+                x,
+                lengths,
+                target,
+                prefix.depth,
+                optimizer,
+                scaler,
+                prefix.dtype,
+                config.clip,
+                config.micro_batch_size,
+            )
+            losses.append(loss)
+            done += sum(seconds[number] for number in numbers)
+            bar.update()
+            if device.type == "cpu" or i % 20 == 19:  # reading the loss makes a GPU wait
+                rate = done / (time.perf_counter() - start)
+                bar.set_postfix_str(f"loss {loss.item():.3f}, dev CCC {state['best']:.3f}, {rate:.0f} s of audio/s")
+        train_loss = torch.stack(losses).mean().item()
+        train_seconds = time.perf_counter() - start
+
+        dev = ccc(evaluate(model, prefix, split["dev"], config.batch_size), labels[split["dev"]]).tolist()
+        if prefix.cache is not None and not prefix.cache.has(range(len(utterances))):
+            evaluate(model, prefix, split["test"], config.batch_size)
+        if prefix.cache is not None and prefix.cache.has(range(len(utterances))):
+            drop_prefix(model, prefix.depth)
+
+        mean = sum(dev) / len(dev)
+        state["epoch"] = epoch
+        state["seconds"] = before[0] + time.perf_counter() - began
+        state["cache_build"] = before[1] + prefix.build_seconds
+        row = {"epoch": epoch, "train_loss": train_loss, "train_seconds": train_seconds}
+        row |= {f"dev_ccc_{target}": value for target, value in zip(config.targets, dev, strict=True)}
+        row |= {"dev_ccc": mean, "audio_seconds_per_second": done / train_seconds, "seconds": state["seconds"]}
+        state["log"].append(row)
+        if mean > state["best"]:
+            state["best"], state["best_epoch"] = mean, epoch
+            best = {"trained": trained_state(model), "backbone": backbone, "config": plain(config), "epoch": epoch}
+            best["label_range"] = list(label_range)
+            run.write(directory / "best.pt", lambda path, best=best: torch.save(best, path))
+        last = {"trained": trained_state(model), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        last |= {"state": state, "random": random_state()}
+        run.write(directory / "last.pt", lambda path, last=last: torch.save(last, path))
+        write_log(directory / "log.jsonl", state["log"])
+        scores = "  ".join(f"{target} {value:6.3f}" for target, value in zip(config.targets, dev, strict=True))
+        bar.write(f"epoch {epoch:3}  loss {train_loss:.3f}  dev CCC  {scores}  {train_seconds:8.1f} s")
+    bar.close()
+
+    # Test
+    load_trained(model, run.load_checkpoint(directory / "best.pt")["trained"])
+    predictions = evaluate(model, prefix, split["test"], config.batch_size)
+    speakers = [utterances[i].speaker for i in split["test"]]
+    ours, theirs = (data.unscale_labels(y, label_range).numpy() for y in (predictions, labels[split["test"]]))
+    write_predictions(directory / "predictions_test.csv", config.targets, [utterances[i] for i in split["test"]], ours)
+    scores = ccc(predictions.double(), labels[split["test"]].double()).tolist()
+    test = {
+        target: {
+            "ccc": scores[k],
+            "ci95": bootstrap_ci(ours[:, k], theirs[:, k], speakers),
+            "utterances": len(speakers),
+        }
+        for k, target in enumerate(config.targets)
+    }
+    train_seconds = [row["train_seconds"] for row in state["log"]]
+    result = {
+        "test": test,
+        "seconds": {
+            "total": before[0] + time.perf_counter() - began,
+            "cache_build": before[1] + prefix.build_seconds,
+            "per_epoch": statistics.median(train_seconds),
+        },
+        "epochs": state["epoch"],
+        "best_epoch": state["best_epoch"],
+        "dev_ccc": state["best"],
+        "trainable_parameters": trainable_parameters,
+        "total_parameters": total_parameters,
+        "peak_memory_bytes": run.peak_memory(device),
+        "audio_seconds_per_second": statistics.median(row["audio_seconds_per_second"] for row in state["log"]),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "precision": precision,
+        "backbone": backbone,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "config": plain(config),
+    }
+    if config.corpus == "demo":
+        result["note"] = run.DEMO_NOTE
+    run.write_json(directory / "result.json", result)
+    return result
+
+
+def plain(config: Config) -> dict:
+    """The configuration as values that JSON, YAML and a checkpoint can all hold."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def random_state() -> dict:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def restore_random(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def write_log(path: Path, rows: Sequence[dict]) -> None:
+    run.write(path, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"))
+
+
+def write_predictions(
+    path: Path, targets: Sequence[str], utterances: Sequence[data.Utterance], predictions: np.ndarray
+) -> None:
+    """CSV of the test set: file, speaker, prediction and label of every target, all in the corpus scale."""
+
+    def save(file: Path) -> None:
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets)])
+            for utterance, row in zip(utterances, predictions.tolist(), strict=True):
+                labels = [utterance.labels[target] for target in targets]
+                writer.writerow([utterance.path, utterance.speaker, *(f"{value:.4f}" for value in row), *labels])
+
+    run.write(path, save)
+
+
+def report(result: dict, directory: Path) -> str:
+    """A finished run in a few lines."""
+    lines = []
+    for target, score in result["test"].items():
+        interval = "" if score["ci95"] is None else "   95% [{:.3f}, {:.3f}] over speakers".format(*score["ci95"])
+        lines.append(f"test CCC  {target:12}{score['ccc']:6.3f}{interval}")
+    seconds, memory = result["seconds"], result["peak_memory_bytes"] / 1e9
+    lines.append(
+        f"{result['epochs']} epochs, the best was {result['best_epoch']}; {seconds['total']:.0f} s in all, "
+        f"{seconds['per_epoch']:.1f} s an epoch, peak memory {memory:.2f} GB"
+    )
+    lines.append(f"{directory}: result.json, predictions_test.csv, best.pt, log.jsonl")
+    return "\n".join([*lines, *filter(None, [result.get("note")])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Finetune Wav2Vec 2.0 for activation and valence.")
+    parser.add_argument("config", help="a YAML file, as in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    try:
+        result = train(config)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command continues after the last finished epoch")
+    print(report(result, Path(config.output_dir) / config.name))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,345 @@
+"""Pretrained checkpoints as transformers and fairseq write them, into `model.Wav2Vec2`. Strict, and nothing is executed.
+
+What can be read off the tensors is (sizes, kinds of normalisation, biases); the settings beside them supply the rest.
+"""
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model import Wav2Vec2, Wav2Vec2Config
+
+# Source key -> our key, first match wins; None: known, and no part of the backbone. Both families at once: no key of
+# the one means something else in the other.
+PREFIX = r"^(wav2vec2|hubert|w2v_encoder\.w2v_model)\."
+P = r"(weight|bias)"
+KEYS: dict[str, str | None] = {
+    rf"feature_extractor\.conv_layers\.(\d+)\.(?:conv|0)\.{P}": r"feature_encoder.convs.\1.\2",
+    rf"feature_extractor\.conv_layers\.(\d+)\.(?:layer_norm|2|2\.1)\.{P}": r"feature_encoder.norms.\1.\2",
+    rf"(?:feature_projection\.)?layer_norm\.{P}": r"projection.norm.\1",
+    rf"(?:feature_projection\.projection|post_extract_proj)\.{P}": r"projection.linear.\1",
+    r"masked_spec_embed|mask_emb": "projection.mask_embedding",
+    rf"encoder\.(?:pos_conv_embed\.conv|pos_conv\.0)\.{P}": r"position.conv.\1",
+    r"encoder\.(?:pos_conv_embed\.conv|pos_conv\.0)\.(?:weight_g|parametrizations\.weight\.original0)": "position.g",
+    r"encoder\.(?:pos_conv_embed\.conv|pos_conv\.0)\.(?:weight_v|parametrizations\.weight\.original1)": "position.v",
+    rf"encoder\.layer_norm\.{P}": r"norm.\1",
+    rf"encoder\.layers\.(\d+)\.(?:attention|self_attn)\.([qkv])_proj\.{P}": r"layers.\1.attention.\2.\3",
+    rf"encoder\.layers\.(\d+)\.(?:attention|self_attn)\.out_proj\.{P}": r"layers.\1.attention.o.\2",
+    rf"encoder\.layers\.(\d+)\.(?:layer_norm|self_attn_layer_norm)\.{P}": r"layers.\1.attention_norm.\2",
+    rf"encoder\.layers\.(\d+)\.(?:feed_forward\.intermediate_dense|fc1)\.{P}": r"layers.\1.feed_forward.fc1.\2",
+    rf"encoder\.layers\.(\d+)\.(?:feed_forward\.output_dense|fc2)\.{P}": r"layers.\1.feed_forward.fc2.\2",
+    rf"encoder\.layers\.(\d+)\.final_layer_norm\.{P}": r"layers.\1.feed_forward_norm.\2",
+    r"(quantizer|project_q|project_hid|final_proj|lm_head|projector|classifier|w2v_encoder\.proj)\..*": None,
+    r"layer_weights|label_embs_concat|mask_time_emb_vector|mask_feature_emb_vector": None,
+}
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SETTINGS_FILES = ("config.json", "preprocessor_config.json")
+WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
+
+
+class UnavailableError(FileNotFoundError):
+    """A hub's checkpoint is neither in the local cache nor to be had from the network."""
+
+
+def load_backbone(source: str | Path, **regularisation: float) -> Wav2Vec2:
+    """The backbone in a checkpoint, in eval mode and fp32.
+
+    `source` is a Hugging Face directory, a checkpoint file (`.safetensors`, `.bin`, fairseq `.pt`) or a hub id;
+    `regularisation` are fields of `Wav2Vec2Config`. Weights that are fp32 in the file stay mapped from it: what is never
+    used takes no memory. Raises FileNotFoundError or ValueError.
+    """
+    files = locate(source)
+    tensors, settings = read(files)
+    state = rename(tensors, files[0])
+    config = replace(describe(state, settings, files[0]), **regularisation)
+    with torch.device("meta"):
+        backbone = Wav2Vec2(config)
+    check(state, backbone, files[0])
+    backbone.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return backbone.eval()
+
+
+def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
+    """A backbone with random weights, distributed as before pretraining; the same for the same seed."""
+    with torch.device("meta"):
+        backbone = Wav2Vec2(config)
+    backbone = backbone.to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(seed)
+    for module in backbone.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.uniform_(backbone.projection.mask_embedding, generator=generator)
+    return backbone
+
+
+# --- finding files ---------------------------------------------------------------------------------------------------
+
+
+def locate(source: str | Path) -> list[Path]:
+    """The files of a checkpoint, weights first: a path, else the Hugging Face cache, else a download."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return list_directory(path)
+    if path.is_file():
+        beside = [path.parent / name for name in SETTINGS_FILES] if path.suffix != ".pt" else []
+        return [path, *(file for file in beside if file.is_file())]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"backbone: {source} is neither a file, a directory nor a hub id; {WAYS_OUT}")
+    return list_directory(download(str(source)))
+
+
+def list_directory(path: Path) -> list[Path]:
+    for name in WEIGHT_FILES:
+        weights = path / name
+        if not weights.is_file():
+            continue
+        files = [weights]
+        if name.endswith(".index.json"):
+            shards = sorted(set(read_json(weights)["weight_map"].values()))
+            files = [path / Path(shard).name for shard in shards]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{weights}: names {', '.join(missing)}, which {path} does not hold")
+        return files + [path / name for name in SETTINGS_FILES if (path / name).is_file()]
+    found = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
+    raise FileNotFoundError(f"{path}: expected {', '.join(WEIGHT_FILES)}; found {found}")
+
+
+def download(repository: str) -> Path:
+    """The directory in the Hugging Face cache that holds a repository's checkpoint, fetched if it is not there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def get(name: str, online: bool) -> Path | None:
+        try:
+            return Path(hf_hub_download(repository, name, local_files_only=not online))
+        except LocalEntryNotFoundError as error:
+            if online:
+                raise ConnectionError(error) from None
+            return None
+        except EntryNotFoundError:
+            return None
+
+    def get_all(online: bool) -> Path | None:
+        for name in WEIGHT_FILES:
+            if weights := get(name, online):
+                shards = set(read_json(weights)["weight_map"].values()) if weights.suffix == ".json" else ()
+                files = [get(other, online) for other in (*shards, *SETTINGS_FILES)]
+                if online:
+                    for file in filter(None, (weights, *files)):
+                        check_download(file)
+                return weights.parent
+        return None
+
+    try:
+        directory = get_all(online=False) or get_all(online=True)
+    except Exception as error:
+        raise UnavailableError(
+            f"backbone: {repository} is neither a path here nor in the Hugging Face cache, and cannot be downloaded "
+            f"({str(error).strip().splitlines()[0][:200]}); {WAYS_OUT}"
+        ) from None
+    if directory is None:
+        raise FileNotFoundError(f"backbone: the hub's {repository} holds none of {', '.join(WEIGHT_FILES)}")
+    return directory
+
+
+def check_download(file: Path) -> None:
+    """Compare a file with the SHA-256 that is its name in the Hugging Face cache; remove it if damaged."""
+    blob = file.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.name != sha256([blob]):
+        blob.unlink()
+        file.unlink()
+        raise ValueError(f"{file.name} arrived damaged (its SHA-256 is not {blob.name}); run again to fetch it anew")
+
+
+def sha256(files: Iterable[Path]) -> str:
+    """One SHA-256 over the contents of files."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- reading files ---------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from None
+
+
+def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
+    """All tensors by their source keys (mapped into memory, not yet read) and the settings found with them."""
+    tensors: dict[str, Tensor] = {}
+    settings: dict = {}
+    for path in files:
+        if path.name in SETTINGS_FILES:
+            settings |= read_json(path)
+        elif path.suffix == ".safetensors":
+            try:
+                tensors |= load_file(path)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: is not a whole safetensors file ({error})") from None
+        else:
+            content = read_pickle(path)
+            settings |= fairseq_settings(content)
+            content = content.get("model", content)
+            tensors |= {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    model_type = settings.get("model_type", "wav2vec2")
+    if model_type not in ("wav2vec2", "hubert"):
+        raise ValueError(f"{files[0]}: is a {model_type} checkpoint; expected wav2vec2 or hubert")
+    return tensors, settings
+
+
+class StandIn:
+    """Takes the place of a class that a fairseq file names, so that no code of that class is ever needed or run."""
+
+
+STAND_INS = ("fairseq.data.dictionary.Dictionary",)
+
+
+def read_pickle(path: Path) -> dict:
+    """A `.bin` or `.pt` file, by PyTorch's restricted unpickler: tensors, containers and listed harmless classes."""
+    allowed = [argparse.Namespace, *((StandIn, name) for name in STAND_INS)]
+    with torch.serialization.safe_globals(allowed):
+        try:
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
+            what = f"names {found[1] or found[2]}, which could run code" if found else "is not a PyTorch file"
+            raise ValueError(f"{path}: {what}; expected tensors alone. Ask for a .safetensors file") from None
+        except (RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path}: is not a whole PyTorch file ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
+    return content
+
+
+def fairseq_settings(content: Mapping) -> dict:
+    """The model's settings of a fairseq file: under `args` or `cfg`, of a finetuned one under `w2v_args` in these."""
+
+    def plain(value: object) -> dict:
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        return dict(value) if isinstance(value, Mapping) else {}
+
+    settings = plain(content.get("cfg")) or plain(content.get("args"))
+    found: dict = {}
+    while settings:  # the innermost last: it is the backbone's
+        model = plain(settings.get("model")) or settings
+        found |= {**plain(settings.get("task")), **model}
+        settings = plain(model.get("w2v_args"))
+    return found
+
+
+# --- from their names and sizes to ours ------------------------------------------------------------------------------
+
+
+def rename(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Backbone tensors under our names, weight norm folded. Raises ValueError for a key that is not known."""
+    state, unknown = {}, []
+    for key, tensor in tensors.items():
+        name = next((ours and match.expand(ours) for match, ours in matches(key)), "?")
+        if name == "?":
+            unknown.append(key)
+        elif name is not None:
+            conv = re.fullmatch(r"feature_encoder\.convs\.\d+\.weight", name) and tensor.ndim == 3
+            state[name] = tensor[..., None].contiguous(memory_format=torch.channels_last) if conv else tensor
+    if any("rel_attn_embed" in key or "grep_linear" in key or "relative_attention_bias" in key for key in unknown):
+        raise ValueError(
+            f"{path}: is a WavLM checkpoint (it has a relative position bias); expected wav2vec2 or hubert"
+        )
+    if unknown:
+        raise ValueError(f"{path}: {len(unknown)} tensors of no known place: {', '.join(unknown[:8])}")
+    if "position.v" in state and "position.g" in state:  # w = g v / |v|, one norm for each of the kernel's taps
+        v, g = state.pop("position.v").float(), state.pop("position.g").float()
+        state["position.conv.weight"] = v * (g / v.norm(dim=(0, 1), keepdim=True))
+    return state
+
+
+def matches(key: str) -> Iterable[tuple[re.Match, str | None]]:
+    key = re.sub(PREFIX, "", key)
+    return ((match, ours) for pattern, ours in KEYS.items() if (match := re.fullmatch(pattern, key)))
+
+
+def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2Vec2Config:
+    """The architecture: sizes from the tensors, the rest from the settings."""
+    try:
+        convs = []
+        while f"feature_encoder.convs.{len(convs)}.weight" in state:
+            convs.append(state[f"feature_encoder.convs.{len(convs)}.weight"].shape)
+        width, per_group, kernel = state["position.conv.weight"].shape
+        ffn = state["layers.0.feed_forward.fc1.weight"].shape[0]
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"{path}: holds no Wav2Vec 2.0 or HuBERT encoder (found {len(state)} of its tensors)"
+        ) from None
+    conv_norm = "layer" if "feature_encoder.norms.1.weight" in state else "group"
+
+    def setting(*names: str, default: object) -> object:
+        return next((settings[name] for name in names if settings.get(name) is not None), default)
+
+    expected = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "activation_fn": "gelu", "add_adapter": False}
+    expected |= {"adapter_attn_dim": None, "conv_pos_batch_norm": False, "feat_proj_layer_norm": True}
+    for name, value in expected.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"{path}: {name} is {settings[name]!r} in its settings; only {value!r} is known here")
+    normalized = setting("do_normalize", "normalize", default="architectures" in settings or conv_norm == "layer")
+    return Wav2Vec2Config(
+        conv_channels=tuple(shape[0] for shape in convs),
+        conv_kernels=tuple(shape[2] for shape in convs),
+        conv_strides=tuple(setting("conv_stride", default=Wav2Vec2Config.conv_strides[: len(convs)])),
+        conv_norm=conv_norm,
+        conv_bias="feature_encoder.convs.0.bias" in state,
+        width=width,
+        layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers.")),
+        heads=setting("num_attention_heads", "encoder_attention_heads", default=12 if width == 768 else 16),
+        ffn=ffn,
+        pre_norm=setting("do_stable_layer_norm", "layer_norm_first", default=conv_norm == "layer"),
+        position_kernel=kernel,
+        position_groups=width // per_group,
+        norm_eps=setting("layer_norm_eps", default=1e-5),
+        normalize_waveform=bool(normalized),
+    )
+
+
+def check(state: dict[str, Tensor], backbone: Wav2Vec2, path: Path) -> None:
+    """Every parameter is there in its shape and every tensor has its place, else ValueError."""
+    expected = {name: parameter.shape for name, parameter in backbone.named_parameters()}
+    state.setdefault("projection.mask_embedding", torch.zeros(backbone.config.width))  # left out where unused
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} has no place" for name in state if name not in expected]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{path}: does not fit its own architecture: {'; '.join(problems[:8])}{more}")
