@@ -1,10 +1,10 @@
 """The activation cache: what the frozen prefix makes of each utterance, on disk.
 
-A directory holds activations of one kind: of the same weights, depth, preprocessing and type, described in `cache.json`.
-Every process that writes has two files of its own, `<writer>.bin` with activations one after the other and `<writer>.csv`
-with a line for each, written after its activation: whatever moment a process dies at, only what it had in hand is lost,
-and several may write at once. An entry is for one state of one audio file (path, size, time of change) and is checked
-against its CRC-32 the first time it is read: a wrong activation is never used.
+A directory holds activations of one kind: of the same weights, depth, preprocessing and type, which `cache.json` tells.
+Every process that writes has two files of its own, `<writer>.bin` with activations one after the other and
+`<writer>.csv` with a line for each, written after its activation: whatever moment a process dies at, only what it had
+in hand is lost, and several may write at once. An entry is for one state of one audio file (path, size, time of
+change) and is checked against its CRC-32 the first time it is read: a wrong activation is never used.
 
     python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses
     python cache.py verify cache/1f0c3a...                 read everything, name what is damaged
@@ -14,12 +14,14 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ from torch import Tensor
 FORMAT = 1  # raise it when the same identity would mean other numbers
 SHARD_BYTES = 1 << 31
 COLUMNS = ("crc32", "shard", "offset", "frames", "size", "mtime_ns", "path")
+TEXT_COLUMNS = ("shard", "path")
+ENCODING = {"encoding": "utf-8", "errors": "surrogateescape"}  # a path need not be UTF-8
 ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
 
 
@@ -54,27 +58,29 @@ class ActivationCache:
         self.load_index()
 
     def load_index(self) -> None:
-        """Find the entries of our paths; an entry for another state of a file, or past the end of its shard, is none."""
-        number_of = {os.path.abspath(path): number for number, path in enumerate(self.paths)}
+        """Find the entries of our paths; one for another state of a file, or past the end of its shard, is none."""
+        numbers_of: dict[str, list[int]] = {}  # a file may be in the corpus twice
+        for number, path in enumerate(self.paths):
+            numbers_of.setdefault(os.path.abspath(path), []).append(number)
+        shards: dict[str, tuple[int, int]] = {}  # number and size
         for row in read_index(self.directory):
-            number = number_of.get(row["path"])
-            if number is None:
+            if row["path"] not in numbers_of or file_state(row["path"]) != (row["size"], row["mtime_ns"]):
                 continue
-            if row["shard"] not in self.shards:
+            if row["shard"] not in shards:
+                shards[row["shard"]] = len(self.shards), file_size(self.directory / row["shard"])
                 self.shards.append(row["shard"])
-            shard = self.directory / row["shard"]
-            end = row["offset"] + row["frames"] * self.row_bytes
-            if file_state(row["path"]) == (row["size"], row["mtime_ns"]) and end <= file_size(shard):
-                where = (row["crc32"], self.shards.index(row["shard"]), row["offset"], row["frames"], False)
-                self.entries[number] = where
+            shard, size = shards[row["shard"]]
+            if row["offset"] + row["frames"] * self.row_bytes <= size:
+                self.entries[numbers_of[row["path"]]] = (row["crc32"], shard, row["offset"], row["frames"], False)
 
     def has(self, numbers: Sequence[int]) -> bool:
         """Whether all of these utterances are there."""
-        return bool((self.entries["frames"][np.asarray(numbers)] > 0).all())
+        return bool((self.entries["frames"][np.asarray(numbers, int)] > 0).all())
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Packed activations `(N, width)` in the cache's type, and the lengths. Raises ValueError for a damaged entry."""
-        entries = self.entries[np.asarray(numbers)]
+        """Packed activations `(N, width)` in the cache's type, and lengths. Raises ValueError for a damaged entry."""
+        entries = self.entries[np.asarray(numbers, int)]
+        assert (entries["frames"] > 0).all(), "ask `has` first"
         packed = torch.empty(int(entries["frames"].sum()), self.width, dtype=self.dtype)
         start = 0
         for number, entry in zip(numbers, entries, strict=True):
@@ -82,13 +88,12 @@ class ActivationCache:
             file = self.reader(int(entry["shard"]))
             file.seek(int(entry["offset"]))
             whole = file.readinto(memoryview(part).cast("B")) == part.nbytes
-            if not entry["checked"]:
-                if not whole or zlib.crc32(part) != entry["crc32"]:
-                    raise ValueError(
-                        f"{self.directory / self.shards[entry['shard']]}: the activation of {self.paths[number]} is damaged; "
-                        f"delete {self.directory} and run again to compute it anew"
-                    )
-                self.entries["checked"][number] = True
+            if not whole or not (entry["checked"] or zlib.crc32(part) == entry["crc32"]):
+                raise ValueError(
+                    f"{self.directory / self.shards[entry['shard']]}: the activation of {self.paths[number]} is "
+                    f"damaged; delete {self.directory} and run again to compute it anew"
+                )
+            self.entries["checked"][number] = True
             start += int(entry["frames"])
         return packed, entries["frames"].tolist()
 
@@ -98,64 +103,74 @@ class ActivationCache:
         The rounded values are returned so that the epoch that fills the cache trains on what the next ones will read.
         """
         stored = packed.to("cpu", self.dtype)
+        start = 0
         for number, part in zip(numbers, stored.split(list(lengths)), strict=True):
-            if self.has([number]):
-                continue
             if not part.isfinite().all():
-                raise ValueError(
-                    f"the activations of {self.paths[number]} do not fit {self.dtype} (largest "
-                    f"{packed.abs().max():.3g}); set cache_dtype: float32"
-                )
-            self.append(number, part.contiguous())
+                largest = packed[start : start + len(part)].abs().max().item()
+                what = f"the activation of {self.paths[number]} does not fit {self.dtype} (largest {largest:.3g}); "
+                advice = "set cache_dtype: float32" if math.isfinite(largest) else "the model yields no numbers for it"
+                raise ValueError(what + advice)
+            if not self.has([number]):
+                self.append(number, part.contiguous())
+            start += len(part)
         return stored
 
     def append(self, number: int, part: Tensor) -> None:
+        """Add one activation `(T, width)`. Raises OSError if it cannot be written; what was written before stays."""
         data = part.view(torch.uint8).numpy().tobytes()
+        crc, path = zlib.crc32(data), os.path.abspath(self.paths[number])
+        size, mtime_ns = file_state(path) or (-1, -1)
         try:
             name, shard, index = self.writer or self.open_writer()
             offset = shard.tell()
             shard.write(data)
             shard.flush()
-            path = os.path.abspath(self.paths[number])
-            crc = zlib.crc32(data)
-            csv.writer(index).writerow((crc, name, offset, len(part), *file_state(path), path))
+            csv.writer(index).writerow((crc, name, offset, len(part), size, mtime_ns, path))
             index.flush()
         except OSError as error:
-            raise OSError(
-                f"cache {self.directory}: {error.strerror}; free space, or set cache_dir or cache: false"
-            ) from None
+            self.close_writer()  # half of what failed is in its files: nothing may follow it
+            reason = error.strerror or error
+            raise OSError(f"cache {self.directory}: {reason}; free space, or set cache_dir or cache: false") from None
         self.entries[number] = (crc, self.shards.index(name), offset, len(part), True)
         if offset + len(data) > SHARD_BYTES:
-            self.close()
+            self.close_writer()
 
     def open_writer(self) -> tuple:
+        """Two new files, which stay open until `close_writer`."""
         name = uuid.uuid4().hex[:12]
-        shard = open(self.directory / f"{name}.bin", "xb")  # noqa: SIM115 stays open until `close`
-        index = open(self.directory / f"{name}.csv", "x", newline="", encoding="utf-8")  # noqa: SIM115
-        csv.writer(index).writerow(COLUMNS)
-        self.shards.append(f"{name}.bin")
-        self.writer = f"{name}.bin", shard, index
+        shard, index = self.directory / f"{name}.bin", self.directory / f"{name}.csv"
+        self.writer = shard.name, shard.open("xb"), index.open("x", newline="", **ENCODING)
+        csv.writer(self.writer[2]).writerow(COLUMNS)
+        self.shards.append(shard.name)
         return self.writer
+
+    def close_writer(self) -> None:
+        for file in (self.writer or ())[1:]:
+            with suppress(OSError):  # a full disk again, of which the user has been told
+                file.close()
+        self.writer = None
 
     def reader(self, shard: int) -> object:
         if shard not in self.readers:
-            self.readers[shard] = open(self.directory / self.shards[shard], "rb", buffering=0)
+            self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
         return self.readers[shard]
 
-    def check_space(self, seconds: float) -> None:
-        """Raise OSError if what is missing of `seconds` of audio will not fit on the disk."""
-        missing = float((self.entries["frames"] == 0).mean()) if len(self.entries) else 0.0
-        needed, free = int(seconds * 50 * self.row_bytes * missing), shutil.disk_usage(self.directory).free
+    def check_space(self, seconds: float, pooled: bool = False) -> None:
+        """Raise OSError if what is missing of `seconds` of audio, or of pooled rows, will not fit on the disk."""
+        missing = int((self.entries["frames"] == 0).sum())
+        rows = missing if pooled else seconds * 50 * missing / max(len(self.entries), 1)
+        needed, free = int(rows * self.row_bytes), shutil.disk_usage(self.directory).free
         if needed > free:
             raise OSError(
                 f"cache {self.directory}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB; "
-                "free space, or set cache_dir, or cache: false"
+                "free space, or set cache_dir or cache: false"
             )
 
     def close(self) -> None:
-        for file in (*(self.writer or ())[1:], *self.readers.values()):
+        self.close_writer()
+        for file in self.readers.values():
             file.close()
-        self.writer, self.readers = None, {}
+        self.readers = {}
 
 
 def directory_name(identity: dict) -> str:
@@ -178,33 +193,42 @@ def file_size(path: Path) -> int:
 def read_index(directory: Path) -> Iterator[dict]:
     """Every complete line of every writer's index; the line a killed process was writing is passed over."""
     for path in sorted(directory.glob("*.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(line for line in file if line.endswith("\n")):
+        with open(path, newline="", **ENCODING) as file:
+            whole = (line for line in file if line.endswith("\n") and "\0" not in line)  # Python 3.10 takes no \\0
+            for row in csv.reader(whole):
                 try:
-                    yield {key: row[key] if key in ("shard", "path") else int(row[key]) for key in COLUMNS}
-                except (KeyError, TypeError, ValueError):
+                    entry = dict(zip(COLUMNS, row, strict=True))
+                    yield {key: value if key in TEXT_COLUMNS else int(value) for key, value in entry.items()}
+                except ValueError:  # the header
                     continue
 
 
 def verify(directory: str | Path) -> list[str]:
-    """Read every activation of a cache; the audio paths of those whose bytes are not what was written."""
+    """Read every activation of a cache; the audio paths of those whose bytes are not what was written.
+
+    What lies past the end of its shard counts only where no whole one took its place: reading passes it over too.
+    """
     directory = Path(directory)
     if not (directory / "cache.json").is_file():
         raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
-    identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
-    row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
-    damaged = []
+    try:
+        identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
+        row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
+    whole, cut, damaged = set(), [], []
     for row in read_index(directory):
-        size = row["frames"] * row_bytes
-        try:
-            with open(directory / row["shard"], "rb") as file:
-                file.seek(row["offset"])
-                data = file.read(size)
-        except OSError:
-            data = b""
-        if len(data) != size or zlib.crc32(data) != row["crc32"]:
+        size, data = row["frames"] * row_bytes, b""
+        with suppress(OSError), open(directory / row["shard"], "rb") as file:
+            file.seek(row["offset"])
+            data = file.read(size)
+        if len(data) < size:
+            cut.append(row["path"])
+        elif zlib.crc32(data) != row["crc32"]:
             damaged.append(row["path"])
-    return damaged
+        else:
+            whole.add(row["path"])
+    return damaged + [path for path in cut if path not in whole]
 
 
 def main() -> None:

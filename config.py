@@ -64,10 +64,12 @@ class Config:
     device: str = "auto"  # auto: CUDA, then MPS, then the CPU
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "epochs", "patience", "head_width", "mask_time_length", "mask_feature_length"):
+        self.require("batch_size", self.batch_size >= 2, "at least 2: the CCC of one utterance is 0/0")
+        for key in ("epochs", "patience", "head_width", "mask_time_length", "mask_feature_length"):
             self.require(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lora_rank", "warmup", "seed", "weight_decay"):
             self.require(key, getattr(self, key) >= 0, "at least 0")
+        self.require("seed", self.seed < 2**63, "below 2^63")
         for key in ("lr", "head_lr", "clip", "lora_alpha"):
             self.require(key, getattr(self, key) > 0, "a number above 0")
         for key in (field.name for field in fields(self) if field.name.endswith(("dropout", "_drop", "_prob"))):
@@ -76,15 +78,28 @@ class Config:
             "micro_batch_size", self.micro_batch_size is None or self.micro_batch_size >= 1, "at least 1 or null"
         )
         self.require("targets", len(set(self.targets)) == len(self.targets) > 0, "different names, at least one")
-        low_high = self.label_range or (0, 1)
+        low_high = (0, 1) if self.label_range is None else self.label_range
         self.require("label_range", len(low_high) == 2 and low_high[0] < low_high[1], "[low, high]")
         self.require("backbone", bool(self.backbone), "a directory, a file or a name on the hub")
-        frozen_input = self.trainable_layers != "all"
-        for key in ("projection_dropout", "mask_time_prob", "mask_feature_prob"):
-            acts = "0, because it acts below layer 0 and that is frozen unless trainable_layers is all"
-            self.require(key, not (frozen_input and getattr(self, key)), acts)
-        if self.lora_rank and self.trainable_layers == "all":
-            self.require("lora_rank", False, "0 with trainable_layers: all, where no layer is left for LoRA")
+        self.require_effect()
+
+    def require_effect(self) -> None:
+        """Refuse a key that is set but would do nothing: whoever set it believes that it acts."""
+        everything, nothing = self.trainable_layers == "all", self.trainable_layers in (0, []) and not self.lora_rank
+        self.require("lora_rank", not (everything and self.lora_rank), "0, since trainable_layers: all leaves no layer")
+        below = "as it acts below layer 0, which is frozen unless trainable_layers is all"
+        idle = dict.fromkeys(("projection_dropout", "mask_time_prob", "mask_feature_prob"), (not everything, below))
+        layers = ("attention_dropout", "activation_dropout", "layer_drop", "gradient_checkpointing")
+        idle |= dict.fromkeys(layers, (nothing, "as it acts in layers that train, and none does"))
+        lora = ("lora_alpha", "lora_targets", "lora_layers", "lora_dropout")
+        idle |= dict.fromkeys(lora, (self.lora_rank == 0, "as lora_rank is 0"))
+        for kind in ("time", "feature"):
+            off = getattr(self, f"mask_{kind}_prob") == 0
+            idle[f"mask_{kind}_length"] = off, f"as mask_{kind}_prob is 0"
+        for key, (without_effect, reason) in idle.items():
+            value, default = getattr(self, key), DEFAULTS[key]
+            same = value == (list(default) if isinstance(value, list) and isinstance(default, tuple) else default)
+            self.require(key, same or not without_effect, f"{default!r}, {reason}")
 
     def require(self, key: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:
@@ -92,15 +107,21 @@ class Config:
 
 
 TYPES = typing.get_type_hints(Config)
+DEFAULTS = {field.name: field.default for field in fields(Config)}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file with `key=value` overrides. Raises FileNotFoundError or ValueError naming the key."""
+    """The configuration in a YAML file, then `key=value` overrides. Raises FileNotFoundError, or ValueError by key."""
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise FileNotFoundError(f"{path}: no such config" + (f"; {path.parent} holds {known}" if known else ""))
-    values = parse(path.read_text(encoding="utf-8"), str(path)) or {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from None
+    values = parse(text, str(path))
+    values = {} if values is None else values  # an empty file: every default
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
     for override in overrides:
@@ -115,7 +136,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse(text: str, where: str) -> object:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise ValueError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
 
 
@@ -132,7 +153,7 @@ def make_config(values: dict, where: str) -> Config:
 
 
 def coerce(value: object, kind: object, key: str) -> object:
-    """`value` as the type `kind`, where nothing is lost by it: `1` is a float, `1e-4` is one although YAML says text."""
+    """`value` as the type `kind` where nothing is lost: `1` is a float, and so is `1e-4`, which YAML takes for text."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for argument in arguments:
@@ -140,18 +161,29 @@ def coerce(value: object, kind: object, key: str) -> object:
                 return coerce(value, argument, key)
             except ValueError:
                 continue
-    elif origin is Literal and value in arguments and isinstance(value, str):
+    elif origin is Literal and isinstance(value, str) and value in arguments:
         return value
     elif origin is list and isinstance(value, list | tuple):
         return [coerce(item, arguments[0], key) for item in value]
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = float("nan")
         if number - number == 0:  # neither NaN nor infinite
             return number
     elif kind in (int, str, bool, type(None)) and type(value) is kind:
         return value
-    names = " or ".join(map(str, arguments)) if origin is Literal else str(getattr(kind, "__name__", kind))
-    raise ValueError(f"{key}: expected {names.replace('NoneType', 'null')}, found {value!r}")
+    raise ValueError(f"{key}: expected {describe(kind)}, found {value!r}")
+
+
+def describe(kind: object) -> str:
+    """A type in a reader's words: `int | list[int] | None` is "int or list of int or null"."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(describe, arguments))
+    if origin is list:
+        return f"list of {describe(arguments[0])}"
+    return "a finite float" if kind is float else "null" if kind is type(None) else kind.__name__

@@ -16,6 +16,8 @@ def layer_numbers(value: int | Sequence[int] | str, count: int, key: str = "trai
     """The layers that a count (the last k), a list of numbers or "all" stands for, of `count` layers."""
     if value == "all":
         return list(range(count))
+    if isinstance(value, str):
+        raise ValueError(f"{key}: expected a count, a list of numbers or 'all', found {value!r}")
     if isinstance(value, int):
         if not 0 <= value <= count:
             raise ValueError(f"{key}: the model has {count} layers, found {value}")
@@ -85,6 +87,10 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if different := sorted(parameters.keys() ^ state.keys()):
         raise ValueError(f"checkpoint does not fit the model: {', '.join(different[:5])} on one side only")
+    for name, parameter in parameters.items():  # `copy_` would stretch one value over many without a word
+        if state[name].shape != parameter.shape:
+            found, expected = tuple(state[name].shape), tuple(parameter.shape)
+            raise ValueError(f"checkpoint does not fit the model: {name} is {found}, expected {expected}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
@@ -99,13 +105,8 @@ def table(model: EmotionModel) -> str:
     rows: list[list] = []
     for name, module in parts:
         total, trainable = count(module)
-        same = (
-            rows
-            and name.startswith("layer ")
-            and rows[-1][0].startswith("layer")
-            and rows[-1][1:3] == [total, trainable]
-        )
-        if same:  # one line for a run of layers alike
+        alike = rows and name.startswith("layer ") and rows[-1][0].startswith("layer ")
+        if alike and rows[-1][1:3] == [total, trainable]:  # one line for a run of layers alike
             rows[-1][3:] = [rows[-1][3] + 1]
         else:
             rows.append([name, total, trainable, 1])

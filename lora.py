@@ -42,8 +42,8 @@ def inject(
 ) -> list[str]:
     """Wrap the `targets` (among q k v o fc1 fc2) of the transformer layers with these numbers (None: all).
 
-    `module` is a backbone or has one as `backbone`. Returns the names of what it wrapped. Raises ValueError for a target
-    or layer that does not exist, one wrapped already, and a rank below 1.
+    `module` is a backbone or has one as `backbone`. Returns the names of what it wrapped. Raises ValueError for a
+    target or layer that does not exist, one wrapped already, and a rank below 1.
     """
     blocks = getattr(module, "backbone", module).layers
     numbers = range(len(blocks)) if layers is None else layers
@@ -55,15 +55,12 @@ def inject(
         raise ValueError(f"lora_layers: no layer {outside[0]}; expected numbers from 0 to {len(blocks) - 1}")
     if not targets or not len(numbers):
         raise ValueError("lora_targets and lora_layers: nothing to wrap; expected at least one of each")
-    names = []
-    for number in numbers:
-        for target in targets:
-            parent = getattr(blocks[number], PARENTS[target])
-            if isinstance(getattr(parent, target), LoRALinear):
-                raise ValueError(f"layers.{number}.{PARENTS[target]}.{target} has LoRA already")
-            setattr(parent, target, LoRALinear(getattr(parent, target), rank, alpha, dropout))
-            names.append(f"layers.{number}.{PARENTS[target]}.{target}")
-    return names
+    places = {f"layers.{i}.{PARENTS[t]}.{t}": (getattr(blocks[i], PARENTS[t]), t) for i in numbers for t in targets}
+    if wrapped := [name for name, (parent, t) in places.items() if isinstance(getattr(parent, t), LoRALinear)]:
+        raise ValueError(f"{wrapped[0]} has LoRA already")
+    for parent, target in places.values():
+        setattr(parent, target, LoRALinear(getattr(parent, target), rank, alpha, dropout))
+    return list(places)
 
 
 def adapters(module: nn.Module) -> Iterator[tuple[nn.Module, str, LoRALinear]]:
@@ -79,5 +76,6 @@ def merge(module: nn.Module) -> None:
     """Add every update to its weight, `W + (alpha / R) B A`, and put the plain linear layer back."""
     for parent, name, adapter in adapters(module):
         weight = adapter.base.weight
-        adapter.base.weight = nn.Parameter(weight + (adapter.scale * adapter.B @ adapter.A).to(weight.dtype))
+        merged = weight + (adapter.scale * adapter.B @ adapter.A).to(weight.dtype)
+        adapter.base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
         setattr(parent, name, adapter.base)

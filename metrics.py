@@ -11,12 +11,15 @@ def ccc(prediction: Tensor, target: Tensor) -> Tensor:
     """CCC of each column, `(N, K), (N, K) -> (K,)`, with gradient.
 
     `2 cov(x, y) / (var(x) + var(y) + (mean(x) - mean(y))^2)` with population moments (Lin 1989). 1 is agreement, not
-    just correlation: scale and offset count. A constant side gives 0.
+    just correlation: scale and offset count. A constant side gives 0. Raises ValueError for two different shapes.
     """
-    x_mean, y_mean = prediction.mean(0), target.mean(0)
-    x, y = prediction - x_mean, target - y_mean
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction is {tuple(prediction.shape)}, target is {tuple(target.shape)}; expected the same")
+    x, y = prediction - prediction[:1], target - target[:1]  # a constant side is now exactly zero, and so its mean
+    offset = prediction[0] + x.mean(0) - target[0] - y.mean(0)
+    x, y = x - x.mean(0), y - y.mean(0)
     covariance = (x * y).mean(0)
-    spread = (x * x).mean(0) + (y * y).mean(0) + (x_mean - y_mean) ** 2
+    spread = (x * x).mean(0) + (y * y).mean(0) + offset**2
     return 2 * covariance / spread.clamp_min(torch.finfo(spread.dtype).tiny)
 
 
@@ -44,5 +47,6 @@ def bootstrap_ci(
     n, x, y, xx, yy, xy = (weights @ sums).T
     x, y = x / n, y / n
     spread = (xx / n - x**2) + (yy / n - y**2) + (x - y) ** 2
-    values = 2 * (xy / n - x * y) / np.maximum(spread, np.finfo(float).tiny)
+    rounding = 1e-12 * (sums[:, 3] + sums[:, 4]).sum() / len(terms) + np.finfo(float).tiny
+    values = 2 * (xy / n - x * y) / np.maximum(spread, rounding)  # 0, not noise over noise, for a constant draw
     return np.percentile(values, [2.5, 97.5]).tolist()

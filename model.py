@@ -57,27 +57,44 @@ class Wav2Vec2Config:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b` for rows `(N, in)`; on a CPU as a 1x1 convolution.
-
-    Same arithmetic, other library: PyTorch sends fp32 matrix products to MKL, which on AMD processors runs
-    at half the speed of oneDNN, where convolutions go. On Intel the two are equal.
-    """
-    if x.device.type != "cpu":
+    """`x W^T + b` for rows `(N, in)`, in fp32 on a CPU by another library than PyTorch's own choice."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    rows = len(x)
-    if rows < 64:  # below, oneDNN adds up in another order, and an utterance would depend on its batch by 1e-5
-        x = F.pad(x, (0, 0, 0, 64 - rows))
-    return convolve_rows(x, weight[:, :, None, None], bias, stride=1)[:rows]
+    return LinearByConvolution.apply(x, weight, bias)
 
 
-def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """Convolution over time of rows `(T, in)` -> `(T', out)`; weight `(out, in, kernel, 1)`.
+class LinearByConvolution(torch.autograd.Function):
+    """`x W^T + b` as a convolution with a kernel of one.
 
-    Rows are the channels-last layout of an image one pixel wide: no copy on the way in or out.
+    PyTorch hands fp32 matrix products to MKL, which on AMD processors reaches half the speed of oneDNN, the library for
+    convolutions; on Intel's the two are equal. Of its inputs only what a gradient needs is kept.
     """
-    image = x.contiguous()[None, :, None].permute(0, 3, 1, 2)  # (T, in) -> (1, T, 1, in) -> (1, in, T, 1)
-    image = F.conv2d(image, weight, bias, stride=(stride, 1))
-    return image.permute(0, 2, 3, 1).flatten(0, 2)  # (1, out, T', 1) -> (T', out)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        rows = len(x)
+        if rows < 64:  # below, oneDNN adds up in another order, and an utterance would depend on its batch by 1e-5
+            x = F.pad(x, (0, 0, 0, 64 - rows))
+        return F.conv2d(image(x), weight[:, :, None, None], bias).permute(0, 2, 3, 1).flatten(0, 2)[:rows]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        grad_x = linear(grad, weight.T) if for_x else None
+        grad_weight = None
+        if for_weight:
+            kernel, mask = weight[:, :, None, None], (False, True, False)
+            grad_weight = torch.ops.aten.convolution_backward(
+                image(grad), image(x), kernel, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask
+            )[1].flatten(1)
+        return grad_x, grad_weight, grad.sum(0) if for_bias else None
+
+
+def image(x: Tensor) -> Tensor:
+    """Rows `(N, in)` as an image one pixel wide, `(1, in, N, 1)`: channels-last, so nothing is copied."""
+    return x.contiguous()[None, :, None].permute(0, 3, 1, 2)
 
 
 class Linear(nn.Linear):
@@ -90,21 +107,26 @@ class Linear(nn.Linear):
 class FeatureEncoder(nn.Module):
     """Waveforms to 50 frames a second: seven convolutions, never with a gradient.
 
-    A frame depends on 400 samples, so an utterance is worked through in pieces: the buffers stay in the
-    processor's cache and do not grow with the utterance. The one thing that looks further is the group
-    kind's normalisation over time, and its statistics are known before the first convolution is computed.
+    A convolution is a linear layer over windows of rows. A frame depends on 400 samples, so an utterance is worked
+    through in pieces: the buffers stay in the processor's cache and do not grow with the utterance. The one thing that
+    looks further is the group kind's normalisation over time, and its statistics are known before the first layer runs.
     """
 
     def __init__(self, config: Wav2Vec2Config):
         super().__init__()
-        inputs = (1, *config.conv_channels[:-1])
-        shapes = zip(inputs, config.conv_channels, config.conv_kernels, config.conv_strides, strict=True)
+        channels, kernels = (1, *config.conv_channels), config.conv_kernels
+        self.shapes = [
+            (inputs * k, inputs * s) for inputs, k, s in zip(channels[:-1], kernels, config.conv_strides, strict=True)
+        ]
         self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, (kernel, 1), (stride, 1), bias=config.conv_bias) for i, o, kernel, stride in shapes
+            Linear(kernel, outputs, bias=config.conv_bias)
+            for (kernel, _), outputs in zip(self.shapes, config.conv_channels, strict=True)
         )
         self.group_norm = config.conv_norm == "group"
         normed = config.conv_channels[:1] if self.group_norm else config.conv_channels
-        self.norms = nn.ModuleList(nn.LayerNorm(channels, eps=config.norm_eps) for channels in normed)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(channels) for channels in normed
+        )  # eps is 1e-5 whatever the config says
 
     @torch.no_grad()
     def forward(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
@@ -117,21 +139,25 @@ class FeatureEncoder(nn.Module):
         if len(waveform) < FIELD:
             raise ValueError(f"waveform of {len(waveform)} samples: one frame needs {FIELD}")
         count = (len(waveform) - FIELD) // HOP + 1
-        piece = 100 if waveform.device.type == "cpu" else 10_000  # frames: 13 MB a buffer, or one piece
+        piece = 50 if waveform.device.type == "cpu" else 10_000  # frames
         weight, bias = self.first_convolution(waveform)
         out = []
         for start in range(0, count, piece):
             stop = min(start + piece, count)
             samples = waveform[start * HOP : (stop - 1) * HOP + FIELD]
-            x = linear(windows(samples, self.convs[0]), weight, bias)
+            x = linear(self.windows(samples, 0), weight, bias)
             for i, conv in enumerate(self.convs):
                 if i > 0:
-                    x = convolve_rows(x, conv.weight, conv.bias, conv.stride[0])
+                    x = conv(self.windows(x, i))
                 if not self.group_norm:
                     x = self.norms[i](x)
                 x = torch.ops.aten.gelu_(x)
             out.append(x)
         return torch.cat(out)
+
+    def windows(self, x: Tensor, i: int) -> Tensor:
+        """What each output of convolution i sees of rows `(T, in)`: `(T', kernel in)`."""
+        return x.flatten().unfold(0, *self.shapes[i])
 
     def first_convolution(self, waveform: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight `(C, kernel)` and bias `(C,)`, in the group kind with the normalisation folded in.
@@ -139,22 +165,15 @@ class FeatureEncoder(nn.Module):
         A channel is `w.s` over windows s of the waveform, so its mean over time is `w.mean(s)` and its
         variance `w^T cov(s) w`. A bias of the convolution would cancel.
         """
-        weight, bias = self.convs[0].weight.flatten(1), self.convs[0].bias
+        conv, norm = self.convs[0], self.norms[0]
         if not self.group_norm:
-            return weight, bias
-        norm = self.norms[0]
-        s = windows(waveform, self.convs[0]).double()  # (T, kernel)
+            return conv.weight, conv.bias
+        s, w = self.windows(waveform, 0).double(), conv.weight.double()  # (T, kernel), (C, kernel)
         mean = s.mean(0)
         s = s - mean
-        w = weight.double()
         variance = (w @ (s.T @ s / len(s)) * w).sum(1)
         scale = norm.weight.double() / torch.sqrt(variance + norm.eps)
         return (w * scale[:, None]).float(), (norm.bias.double() - w @ mean * scale).float()
-
-
-def windows(samples: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The stretches of samples `(S,)` that a one-channel convolution sees, `(T, kernel)`."""
-    return samples.unfold(0, conv.kernel_size[0], conv.stride[0])
 
 
 class FeatureProjection(nn.Module):

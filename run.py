@@ -1,7 +1,7 @@
 """One place that turns a configuration into a model, and a run's directory into a model again."""
 
-import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ import data
 import weights
 from cache import ActivationCache
 from config import Config, load_config, make_config
-from freeze import cast_frozen, freeze, layer_numbers, load_trained, prefix_depth
+from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
 from lora import inject, merge
 from model import EmotionModel, Wav2Vec2Config
 
@@ -72,7 +72,7 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
             raise
         print(f"warning: {error}\nwarning: the demo goes on with RANDOM weights of wav2vec2-base", file=sys.stderr)
         backbone = weights.random_backbone(Wav2Vec2Config(**regularisation))
-        identity = {"source": config.backbone, "sha256": "random weights 1"}
+        identity = {"source": config.backbone, "sha256": weights.sha256_of(backbone)}
     backbone.gradient_checkpointing = config.gradient_checkpointing
     torch.manual_seed(config.seed)  # of the head and of LoRA
     model = EmotionModel(backbone, config.targets, label_range, config.head_width, config.head_dropout)
@@ -99,14 +99,20 @@ class Prefix:
         self.cache: ActivationCache | None = None
         self.build_seconds = 0.0
 
-    def open_cache(self, root: str, dtype: str, identity: dict) -> ActivationCache:
-        """From here on keep what is computed below `root`, and read what is there."""
+    def open_cache(self, root: str, dtype: str, identity: dict, seconds: float = 0.0) -> ActivationCache:
+        """From here on keep what is computed below `root`, and read what is there; `seconds` of audio must fit."""
         config = self.model.backbone.config
         width = config.conv_channels[-1] if self.depth < 0 else config.width
         kind = {"backbone": identity["sha256"], "depth": self.depth, "precision": self.precision}
         kind["normalize_waveform"] = config.normalize_waveform
         self.cache = ActivationCache(root, kind, self.paths, width, getattr(torch, dtype))
+        self.cache.check_space(seconds, pooled=self.depth > config.layers)
         return self.cache
+
+    def drop_if_cached(self) -> None:
+        """Give up the prefix's weights if the cache holds all that they could compute."""
+        if self.cache is not None and self.cache.has(range(len(self.paths))):
+            drop_prefix(self.model, self.depth)
 
     def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor, list[int]]]:
         """Each batch's numbers, packed activations on the device in fp32, and lengths; read one batch ahead."""
@@ -135,11 +141,13 @@ def in_order(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
 
 
-def prepare(model: EmotionModel, precision: str, device: torch.device) -> EmotionModel:
-    """On its device, frozen matrices in the type that they are used in."""
+def prepare(model: EmotionModel, device: torch.device, precision: str) -> None:
+    """Move what is in memory to its device, frozen matrices in the type that they are used in."""
     if precision != "fp32":
         cast_frozen(model, DTYPES[precision])
-    return model.to(device)
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
 
 
 def build_cache(path: str, overrides: Sequence[str]) -> None:
@@ -152,9 +160,9 @@ def build_cache(path: str, overrides: Sequence[str]) -> None:
     seconds = data.check_audio(utterances)
     model, identity = build_model(config, label_range)
     precision = pick_precision(config.precision, device)
-    prefix = Prefix(prepare(model, precision, device), [u.path for u in utterances], device, precision)
-    cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity)
-    cache.check_space(sum(seconds))
+    prepare(model, device, precision)
+    prefix = Prefix(model, [utterance.path for utterance in utterances], device, precision)
+    cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity, sum(seconds))
     missing = [batch for batch in in_order(range(len(utterances)), config.batch_size) if not cache.has(batch)]
     for _ in prefix(tqdm(missing, desc=f"cache {cache.directory}", unit="batch", disable=None)):
         pass
@@ -185,28 +193,42 @@ def load_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path}: is not a whole checkpoint ({str(error).splitlines()[0]})") from None
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """`save` to a file beside `path`, then put it in its place: whoever reads `path` finds the old or the new, whole."""
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file beside `path`, then put it in its place: whoever reads `path` finds the old or the new, whole."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save(beside)
+        write(beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # PyTorch's writer has errors of its own for a full disk
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); what was there is unharmed") from None
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written ({reason}); what was there is unharmed") from None
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object) -> None:
-    write(path, lambda file: file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+def save(path: Path, value: dict) -> None:
+    replace(path, lambda file: torch.save(value, file))
 
 
-def write_yaml(path: Path, config: Config) -> None:
-    text = yaml.safe_dump(
-        {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()}, sort_keys=False
-    )
-    write(path, lambda file: file.write_text(text, encoding="utf-8"))
+def write_text(path: Path, text: str) -> None:
+    replace(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_yaml(path: Path, value: dict) -> None:
+    write_text(path, yaml.safe_dump(value, sort_keys=False))
+
+
+def plain(config: Config) -> dict:
+    """A configuration as values that JSON, YAML and a checkpoint can all hold."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None
+    return f"{name or platform.machine()} ({device.type}, {torch.get_num_threads()} threads)"
 
 
 def peak_memory(device: torch.device) -> int:

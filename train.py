@@ -8,12 +8,12 @@ A run lives in `runs/<name>`. The same command again resumes a run that was stop
 import argparse
 import csv
 import json
+import math
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 import run
 from config import Config, load_config
-from freeze import count, drop_prefix, load_trained, table, train_mode, trained_state
+from freeze import count, load_trained, table, train_mode, trained_state
 from metrics import bootstrap_ci, ccc, ccc_loss
 from model import EmotionModel
 
@@ -97,18 +97,12 @@ def open_directory(config: Config) -> Path:
     """The run's directory. Raises ValueError if another configuration has run there."""
     directory = Path(config.output_dir) / config.name
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.yaml"
+    path, here = directory / "config.yaml", run.plain(config)
     if not path.is_file():
-        run.write_yaml(path, config)
-        return directory
+        run.write_yaml(path, here)
     there = yaml.safe_load(path.read_text(encoding="utf-8"))
-    here = yaml.safe_load(yaml.safe_dump(asdict(config) | {"targets": list(config.targets)}))
-    if different := [
-        f"{key}: {there.get(key)!r} there, {here[key]!r} now" for key in here if here[key] != there.get(key)
-    ]:
-        raise ValueError(
-            f"{directory} holds a run with another config ({'; '.join(different[:5])}); choose another name="
-        )
+    if changed := [f"{key} {there.get(key)!r}, now {here[key]!r}" for key in here if here[key] != there.get(key)]:
+        raise ValueError(f"{directory} holds another run ({'; '.join(changed[:5])}); choose another name=")
     return directory
 
 
@@ -127,149 +121,135 @@ def train(config: Config) -> dict:
     labels = torch.tensor([[utterance.labels[target] for target in config.targets] for utterance in utterances])
     labels = data.scale_labels(labels, label_range)
     split = {name: [i for i, u in enumerate(utterances) if u.split == name] for name in data.SPLITS}
-    if config.corpus == "demo":
-        print(run.DEMO_NOTE)
-    for name, numbers in split.items():
-        hours = sum(seconds[i] for i in numbers) / 3600
-        print(
-            f"{name:6}{len(numbers):8,} utterances{len({utterances[i].speaker for i in numbers}):6} speakers{hours:9.3f} h"
-        )
+    print(describe(config, utterances, seconds))
 
-    # Model
+    # Model, and its frozen prefix: computed, or read from the cache and then not even in memory
     model, backbone = run.build_model(config, label_range)
-    model = run.prepare(model, precision, device)
-    print(f"{table(model)}\n{device.type}, {precision}")
+    prefix = run.Prefix(model, [utterance.path for utterance in utterances], device, precision)
+    total_parameters, trainable_parameters = count(model)
+    print(f"{table(model)}\n{run.device_name(device)}, {precision}")
+    if config.cache:
+        prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds))
+    prefix.drop_if_cached()
+    run.prepare(model, device, precision)
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    prefix = run.Prefix(model, [utterance.path for utterance in utterances], device, precision)
-    if config.cache:
-        cache = prefix.open_cache(config.cache_dir, config.cache_dtype, backbone)
-        cache.check_space(sum(seconds))
 
     # State: all that the loop changes beside parameters and optimizer
     state = {"epoch": 0, "best": -2.0, "best_epoch": 0, "seconds": 0.0, "cache_build": 0.0, "log": []}
-    total_parameters, trainable_parameters = count(model)
+    state |= {"trainable_parameters": trainable_parameters, "total_parameters": total_parameters}
+    torch.manual_seed(config.seed)
     if (directory / "last.pt").is_file():
         last = run.load_checkpoint(directory / "last.pt")
         load_trained(model, last["trained"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
-        state = last["state"]
         restore_random(last["random"])
+        state = last["state"]
         print(f"resuming after epoch {state['epoch']}")
-    else:
-        torch.manual_seed(config.seed)
-    before = state["seconds"], state["cache_build"]
+    began -= state["seconds"]
+    prefix.build_seconds = state["cache_build"]
 
     steps = len(data.batches(len(split["train"]), config.batch_size, config.seed, 0))
-    bar = tqdm(
-        total=steps * config.epochs, initial=steps * state["epoch"], unit="step", disable=None, dynamic_ncols=True
-    )
+    bar = tqdm(total=steps * config.epochs, initial=steps * state["epoch"], unit="step", disable=None)
     while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < config.patience:
-        epoch, start, losses = state["epoch"] + 1, time.perf_counter(), []
+        epoch, start, done, losses = state["epoch"] + 1, time.perf_counter(), 0.0, []
         bar.set_description(f"epoch {epoch}")
         train_mode(model, prefix.depth)
         batches = data.batches(len(split["train"]), config.batch_size, config.seed, epoch)
-        done = 0.0
-        for i, (numbers, x, lengths) in enumerate(prefix([[split["train"][j] for j in batch] for batch in batches])):
+        for numbers, x, lengths in prefix([[split["train"][i] for i in batch] for batch in batches]):
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * min(1.0, (steps * (epoch - 1) + i + 1) / max(config.warmup, 1))
+                group["lr"] = group["peak_lr"] * min(
+                    1.0, (steps * (epoch - 1) + len(losses) + 1) / max(config.warmup, 1)
+                )
             target = labels[numbers].to(device, non_blocking=True)
-            loss, _ = step(
-                model,
-                x,
-                lengths,
-                target,
-                prefix.depth,
-                optimizer,
-                scaler,
-                prefix.dtype,
-                config.clip,
-                config.micro_batch_size,
-            )
+            micro = config.micro_batch_size
+            loss, _ = step(model, x, lengths, target, prefix.depth, optimizer, scaler, prefix.dtype, config.clip, micro)
             losses.append(loss)
             done += sum(seconds[number] for number in numbers)
             bar.update()
-            if device.type == "cpu" or i % 20 == 19:  # reading the loss makes a GPU wait
+            if device.type == "cpu" or len(losses) % 20 == 0:  # reading the loss makes a GPU wait
                 rate = done / (time.perf_counter() - start)
                 bar.set_postfix_str(f"loss {loss.item():.3f}, dev CCC {state['best']:.3f}, {rate:.0f} s of audio/s")
         train_loss = torch.stack(losses).mean().item()
         train_seconds = time.perf_counter() - start
+        if not math.isfinite(train_loss):
+            raise ValueError(
+                f"the loss became {train_loss} in epoch {epoch}; lower lr or head_lr, or set precision: fp32"
+            )
 
         dev = ccc(evaluate(model, prefix, split["dev"], config.batch_size), labels[split["dev"]]).tolist()
-        if prefix.cache is not None and not prefix.cache.has(range(len(utterances))):
-            evaluate(model, prefix, split["test"], config.batch_size)
-        if prefix.cache is not None and prefix.cache.has(range(len(utterances))):
-            drop_prefix(model, prefix.depth)
+        if prefix.cache is not None and not prefix.cache.has(split["test"]):
+            evaluate(model, prefix, split["test"], config.batch_size)  # so that the cache is whole
+        prefix.drop_if_cached()
 
         mean = sum(dev) / len(dev)
-        state["epoch"] = epoch
-        state["seconds"] = before[0] + time.perf_counter() - began
-        state["cache_build"] = before[1] + prefix.build_seconds
+        state |= {"epoch": epoch, "seconds": time.perf_counter() - began, "cache_build": prefix.build_seconds}
         row = {"epoch": epoch, "train_loss": train_loss, "train_seconds": train_seconds}
         row |= {f"dev_ccc_{target}": value for target, value in zip(config.targets, dev, strict=True)}
         row |= {"dev_ccc": mean, "audio_seconds_per_second": done / train_seconds, "seconds": state["seconds"]}
         state["log"].append(row)
+        trained = trained_state(model)
         if mean > state["best"]:
-            state["best"], state["best_epoch"] = mean, epoch
-            best = {"trained": trained_state(model), "backbone": backbone, "config": plain(config), "epoch": epoch}
-            best["label_range"] = list(label_range)
-            run.write(directory / "best.pt", lambda path, best=best: torch.save(best, path))
-        last = {"trained": trained_state(model), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        last |= {"state": state, "random": random_state()}
-        run.write(directory / "last.pt", lambda path, last=last: torch.save(last, path))
-        write_log(directory / "log.jsonl", state["log"])
+            state |= {"best": mean, "best_epoch": epoch}
+            best = {"trained": trained, "backbone": backbone, "config": run.plain(config), "epoch": epoch}
+            run.save(directory / "best.pt", best | {"label_range": list(label_range)})
+        last = {"trained": trained, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        run.save(directory / "last.pt", last | {"state": state, "random": random_state()})
+        run.write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["log"]))
         scores = "  ".join(f"{target} {value:6.3f}" for target, value in zip(config.targets, dev, strict=True))
         bar.write(f"epoch {epoch:3}  loss {train_loss:.3f}  dev CCC  {scores}  {train_seconds:8.1f} s")
     bar.close()
 
     # Test
     load_trained(model, run.load_checkpoint(directory / "best.pt")["trained"])
-    predictions = evaluate(model, prefix, split["test"], config.batch_size)
-    speakers = [utterances[i].speaker for i in split["test"]]
-    ours, theirs = (data.unscale_labels(y, label_range).numpy() for y in (predictions, labels[split["test"]]))
-    write_predictions(directory / "predictions_test.csv", config.targets, [utterances[i] for i in split["test"]], ours)
-    scores = ccc(predictions.double(), labels[split["test"]].double()).tolist()
-    test = {
-        target: {
-            "ccc": scores[k],
-            "ci95": bootstrap_ci(ours[:, k], theirs[:, k], speakers),
-            "utterances": len(speakers),
-        }
-        for k, target in enumerate(config.targets)
-    }
-    train_seconds = [row["train_seconds"] for row in state["log"]]
-    result = {
-        "test": test,
-        "seconds": {
-            "total": before[0] + time.perf_counter() - began,
-            "cache_build": before[1] + prefix.build_seconds,
-            "per_epoch": statistics.median(train_seconds),
-        },
-        "epochs": state["epoch"],
-        "best_epoch": state["best_epoch"],
-        "dev_ccc": state["best"],
-        "trainable_parameters": trainable_parameters,
-        "total_parameters": total_parameters,
-        "peak_memory_bytes": run.peak_memory(device),
-        "audio_seconds_per_second": statistics.median(row["audio_seconds_per_second"] for row in state["log"]),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "precision": precision,
-        "backbone": backbone,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "config": plain(config),
-    }
-    if config.corpus == "demo":
-        result["note"] = run.DEMO_NOTE
-    run.write_json(directory / "result.json", result)
+    predictions = data.unscale_labels(evaluate(model, prefix, split["test"], config.batch_size), label_range).numpy()
+    tested = [utterances[i] for i in split["test"]]
+    write_predictions(directory / "predictions_test.csv", config.targets, tested, predictions)
+    result = summarise(config, state, tested, predictions, time.perf_counter() - began)
+    result |= {"device": run.device_name(device), "precision": precision, "backbone": backbone}
+    result["peak_memory_bytes"] = run.peak_memory(device)
+    run.write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
-def plain(config: Config) -> dict:
-    """The configuration as values that JSON, YAML and a checkpoint can all hold."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+def describe(config: Config, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> str:
+    """The corpus in a line a split."""
+    lines = [run.DEMO_NOTE] if config.corpus == "demo" else []
+    for name in data.SPLITS:
+        chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == name]
+        speakers, hours = len({speaker for speaker, _ in chosen}), sum(s for _, s in chosen) / 3600
+        lines.append(f"{name:6}{len(chosen):8,} utterances{speakers:6} speakers{hours:9.3f} h")
+    return "\n".join(lines)
+
+
+def summarise(
+    config: Config, state: dict, tested: Sequence[data.Utterance], predictions: np.ndarray, seconds: float
+) -> dict:
+    """Scores of the test set (predictions in the corpus scale) and what they cost."""
+    test, speakers = {}, [utterance.speaker for utterance in tested]
+    for k, target in enumerate(config.targets):
+        label = np.array([utterance.labels[target] for utterance in tested])
+        score = ccc(torch.from_numpy(predictions[:, k : k + 1]).double(), torch.from_numpy(label[:, None])).item()
+        test[target] = {
+            "ccc": score,
+            "ci95": bootstrap_ci(predictions[:, k], label, speakers),
+            "utterances": len(tested),
+        }
+    per_epoch = statistics.median(row["train_seconds"] for row in state["log"])
+    return {
+        **({"note": run.DEMO_NOTE} if config.corpus == "demo" else {}),
+        "test": test,
+        "seconds": {"total": seconds, "cache_build": state["cache_build"], "per_epoch": per_epoch},
+        "epochs": state["epoch"],
+        "best_epoch": state["best_epoch"],
+        "dev_ccc": state["best"],
+        "trainable_parameters": state["trainable_parameters"],
+        "total_parameters": state["total_parameters"],
+        "audio_seconds_per_second": statistics.median(row["audio_seconds_per_second"] for row in state["log"]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "config": run.plain(config),
+    }
 
 
 def random_state() -> dict:
@@ -280,10 +260,6 @@ def restore_random(state: dict) -> None:
     torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def write_log(path: Path, rows: Sequence[dict]) -> None:
-    run.write(path, lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"))
 
 
 def write_predictions(
@@ -299,7 +275,7 @@ def write_predictions(
                 labels = [utterance.labels[target] for target in targets]
                 writer.writerow([utterance.path, utterance.speaker, *(f"{value:.4f}" for value in row), *labels])
 
-    run.write(path, save)
+    run.replace(path, save)
 
 
 def report(result: dict, directory: Path) -> str:

@@ -1,14 +1,16 @@
-"""Pretrained checkpoints as transformers and fairseq write them, into `model.Wav2Vec2`. Strict, and nothing is executed.
+"""Pretrained checkpoints as transformers and fairseq write them, into `model.Wav2Vec2`. Strict; nothing is executed.
 
 What can be read off the tensors is (sizes, kinds of normalisation, biases); the settings beside them supply the rest.
 """
 
-import argparse
+import errno
 import hashlib
 import json
+import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +41,14 @@ KEYS: dict[str, str | None] = {
     rf"encoder\.layers\.(\d+)\.(?:feed_forward\.intermediate_dense|fc1)\.{P}": r"layers.\1.feed_forward.fc1.\2",
     rf"encoder\.layers\.(\d+)\.(?:feed_forward\.output_dense|fc2)\.{P}": r"layers.\1.feed_forward.fc2.\2",
     rf"encoder\.layers\.(\d+)\.final_layer_norm\.{P}": r"layers.\1.feed_forward_norm.\2",
-    r"(quantizer|project_q|project_hid|final_proj|lm_head|projector|classifier|w2v_encoder\.proj)\..*": None,
-    r"layer_weights|label_embs_concat|mask_time_emb_vector|mask_feature_emb_vector": None,
+    r"(quantizer|project_q|project_hid|final_proj|lm_head|w2v_encoder\.proj)\..*": None,
+    r"(projector|classifier|tdnn|objective)\..*": None,
+    rf"feature_extractor\.{P}|layer_weights|label_embs_concat|mask_time_emb_vector|mask_feature_emb_vector": None,
+}
+OTHERS = {  # what gives another architecture away
+    "WavLM": r"rel_attn_embed|grep_linear|relative_attention_bias",
+    "data2vec": r"pos_conv_embed\.layers\.|pos_conv\.\d+\.0\.",
+    "Conformer": r"conv_module|linear_pos|pos_bias_u",
 }
 WEIGHT_FILES = (
     "model.safetensors",
@@ -60,16 +68,19 @@ def load_backbone(source: str | Path, **regularisation: float) -> Wav2Vec2:
     """The backbone in a checkpoint, in eval mode and fp32.
 
     `source` is a Hugging Face directory, a checkpoint file (`.safetensors`, `.bin`, fairseq `.pt`) or a hub id;
-    `regularisation` are fields of `Wav2Vec2Config`. Weights that are fp32 in the file stay mapped from it: what is never
-    used takes no memory. Raises FileNotFoundError or ValueError.
+    `regularisation` are fields of `Wav2Vec2Config`. Weights that are fp32 in the file stay mapped from it: what is
+    never used takes no memory. Raises FileNotFoundError or ValueError.
     """
     files = locate(source)
     tensors, settings = read(files)
-    state = rename(tensors, files[0])
+    state, sources = rename(tensors, files[0])
     config = replace(describe(state, settings, files[0]), **regularisation)
+    for name, tensor in state.items():
+        if name.startswith("feature_encoder.convs.") and tensor.ndim == 3:  # (out, in, kernel): a row for each output
+            state[name] = tensor.transpose(1, 2).flatten(1)
     with torch.device("meta"):
         backbone = Wav2Vec2(config)
-    check(state, backbone, files[0])
+    check(state, sources, backbone, files[0])
     backbone.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return backbone.eval()
 
@@ -80,13 +91,13 @@ def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
         backbone = Wav2Vec2(config)
     backbone = backbone.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(seed)
-    for module in backbone.modules():
+    for name, module in backbone.named_modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Conv1d) or name.startswith("feature_encoder.convs."):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02, generator=generator)
-        elif isinstance(module, nn.Conv1d | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, generator=generator)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     nn.init.uniform_(backbone.projection.mask_embedding, generator=generator)
@@ -116,8 +127,7 @@ def list_directory(path: Path) -> list[Path]:
             continue
         files = [weights]
         if name.endswith(".index.json"):
-            shards = sorted(set(read_json(weights)["weight_map"].values()))
-            files = [path / Path(shard).name for shard in shards]
+            files = [path / Path(shard).name for shard in list_shards(weights)]
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{weights}: names {', '.join(missing)}, which {path} does not hold")
         return files + [path / name for name in SETTINGS_FILES if (path / name).is_file()]
@@ -125,38 +135,62 @@ def list_directory(path: Path) -> list[Path]:
     raise FileNotFoundError(f"{path}: expected {', '.join(WEIGHT_FILES)}; found {found}")
 
 
+def list_shards(index: Path) -> list[str]:
+    """The names of the files that an index lists."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: expected a `weight_map` of names to files")
+    return sorted(set(names.values()))
+
+
 def download(repository: str) -> Path:
     """The directory in the Hugging Face cache that holds a repository's checkpoint, fetched if it is not there."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     def get(name: str, online: bool) -> Path | None:
         try:
-            return Path(hf_hub_download(repository, name, local_files_only=not online))
-        except LocalEntryNotFoundError as error:
-            if online:
-                raise ConnectionError(error) from None
+            file = Path(hf_hub_download(repository, name, local_files_only=not online))
+        except EntryNotFoundError as error:
+            if online and isinstance(error, LocalEntryNotFoundError):  # lost the network on the way
+                raise
             return None
-        except EntryNotFoundError:
-            return None
+        if online:
+            check_download(file)
+        return file
 
     def get_all(online: bool) -> Path | None:
+        for name in SETTINGS_FILES:  # first: where there are weights, a download was not cut off before its settings
+            get(name, online)
         for name in WEIGHT_FILES:
             if weights := get(name, online):
-                shards = set(read_json(weights)["weight_map"].values()) if weights.suffix == ".json" else ()
-                files = [get(other, online) for other in (*shards, *SETTINGS_FILES)]
-                if online:
-                    for file in filter(None, (weights, *files)):
-                        check_download(file)
-                return weights.parent
+                shards = [get(shard, online) for shard in list_shards(weights)] if weights.suffix == ".json" else []
+                return weights.parent if online or all(shards) else None
         return None
 
     try:
-        directory = get_all(online=False) or get_all(online=True)
+        directory = get_all(online=False)
+        if directory is None:
+            with suppress(EntryNotFoundError):  # one look: `hf_hub_download` would try half a minute for a network
+                get_hf_file_metadata(hf_hub_url(repository, SETTINGS_FILES[0]), timeout=5)  # seconds
+            directory = get_all(online=True)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise FileNotFoundError(
+            f"backbone: {repository} is neither a path here nor a repository that the hub shows to you (private ones "
+            f"want `hf auth login`); {WAYS_OUT}"
+        ) from None
     except Exception as error:
+        if isinstance(error, ValueError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UnavailableError(
             f"backbone: {repository} is neither a path here nor in the Hugging Face cache, and cannot be downloaded "
-            f"({str(error).strip().splitlines()[0][:200]}); {WAYS_OUT}"
+            f"({reason}); {WAYS_OUT}"
         ) from None
     if directory is None:
         raise FileNotFoundError(f"backbone: the hub's {repository} holds none of {', '.join(WEIGHT_FILES)}")
@@ -164,8 +198,8 @@ def download(repository: str) -> Path:
 
 
 def check_download(file: Path) -> None:
-    """Compare a file with the SHA-256 that is its name in the Hugging Face cache; remove it if damaged."""
-    blob = file.resolve()
+    """Compare a file in the Hugging Face cache with the SHA-256 that its blob is named after; remove it if damaged."""
+    blob = file.parent / os.readlink(file) if file.is_symlink() else file  # not `resolve`: a blob may be a link itself
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and blob.name != sha256([blob]):
         blob.unlink()
         file.unlink()
@@ -182,14 +216,25 @@ def sha256(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def sha256_of(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters, for weights that are in no file."""
+    digest = hashlib.sha256()
+    for parameter in module.parameters():
+        digest.update(parameter.detach().numpy())
+    return digest.hexdigest()
+
+
 # --- reading files ---------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
@@ -207,25 +252,41 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
         else:
             content = read_pickle(path)
             settings |= fairseq_settings(content)
-            content = content.get("model", content)
-            tensors |= {key: value for key, value in content.items() if isinstance(value, Tensor)}
+            content = content["model"] if isinstance(content.get("model"), Mapping) else content
+            tensors |= {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     model_type = settings.get("model_type", "wav2vec2")
     if model_type not in ("wav2vec2", "hubert"):
         raise ValueError(f"{files[0]}: is a {model_type} checkpoint; expected wav2vec2 or hubert")
     return tensors, settings
 
 
-class StandIn:
-    """Takes the place of a class that a fairseq file names, so that no code of that class is ever needed or run."""
+class StandIn(dict):
+    """Takes the place of a class that a fairseq file names: holds the object's state as items, runs no code of it."""
+
+    def __new__(cls, *_: object) -> "StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *_: object):
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        self.update(state if isinstance(state, dict) else {})
 
 
-STAND_INS = ("fairseq.data.dictionary.Dictionary",)
+STAND_INS = (  # settings, then what stands beside them: vocabulary and validation scores
+    "argparse.Namespace",
+    *(f"omegaconf.{name}Config" for name in ("dictconfig.Dict", "listconfig.List")),
+    *(f"omegaconf.nodes.{name}Node" for name in ("Any", "String", "Integer", "Float", "Boolean")),
+    *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata")),
+    *("typing.Any", "builtins.dict", "builtins.list", "builtins.int", "builtins.str", "collections.defaultdict"),
+    "fairseq.data.dictionary.Dictionary",
+    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+)
 
 
 def read_pickle(path: Path) -> dict:
-    """A `.bin` or `.pt` file, by PyTorch's restricted unpickler: tensors, containers and listed harmless classes."""
-    allowed = [argparse.Namespace, *((StandIn, name) for name in STAND_INS)]
-    with torch.serialization.safe_globals(allowed):
+    """A `.bin` or `.pt` file, by PyTorch's restricted unpickler: tensors, containers and stand-ins, nothing else."""
+    with torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS]):
         try:
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -235,8 +296,11 @@ def read_pickle(path: Path) -> dict:
             found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
             what = f"names {found[1] or found[2]}, which could run code" if found else "is not a PyTorch file"
             raise ValueError(f"{path}: {what}; expected tensors alone. Ask for a .safetensors file") from None
-        except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{path}: is not a whole PyTorch file ({str(error).splitlines()[0]})") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # damage can surface as nearly any of them
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path}: is not a whole PyTorch file ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
     return content
@@ -245,9 +309,13 @@ def read_pickle(path: Path) -> dict:
 def fairseq_settings(content: Mapping) -> dict:
     """The model's settings of a fairseq file: under `args` or `cfg`, of a finetuned one under `w2v_args` in these."""
 
-    def plain(value: object) -> dict:
-        value = vars(value) if isinstance(value, argparse.Namespace) else value
-        return dict(value) if isinstance(value, Mapping) else {}
+    def plain(level: object) -> dict:
+        """One level of settings: a dictionary, or the stand-in of a Namespace or DictConfig."""
+        level = level.get("_content", level) if isinstance(level, StandIn) else level
+        items = level.items() if isinstance(level, Mapping) else ()
+        values = {key: value.get("_val", value) if isinstance(value, StandIn) else value for key, value in items}
+        unset = ("???", "${")  # omegaconf: missing, and a reference to another setting
+        return {key: value for key, value in values.items() if not str(value).startswith(unset)}
 
     settings = plain(content.get("cfg")) or plain(content.get("args"))
     found: dict = {}
@@ -261,26 +329,32 @@ def fairseq_settings(content: Mapping) -> dict:
 # --- from their names and sizes to ours ------------------------------------------------------------------------------
 
 
-def rename(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Backbone tensors under our names, weight norm folded. Raises ValueError for a key that is not known."""
-    state, unknown = {}, []
+def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Backbone tensors by our names, weight norm folded, and the key of each. Raises ValueError for an unknown key."""
+    state, sources, unknown = {}, {}, []
     for key, tensor in tensors.items():
         name = next((ours and match.expand(ours) for match, ours in matches(key)), "?")
         if name == "?":
             unknown.append(key)
+        elif name in state:
+            raise ValueError(f"{path}: holds {name} twice, as {sources[name]} and as {key}")
         elif name is not None:
-            conv = re.fullmatch(r"feature_encoder\.convs\.\d+\.weight", name) and tensor.ndim == 3
-            state[name] = tensor[..., None].contiguous(memory_format=torch.channels_last) if conv else tensor
-    if any("rel_attn_embed" in key or "grep_linear" in key or "relative_attention_bias" in key for key in unknown):
-        raise ValueError(
-            f"{path}: is a WavLM checkpoint (it has a relative position bias); expected wav2vec2 or hubert"
-        )
+            state[name] = tensor
+            sources[name] = key
+    for architecture, pattern in OTHERS.items():
+        if telling := [key for key in unknown if re.search(pattern, key)]:
+            raise ValueError(
+                f"{path}: is a {architecture} checkpoint (it has {telling[0]}); expected wav2vec2 or hubert"
+            )
     if unknown:
         raise ValueError(f"{path}: {len(unknown)} tensors of no known place: {', '.join(unknown[:8])}")
     if "position.v" in state and "position.g" in state:  # w = g v / |v|, one norm for each of the kernel's taps
         v, g = state.pop("position.v").float(), state.pop("position.g").float()
+        if v.ndim != 3 or g.shape != (1, 1, v.shape[2]):
+            raise ValueError(f"{path}: {sources['position.g']} {tuple(g.shape)} does not fit {tuple(v.shape)}")
         state["position.conv.weight"] = v * (g / v.norm(dim=(0, 1), keepdim=True))
-    return state
+        sources["position.conv.weight"] = sources["position.v"]
+    return state, sources
 
 
 def matches(key: str) -> Iterable[tuple[re.Match, str | None]]:
@@ -294,9 +368,11 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         convs = []
         while f"feature_encoder.convs.{len(convs)}.weight" in state:
             convs.append(state[f"feature_encoder.convs.{len(convs)}.weight"].shape)
+        channels, kernels = tuple(shape[0] for shape in convs), tuple(shape[2] for shape in convs)
         width, per_group, kernel = state["position.conv.weight"].shape
         ffn = state["layers.0.feed_forward.fc1.weight"].shape[0]
-    except (KeyError, ValueError):
+        layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+    except (KeyError, IndexError, ValueError):
         raise ValueError(
             f"{path}: holds no Wav2Vec 2.0 or HuBERT encoder (found {len(state)} of its tensors)"
         ) from None
@@ -310,16 +386,20 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
     for name, value in expected.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {settings[name]!r} in its settings; only {value!r} is known here")
+    strides = tuple(setting("conv_stride", default=Wav2Vec2Config.conv_strides))
+    if (kernels, strides) != (Wav2Vec2Config.conv_kernels, Wav2Vec2Config.conv_strides):
+        raise ValueError(f"{path}: convolutions have kernels {kernels} and strides {strides}; only the usual are known")
+    heads = setting("num_attention_heads", "encoder_attention_heads", default=max(1, min(width // 64, 16)))
+    if width % heads:
+        raise ValueError(f"{path}: {heads} attention heads in its settings do not divide its width {width}")
     normalized = setting("do_normalize", "normalize", default="architectures" in settings or conv_norm == "layer")
     return Wav2Vec2Config(
-        conv_channels=tuple(shape[0] for shape in convs),
-        conv_kernels=tuple(shape[2] for shape in convs),
-        conv_strides=tuple(setting("conv_stride", default=Wav2Vec2Config.conv_strides[: len(convs)])),
+        conv_channels=channels,
         conv_norm=conv_norm,
         conv_bias="feature_encoder.convs.0.bias" in state,
         width=width,
-        layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers.")),
-        heads=setting("num_attention_heads", "encoder_attention_heads", default=12 if width == 768 else 16),
+        layers=setting("num_hidden_layers", "encoder_layers", default=layers),
+        heads=heads,
         ffn=ffn,
         pre_norm=setting("do_stable_layer_norm", "layer_norm_first", default=conv_norm == "layer"),
         position_kernel=kernel,
@@ -329,17 +409,16 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
     )
 
 
-def check(state: dict[str, Tensor], backbone: Wav2Vec2, path: Path) -> None:
+def check(state: dict[str, Tensor], sources: Mapping[str, str], backbone: Wav2Vec2, path: Path) -> None:
     """Every parameter is there in its shape and every tensor has its place, else ValueError."""
     expected = {name: parameter.shape for name, parameter in backbone.named_parameters()}
     state.setdefault("projection.mask_embedding", torch.zeros(backbone.config.width))  # left out where unused
     problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} has no place" for name in state if name not in expected]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
+    for name, tensor in state.items():
+        if name not in expected:
+            problems.append(f"{sources[name]} has no place")
+        elif tensor.shape != expected[name]:
+            problems.append(f"{sources[name]} is {tuple(tensor.shape)}, expected {tuple(expected[name])}")
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path}: does not fit its own architecture: {'; '.join(problems[:8])}{more}")

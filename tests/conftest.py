@@ -1,0 +1,134 @@
+"""What several test files need: small checkpoints, written here key by key and without our own loader."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+try:
+    import torchaudio  # noqa: F401
+except (ImportError, OSError, RuntimeError):
+    # where it is installed for another build of torch, `import transformers` and `import peft` would fail with it
+    sys.modules.setdefault("torchaudio", None)
+
+TINY = {  # as transformers names them
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "conv_dim": [32] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "layer_norm_eps": 1e-5,
+}
+
+
+def tiny_tensors(large: bool = False, seed: int = 0) -> dict[str, Tensor]:
+    """A bare Hugging Face state dict of the TINY shape; `large`: every convolution with bias and LayerNorm."""
+    width, ffn, channels = TINY["hidden_size"], TINY["intermediate_size"], TINY["conv_dim"]
+    shapes: dict[str, tuple[int, ...]] = {"masked_spec_embed": (width,)}
+
+    def norm(name: str, size: int) -> None:
+        shapes.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
+
+    def linear(name: str, inputs: int, outputs: int) -> None:
+        shapes.update({f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)})
+
+    for i, kernel in enumerate(TINY["conv_kernel"]):
+        layer = f"feature_extractor.conv_layers.{i}"
+        shapes[f"{layer}.conv.weight"] = (channels[i], channels[i - 1] if i else 1, kernel)
+        if large:
+            shapes[f"{layer}.conv.bias"] = (channels[i],)
+        if large or i == 0:
+            norm(f"{layer}.layer_norm", channels[i])
+    norm("feature_projection.layer_norm", channels[-1])
+    linear("feature_projection.projection", channels[-1], width)
+    position, kernel = "encoder.pos_conv_embed.conv", TINY["num_conv_pos_embeddings"]
+    shapes[f"{position}.bias"] = (width,)
+    shapes[f"{position}.parametrizations.weight.original0"] = (1, 1, kernel)
+    shapes[f"{position}.parametrizations.weight.original1"] = (width, width // 16, kernel)
+    norm("encoder.layer_norm", width)
+    for i in range(TINY["num_hidden_layers"]):
+        layer = f"encoder.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear(f"{layer}.attention.{name}", width, width)
+        norm(f"{layer}.layer_norm", width)
+        linear(f"{layer}.feed_forward.intermediate_dense", width, ffn)
+        linear(f"{layer}.feed_forward.output_dense", ffn, width)
+        norm(f"{layer}.final_layer_norm", width)
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if "norm.weight" in name or "original0" in name:
+            tensors[name] = 1 + 0.2 * noise
+        elif len(shape) == 1:
+            tensors[name] = 0.1 * noise
+        else:
+            tensors[name] = noise * (2 / noise[0].numel()) ** 0.5
+    return tensors
+
+
+def tiny_config(large: bool = False) -> dict:
+    """The `config.json` that belongs to `tiny_tensors`."""
+    kind = {"feat_extract_norm": "layer" if large else "group", "do_stable_layer_norm": large, "conv_bias": large}
+    return {"model_type": "wav2vec2", "architectures": ["Wav2Vec2Model"], "hidden_act": "gelu", **TINY, **kind}
+
+
+def write_tiny_checkpoint(folder: Path, large: bool = False) -> Path:
+    save_file(tiny_tensors(large), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(tiny_config(large)), encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text('{"do_normalize": true}', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A Hugging Face directory with a model of the base kind: width 64, 3 layers."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_large_checkpoint(tmp_path_factory) -> Path:
+    """The same of the large kind: pre-norm, every convolution with bias and LayerNorm."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny_large"), large=True)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The peer, or a skip. Its configurations here leave nothing to chance: no dropout, no masking, eager attention."""
+    module = pytest.importorskip("transformers")
+    module.logging.set_verbosity_error()
+    module.logging.disable_progress_bar()
+    return module
+
+
+@torch.no_grad()
+def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter a value of its own: fresh norms are ones and fresh biases zeros, and hide a mix-up."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 1 and not name.endswith(("original0", "weight_g")):
+            parameter.add_(noise * (0.3 * parameter.std()))
+        elif name.endswith(("weight", "original0", "weight_g")):
+            parameter.mul_(1 + 0.2 * noise)
+        else:
+            parameter.add_(0.1 * noise)
+    return model.eval()
+
+
+def speech_like(samples: int, seed: int = 0) -> Tensor:
+    """Gliding harmonics and noise, `(S,)`, with a small offset: a waveform with structure at every scale."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + samples)
+    t = torch.arange(samples) / 16_000
+    glides = torch.rand(6, generator=generator)
+    tones = sum(g * torch.sin(2 * torch.pi * (130 * (i + 1) * t + 20 * g * t**2)) for i, g in enumerate(glides))
+    return 0.02 + 0.1 * tones + 0.05 * torch.randn(samples, generator=generator)

@@ -1,0 +1,606 @@
+"""What `cache` promises: what is read is what was computed, whatever happened to the disk or the process in between."""
+
+import csv
+import errno
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import cache as cache_module
+import data
+import freeze
+import lora
+import run
+import train
+import weights
+from cache import ActivationCache, verify
+from model import EmotionModel, Wav2Vec2Config
+
+ROOT = Path(__file__).parents[1]
+WIDTH = 8
+IDENTITY = {"backbone": "abc", "depth": 2}
+
+
+def touch(folder: Path, count: int) -> list[str]:
+    paths = [str(folder / f"{number}.wav") for number in range(count)]
+    for path in paths:
+        Path(path).write_bytes(b"sound")
+    return paths
+
+
+def activation(number: int) -> torch.Tensor:
+    """`(T, WIDTH)` of random numbers, different in content and length for each utterance."""
+    return torch.randn(3 + number % 4, WIDTH, generator=torch.Generator().manual_seed(number))
+
+
+def open_cache(folder: Path, paths: list[str], dtype: torch.dtype = torch.float32, **identity) -> ActivationCache:
+    return ActivationCache(folder / "cache", IDENTITY | identity, paths, WIDTH, dtype)
+
+
+def write(cache: ActivationCache, *numbers: int) -> torch.Tensor:
+    parts = [activation(number) for number in numbers]
+    return cache.write(numbers, torch.cat(parts), [len(part) for part in parts])
+
+
+def filled(folder: Path, count: int, dtype: torch.dtype = torch.float32) -> tuple[list[str], Path]:
+    """A cache of `count` utterances, written and closed."""
+    paths = touch(folder, count)
+    cache = open_cache(folder, paths, dtype)
+    write(cache, *range(count))
+    cache.close()
+    return paths, cache.directory
+
+
+def check(cache: ActivationCache, *numbers: int) -> None:
+    """These utterances are there, with exactly their own values."""
+    assert cache.has(numbers)
+    packed, lengths = cache.read(numbers)
+    assert lengths == [len(activation(number)) for number in numbers]
+    assert torch.equal(packed, torch.cat([activation(number) for number in numbers]).to(cache.dtype))
+
+
+# ---------------------------------------------------------------- what is read is what was written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_reading_returns_what_writing_returned(tmp_path, dtype):
+    """fp32 exactly what was computed, fp16 rounded once; by the same object and by a new one."""
+    paths = touch(tmp_path, 5)
+    cache = open_cache(tmp_path, paths, dtype)
+    computed = torch.cat([activation(number) for number in range(5)])
+    returned = write(cache, *range(5))
+    assert torch.equal(returned, computed.to(dtype))
+    assert torch.equal(cache.read(range(5))[0], returned)
+    cache.close()
+    again = open_cache(tmp_path, paths, dtype)
+    packed, lengths = again.read(range(5))
+    assert torch.equal(packed, returned)
+    assert packed.dtype == dtype
+    assert lengths == [len(activation(number)) for number in range(5)]
+
+
+def test_an_utterance_is_the_same_alone_and_in_any_batch(tmp_path):
+    """In any order, more than once, while the rest is not there, and in a batch of none."""
+    paths = touch(tmp_path, 9)
+    cache = open_cache(tmp_path, paths)
+    write(cache, 7, 2)
+    assert [cache.has([number]) for number in range(9)] == [number in (2, 7) for number in range(9)]
+    assert not cache.has([2, 3])
+    write(cache, 3, 2, 8)  # 2 is there already
+    for numbers in ([2], [8, 2], [7, 3, 8, 2], [3, 3]):
+        check(cache, *numbers)
+    assert cache.has([])
+    assert cache.read([])[0].shape == (0, WIDTH)
+    assert sum(1 for _ in cache_module.read_index(cache.directory)) == 4
+
+
+def test_the_same_corpus_in_another_order_finds_its_activations(tmp_path):
+    """By path: numbers are only a position in this run's list. Unknown files are passed over."""
+    paths, _ = filled(tmp_path, 6)
+    subset = [paths[4], str(tmp_path / "new.wav"), paths[1]]
+    Path(subset[1]).touch()
+    cache = open_cache(tmp_path, subset)
+    assert [cache.has([number]) for number in range(3)] == [True, False, True]
+    assert torch.equal(cache.read([2, 0])[0], torch.cat([activation(1), activation(4)]))
+
+
+def test_a_file_that_the_corpus_names_twice_is_found_for_both(tmp_path):
+    """Else such a cache would never be complete, and grow with every run."""
+    paths, _ = filled(tmp_path, 2)
+    cache = open_cache(tmp_path, [paths[0], paths[1], os.path.join(tmp_path, ".", "0.wav")])
+    assert cache.has([0, 1, 2])
+    assert torch.equal(cache.read([2])[0], activation(0))
+
+
+def test_a_relative_path_and_an_absolute_one_are_the_same_file(tmp_path, monkeypatch):
+    """A cache survives a change of the working directory."""
+    paths, _ = filled(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    check(open_cache(tmp_path, ["0.wav", paths[1]]), 0, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system takes no such name")
+def test_any_name_of_an_audio_file_will_do(tmp_path):
+    """Commas, quotes, and bytes that are not UTF-8."""
+    paths = [os.fsdecode(os.fsencode(tmp_path) + name) for name in (b'/a,"b".wav', b"/\xff\xfe.wav", b"/ \xc3\xa9.wav")]
+    for path in paths:
+        Path(path).touch()
+    cache = open_cache(tmp_path, paths)
+    write(cache, 0, 1, 2)
+    check(open_cache(tmp_path, paths), 0, 1, 2)
+
+
+def test_reading_what_is_not_there_fails(tmp_path):
+    """It is not an activation of no frames; nor does one of no frames, if ever written, count as being there."""
+    cache = open_cache(tmp_path, touch(tmp_path, 2))
+    cache.write([0], torch.empty(0, WIDTH), [0])
+    for numbers in ([0], [1], [0, 1]):
+        assert not cache.has(numbers)
+        with pytest.raises(AssertionError, match="ask `has` first"):
+            cache.read(numbers)
+
+
+# ---------------------------------------------------------------- what must not be used
+
+
+@pytest.mark.parametrize("change", ["size", "time", "gone"])
+def test_the_activation_of_an_audio_file_that_has_changed_is_not_used(tmp_path, change):
+    """Another size or another time of change is another sound; its new activation takes the place of the old."""
+    paths, _ = filled(tmp_path, 3)
+    if change == "size":
+        state = os.stat(paths[1])
+        Path(paths[1]).write_bytes(b"other sound")
+        os.utime(paths[1], ns=(state.st_atime_ns, state.st_mtime_ns))
+    elif change == "time":
+        os.utime(paths[1], ns=(1, 1))
+    else:
+        os.unlink(paths[1])
+    cache = open_cache(tmp_path, paths)
+    assert [cache.has([number]) for number in range(3)] == [True, False, True]
+    if change != "gone":
+        cache.write([1], activation(9), [len(activation(9))])
+        assert torch.equal(open_cache(tmp_path, paths).read([1])[0], activation(9))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"backbone": "abd"}, {"depth": 3}, {"precision": "bf16"}, {"dtype": torch.float16}, {"width": 4}]
+)
+def test_another_identity_is_another_directory(tmp_path, changed):
+    """Other weights, depth, precision, type or width: nothing of the one is seen by the other."""
+    paths, directory = filled(tmp_path, 2)
+    dtype, width = changed.pop("dtype", torch.float32), changed.pop("width", WIDTH)
+    other = ActivationCache(tmp_path / "cache", IDENTITY | changed, paths, width, dtype)
+    assert other.directory != directory
+    assert not other.has([0])
+    check(open_cache(tmp_path, paths), 0, 1)
+
+
+def test_the_directory_says_what_it_holds(tmp_path):
+    """In JSON, for people; the order of its keys does not matter."""
+    paths, directory = filled(tmp_path, 1)
+    described = json.loads((directory / "cache.json").read_text())
+    assert described == {"format": cache_module.FORMAT, **IDENTITY, "width": WIDTH, "dtype": "float32"}
+    turned = dict(reversed(IDENTITY.items()))
+    assert ActivationCache(tmp_path / "cache", turned, paths, WIDTH, torch.float32).directory == directory
+
+
+def test_a_format_of_another_version_is_not_read(tmp_path, monkeypatch):
+    """Raising FORMAT is all it takes to leave old numbers behind."""
+    paths, _ = filled(tmp_path, 1)
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+    assert not open_cache(tmp_path, paths).has([0])
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5, 40])
+def test_a_torn_last_line_of_the_index_is_passed_over(tmp_path, cut):
+    """What a killed process leaves: the utterance in hand is computed again, all others are there."""
+    paths, directory = filled(tmp_path, 4)
+    (index,) = directory.glob("*.csv")
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-cut])
+    cache = open_cache(tmp_path, paths)
+    check(cache, 0, 1, 2)
+    assert not cache.has([3])
+    write(cache, 3)
+    check(open_cache(tmp_path, paths), 0, 1, 2, 3)
+    assert verify(directory) == []
+
+
+def test_lines_of_zeros_or_of_nothing_known_are_passed_over(tmp_path):
+    """What a power failure may leave at the end of a file."""
+    paths, directory = filled(tmp_path, 2)
+    (index,) = directory.glob("*.csv")
+    index.write_bytes(index.read_bytes() + b"\0" * 100 + b"\n1,2\n\xff\xfe,,,,,,\nx,a.bin,0,1,2,3,/a.wav\n")
+    check(open_cache(tmp_path, paths), 0, 1)
+    (directory / "0.csv").write_bytes(b"crc32,sh")  # killed while writing the header
+    (directory / "1.csv").touch()
+    check(open_cache(tmp_path, paths), 0, 1)
+
+
+def test_what_lies_past_the_end_of_its_shard_is_computed_again(tmp_path):
+    """A truncated or missing shard costs what it held; `verify` names it until then and not afterwards."""
+    paths, directory = filled(tmp_path, 4)
+    (shard,) = directory.glob("*.bin")
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert verify(directory) == [paths[3]]
+    cache = open_cache(tmp_path, paths)
+    check(cache, 0, 1, 2)
+    assert not cache.has([3])
+    write(cache, 3)
+    cache.close()
+    assert verify(directory) == []
+    shard.unlink()
+    assert verify(directory) == paths[:3]
+    cache = open_cache(tmp_path, paths)
+    check(cache, 3)
+    assert not any(cache.has([number]) for number in range(3))
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_a_flipped_bit_is_refused_when_first_read_and_named(tmp_path, number):
+    """With the audio file's name and the way out; the others are still served, and `verify` names the same file."""
+    paths, directory = filled(tmp_path, 5)
+    (shard,) = directory.glob("*.bin")
+    content = bytearray(shard.read_bytes())
+    content[sum(activation(n).nbytes for n in range(number)) + 5] ^= 1
+    shard.write_bytes(content)
+    cache = open_cache(tmp_path, paths)
+    for _ in range(2):  # the second time too
+        with pytest.raises(ValueError, match=rf"{shard}: the activation of {paths[number]} is damaged; delete .* anew"):
+            cache.read(range(5))
+    check(cache, *(other for other in range(5) if other != number))
+    assert verify(directory) == [paths[number]]
+
+
+def test_a_shard_cut_short_under_a_running_reader_is_refused(tmp_path):
+    """Also for what has been read and checked before: memory that was never filled is no activation."""
+    paths, directory = filled(tmp_path, 2)
+    cache = open_cache(tmp_path, paths)
+    check(cache, 0, 1)
+    (shard,) = directory.glob("*.bin")
+    os.truncate(shard, activation(0).nbytes + 4)
+    check(cache, 0)
+    with pytest.raises(ValueError, match=f"the activation of {paths[1]} is damaged"):
+        cache.read([0, 1])
+
+
+# ---------------------------------------------------------------- several files, several writers
+
+
+def test_two_writers_at_once_are_both_read(tmp_path):
+    """Each has files of its own; what both computed is there once for the reader."""
+    paths = touch(tmp_path, 6)
+    one, two = open_cache(tmp_path, paths), open_cache(tmp_path, paths)
+    for a, b in ((0, 3), (1, 2), (2, 4)):
+        write(one, a)
+        write(two, b)
+    check(one, 0, 1, 2)
+    check(two, 2, 3, 4)
+    assert not one.has([3])
+    third = open_cache(tmp_path, paths)
+    check(third, 0, 1, 2, 3, 4)
+    assert not third.has([5])
+    assert verify(third.directory) == []
+
+
+def test_a_full_shard_is_followed_by_another_and_readers_go_on(tmp_path, monkeypatch):
+    """The reading thread keeps its files when the writing one goes over to the next."""
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 300)
+    paths = touch(tmp_path, 12)
+    cache = open_cache(tmp_path, paths)
+    write(cache, 0)
+    check(cache, 0)
+    reader = cache.reader(0)
+    write(cache, *range(1, 12))
+    assert not reader.closed
+    check(cache, *range(12))
+    shards = [path.stat().st_size for path in cache.directory.glob("*.bin")]
+    assert len(shards) > 2
+    assert max(shards) <= 300 + activation(3).nbytes
+    cache.close()
+    assert reader.closed
+    check(open_cache(tmp_path, paths), *range(12))
+
+
+# ---------------------------------------------------------------- what cannot be stored
+
+
+def test_values_beyond_fp16_are_refused_with_the_advice(tmp_path):
+    """Names the file and its largest value, not its batch's; what came before it in the batch is kept."""
+    paths = touch(tmp_path, 3)
+    cache = open_cache(tmp_path, paths, torch.float16)
+    packed = torch.cat([activation(0), activation(1), 1e9 * activation(2)])
+    packed[len(activation(0))] = -70_000
+    lengths = [len(activation(number)) for number in range(3)]
+    with pytest.raises(ValueError, match=rf"{paths[1]} does not fit torch.float16 \(largest 7e\+04\); set cache_dtype"):
+        cache.write(range(3), packed, lengths)
+    assert [cache.has([number]) for number in range(3)] == [True, False, False]
+    assert open_cache(tmp_path, paths, torch.float32).write(range(3), packed, lengths).equal(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_activations_that_are_no_numbers_are_never_stored(tmp_path, dtype):
+    """NaN has another cause than the type, and the message does not send the user the wrong way."""
+    cache = open_cache(tmp_path, touch(tmp_path, 1), dtype)
+    with pytest.raises(ValueError, match=r"0\.wav does not fit .* \(largest nan\); the model yields no numbers for it"):
+        cache.write([0], torch.full((3, WIDTH), torch.nan), [3])
+    assert not cache.has([0])
+
+
+class FullDisk:
+    """A file on a disk that has room for half of what is written next."""
+
+    def __init__(self, file: object):
+        self.file = file
+
+    def write(self, content: bytes | str) -> None:
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("file", ["shard", "index"])
+def test_a_full_disk_is_one_clear_error_and_what_was_written_stays(tmp_path, file):
+    """Half of an entry is in the files: it is never read, and what is written once there is space again is."""
+    paths = touch(tmp_path, 4)
+    cache = open_cache(tmp_path, paths)
+    write(cache, 0, 1)
+    name, shard, index = cache.writer
+    cache.writer = (name, FullDisk(shard), index) if file == "shard" else (name, shard, FullDisk(index))
+    with pytest.raises(OSError, match=r"cache .*: No space left on device; free space, or set cache_dir or cache: fal"):
+        write(cache, 2)
+    assert not cache.has([2])
+    check(cache, 0, 1)
+    write(cache, 3)
+    cache.close()
+    again = open_cache(tmp_path, paths)
+    check(again, 0, 1, 3)
+    assert not again.has([2])
+    assert verify(again.directory) == []
+
+
+def test_a_cache_that_will_not_fit_is_refused_before_it_is_begun(tmp_path, monkeypatch):
+    """50 rows a second of what is missing; one row an utterance if pooled; nothing if all is there."""
+    paths = touch(tmp_path, 4)
+    cache = open_cache(tmp_path, paths)
+    with pytest.raises(OSError, match=r"needs 1600000\.0 GB, the disk has [\d.]+ GB; free space, or set cache_dir"):
+        cache.check_space(1e12)
+    cache.check_space(1e12, pooled=True)
+    row = WIDTH * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100 * 50 * row))
+    cache.check_space(100.0)
+    with pytest.raises(OSError, match=r"needs 0\.0 GB"):
+        cache.check_space(100.1)
+    write(cache, 0, 1)
+    cache.check_space(200.0)
+    write(cache, 2, 3)
+    cache.check_space(1e12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 4 * row - 1))
+    with pytest.raises(OSError, match=r"needs 0\.0 GB"):
+        open_cache(tmp_path, paths, depth=9).check_space(1.0, pooled=True)
+
+
+# ---------------------------------------------------------------- killed
+
+WRITER = """
+import sys, torch
+from cache import ActivationCache
+paths = open(sys.argv[1]).read().split()
+cache = ActivationCache(sys.argv[2], {"kill": 1}, paths, 64, torch.float32)
+for number in range(len(paths)):
+    part = torch.full((20 + number % 30, 64), float(number))
+    cache.write([number], part, [len(part)])
+"""
+
+
+def test_a_process_that_is_killed_loses_only_what_it_had_in_hand(tmp_path):
+    """kill -9 while it writes, a few times; each next one continues, and the last finds all complete."""
+    count = 1500
+    paths = touch(tmp_path, count)
+    listing, root = tmp_path / "paths.txt", tmp_path / "cache"
+    listing.write_text("\n".join(paths))
+
+    def present() -> np.ndarray:
+        """Which are there; those that are have their values."""
+        cache = ActivationCache(root, {"kill": 1}, paths, 64, torch.float32)
+        there = np.flatnonzero(cache.entries["frames"] > 0)
+        packed, lengths = cache.read(there)
+        assert lengths == (20 + there % 30).tolist()
+        assert torch.equal(packed, torch.from_numpy(there.repeat(lengths)).float()[:, None].expand(-1, 64))
+        assert verify(cache.directory) == []
+        return there
+
+    def written() -> int:
+        return sum(path.stat().st_size for path in root.glob("*/*.bin"))
+
+    before, rng = 0, np.random.default_rng(0)
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, listing, root], cwd=ROOT)
+        start, stop, began = written(), rng.integers(100_000, 2_000_000), time.monotonic()
+        while written() < start + stop and process.poll() is None and time.monotonic() - began < 60:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        there = present()
+        assert before < len(there) < count
+        assert there.tolist() == list(range(len(there)))  # each took up where the last was killed
+        assert written() - sum((20 + n % 30) * 64 * 4 for n in there.tolist()) <= 3 * 49 * 64 * 4  # one in hand each
+        before = len(there)
+    subprocess.run([sys.executable, "-c", WRITER, listing, root], cwd=ROOT, check=True, timeout=120)
+    assert len(present()) == count
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_an_index_of_50000_utterances_opens_quickly_and_in_little_memory(tmp_path, monkeypatch):
+    """The size of a large corpus: seconds at most, and some 21 bytes an utterance once it is open."""
+    count = 50_000
+    paths = [f"{tmp_path}/corpus/MSP-PODCAST_{number:08d}.wav" for number in range(count)]
+    monkeypatch.setattr(cache_module, "file_state", lambda path: (5, 6))  # instead of 50,000 files
+    directory = open_cache(tmp_path, paths).directory
+    with open(directory / "a.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(cache_module.COLUMNS)
+        rows.writerows((number, "a.bin", 32 * number, 1, 5, 6, path) for number, path in enumerate(paths))
+    with open(directory / "a.bin", "wb") as file:
+        file.truncate(32 * count)
+    began = time.process_time()
+    cache = open_cache(tmp_path, paths)
+    seconds = time.process_time() - began
+    assert cache.has(range(count))
+    assert cache.entries["crc32"].tolist() == list(range(count))
+    assert seconds < 3
+    tracemalloc.start()
+    cache = open_cache(tmp_path, paths)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 30 * count
+    assert peak < 500 * count
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def command_line(monkeypatch, *arguments: object) -> object:
+    """The exit status of `python cache.py ...`, or the message it exits with."""
+    monkeypatch.setattr(sys, "argv", ["cache.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "cache.py"), run_name="__main__")
+    return caught.value.code
+
+
+def test_verify_names_what_is_damaged_and_its_exit_status_says_so(tmp_path, monkeypatch, capsys):
+    """As a real process: status 1 and the audio file's name; status 0 when all is whole."""
+    paths, directory = filled(tmp_path, 3)
+    assert command_line(monkeypatch, "verify", directory) == 0
+    assert capsys.readouterr().out == "every activation is as it was written\n"
+    (shard,) = directory.glob("*.bin")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 128
+    shard.write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "cache.py", "verify", str(directory)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, f"{paths[2]}\n", "")
+
+
+def test_verify_of_what_is_no_cache_is_one_clear_message(tmp_path, monkeypatch):
+    """No traceback; the file is named."""
+    assert command_line(monkeypatch, "verify", tmp_path) == f"error: {tmp_path}: is no cache, it has no cache.json"
+    description = tmp_path / "cache.json"
+    for text in ("{", "[]", '{"width": 8}', '{"width": 8, "dtype": "complex"}', '{"width": "8", "dtype": "no"}'):
+        description.write_text(text)
+        assert command_line(monkeypatch, "verify", tmp_path) == f"error: {description}: does not describe a cache"
+
+
+# ---------------------------------------------------------------- in training
+
+TINY = Wav2Vec2Config(
+    conv_channels=(32,) * 7,
+    width=64,
+    heads=4,
+    ffn=128,
+    layers=3,
+    position_kernel=16,
+    position_groups=4,
+    hidden_dropout=0.1,  # of the part that trains: the same draws with and without a cache
+)
+FULL, LORA, LAST_LAYER, HEADS_ONLY = ("all", 0, -1), (0, 4, 0), (1, 0, 2), (0, 0, 4)  # trainable layers, rank, depth
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Such small matrices are not worth two, which wait for each other wherever the processor is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> list[str]:
+    """Twelve recordings of 0.3 to 0.8 s: noise through a filter of its own."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    for number in range(12):
+        noise = rng.standard_normal(rng.integers(4800, 12800))
+        soundfile.write(folder / f"{number}.wav", 0.1 * np.convolve(noise, rng.standard_normal(8), "same"), 16_000)
+    return [str(folder / f"{number}.wav") for number in range(12)]
+
+
+def fit(paths: list[str], method: tuple, root: Path | None, dtype: str) -> tuple[list[float], dict, run.Prefix]:
+    """Losses of two epochs, and the inputs of the part that trains, by epoch and utterance."""
+    layers, rank, depth = method
+    torch.manual_seed(0)
+    model = EmotionModel(weights.random_backbone(TINY), ["activation", "valence"], (1, 7), head_width=16)
+    freeze.freeze(model, layers)
+    if rank:
+        lora.inject(model, rank, 2 * rank, ["q", "v"])
+    labels = torch.rand(len(paths), 2, generator=torch.Generator().manual_seed(1))
+    optimizer = train.make_optimizer(model, 1e-3, 1e-2, 0.01)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    prefix = run.Prefix(model, paths, torch.device("cpu"), "fp32")
+    assert prefix.depth == depth
+    if root is not None:
+        prefix.open_cache(str(root), dtype, {"sha256": "tiny"})
+    losses, inputs = [], {}
+    torch.manual_seed(0)
+    for epoch in (1, 2):
+        freeze.train_mode(model, depth)
+        for numbers, x, lengths in prefix(data.batches(len(paths), 4, 0, epoch)):
+            parts = x.split(lengths)
+            inputs |= {(epoch, number): part.clone() for number, part in zip(numbers, parts, strict=True)}
+            losses.append(train.step(model, x, lengths, labels[numbers], depth, optimizer, scaler)[0].item())
+        if root is not None:
+            assert prefix.cache.has(range(len(paths)))
+            freeze.drop_prefix(model, depth)  # from here on it could not be computed
+    return losses, inputs, prefix
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-2)], ids=["stored in fp32", "stored in fp16"]
+)
+@pytest.mark.parametrize("method", [FULL, LORA, LAST_LAYER, HEADS_ONLY], ids=["full", "LoRA", "last", "heads"])
+def test_training_on_the_cache_has_the_losses_of_training_without(tmp_path, corpus, method, dtype, tolerance):
+    """At every depth, over the epoch that fills it and the next; and a second run reads it from the start."""
+    expected, _, _ = fit(corpus, method, None, dtype)
+    losses, inputs, prefix = fit(corpus, method, tmp_path, dtype)
+    assert len(losses) == 6
+    assert losses != expected or dtype == "float32"
+    assert losses == pytest.approx(expected, abs=tolerance)
+    for number in range(len(corpus)):  # the epoch that fills the cache trains on what the next ones read
+        assert torch.equal(inputs[1, number], inputs[2, number])
+    prefix.cache.close()
+    again, _, second = fit(corpus, method, tmp_path, dtype)
+    assert again == losses
+    assert second.build_seconds == 0 < prefix.build_seconds
+
+
+def test_runs_that_differ_above_the_prefix_share_a_cache(tmp_path, corpus):
+    """LoRA of another rank reads what the first wrote; another depth does not."""
+    _, _, first = fit(corpus, LORA, tmp_path, "float16")
+    _, _, second = fit(corpus, (0, 2, 0), tmp_path, "float16")
+    assert second.cache.directory == first.cache.directory
+    assert second.build_seconds == 0
+    assert fit(corpus, LAST_LAYER, tmp_path, "float16")[2].cache.directory != first.cache.directory
+
+
+def test_a_cache_of_pooled_utterances_has_one_row_each(tmp_path, corpus):
+    """768 values an utterance, not a frame: why heads alone train in seconds."""
+    _, _, prefix = fit(corpus, HEADS_ONLY, tmp_path, "float16")
+    assert prefix.cache.entries["frames"].tolist() == [1] * len(corpus)
+    assert sum(path.stat().st_size for path in prefix.cache.directory.glob("*.bin")) == len(corpus) * 64 * 2

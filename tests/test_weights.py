@@ -1,0 +1,835 @@
+"""What `weights` promises: every family, layout and dtype gives the same model; all else is refused, unexecuted."""
+
+import argparse
+import errno
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import types
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, perturb, speech_like, tiny_config, tiny_tensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import weights
+from model import Wav2Vec2, Wav2Vec2Config
+
+SMALL = {key: value for key, value in TINY.items() if key not in ("hidden_size", "num_attention_heads")}
+FAMILIES = {  # model class, width, heads, layer-normed convolutions and pre-norm, bias in the convolutions
+    "base": ("Wav2Vec2", 96, 12, False, False),
+    "large_ls960": ("Wav2Vec2", 128, 16, False, False),
+    "lv60_robust_xlsr": ("Wav2Vec2", 128, 16, True, True),
+    "xlsr_1b": ("Wav2Vec2", 160, 2, True, True),
+    "hubert_base": ("Hubert", 96, 12, False, False),
+    "hubert_large": ("Hubert", 128, 16, True, False),
+}
+
+
+def peer(transformers, family: str, head: str = "Model", **settings) -> torch.nn.Module:
+    """A random transformers model of a family, small, every parameter with a value of its own."""
+    name, width, heads, large, bias = FAMILIES[family]
+    kind = {"feat_extract_norm": "layer" if large else "group", "do_stable_layer_norm": large, "conv_bias": bias}
+    sizes = {**SMALL, "hidden_size": width, "num_attention_heads": heads, "vocab_size": 32, "classifier_proj_size": 16}
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **kind, **settings})
+    return perturb(getattr(transformers, f"{name}{head}")(config))
+
+
+def assert_same(one: Wav2Vec2, other: Wav2Vec2, tolerance: float = 0.0) -> None:
+    """Same architecture, same parameters."""
+    assert one.config == other.config
+    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=tolerance), name
+
+
+def write(folder: Path, tensors: dict[str, Tensor], settings: dict | None = None) -> Path:
+    """A Hugging Face directory."""
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(tiny_config() if settings is None else settings), encoding="utf-8")
+    return folder
+
+
+# ---------------------------------------------------------------- families, prefixes, spellings
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_hidden_states_of_transformers(transformers, tmp_path, family):
+    """Loaded from what `save_pretrained` writes; every hidden state within 1e-4, and all settings as in the file."""
+    theirs = peer(transformers, family)
+    theirs.save_pretrained(tmp_path)
+    ours = weights.load_backbone(tmp_path)
+    _, width, heads, large, bias = FAMILIES[family]
+    c = ours.config
+    assert (c.width, c.heads, c.layers, c.ffn) == (width, heads, 3, 128)
+    assert (c.pre_norm, c.conv_bias, c.conv_norm) == (large, bias, "layer" if large else "group")
+    assert c.normalize_waveform and not ours.training
+    assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
+    for samples in (400, 7331, 16_000):
+        waveform = speech_like(samples)
+        output = theirs(waveform[None], output_hidden_states=True)
+        expected = [*output.hidden_states[:-1], output.last_hidden_state]
+        for depth, (a, b) in enumerate(zip(ours.hidden_states([waveform]), expected, strict=True)):
+            assert torch.allclose(a[0], b[0], rtol=0, atol=1e-4), (samples, depth)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "extra"),
+    [
+        ("base", "ForPreTraining", "quantizer.codevectors"),
+        ("lv60_robust_xlsr", "ForPreTraining", "project_hid.weight"),
+        ("lv60_robust_xlsr", "ForCTC", "lm_head.weight"),
+        ("base", "ForSequenceClassification", "classifier.weight"),
+        ("base", "ForAudioFrameClassification", "classifier.weight"),
+        ("base", "ForXVector", "tdnn.0.kernel.weight"),
+        ("hubert_base", "ForCTC", "lm_head.weight"),
+        ("hubert_large", "ForSequenceClassification", "projector.weight"),
+    ],
+)
+def test_a_head_on_top_changes_nothing(transformers, tmp_path, family, head, extra):
+    """The prefixed backbone of a model with a head equals the bare one, and the head's tensors are left out."""
+    whole = peer(transformers, family, head)
+    whole.save_pretrained(tmp_path / "whole")
+    assert extra in load_file(tmp_path / "whole" / "model.safetensors")
+    whole.base_model.save_pretrained(tmp_path / "bare")
+    assert_same(weights.load_backbone(tmp_path / "whole"), weights.load_backbone(tmp_path / "bare"))
+
+
+def test_the_head_of_the_audeering_model_is_left_out(tiny_checkpoint, tmp_path):
+    """`classifier.dense`, `classifier.out_proj` beside a prefixed backbone, `vocab_size` null."""
+    tensors = {f"wav2vec2.{name}": tensor for name, tensor in tiny_tensors().items()}
+    for name, size in (("dense", 64), ("out_proj", 3)):
+        tensors |= {f"classifier.{name}.weight": torch.ones(size, 64), f"classifier.{name}.bias": torch.ones(size)}
+    folder = write(tmp_path, tensors, tiny_config() | {"vocab_size": None, "architectures": ["EmotionModel"]})
+    assert_same(weights.load_backbone(folder), weights.load_backbone(tiny_checkpoint))
+
+
+@pytest.mark.parametrize("spelling", ["weight_g and weight_v", "parametrizations", "folded"])
+def test_three_spellings_of_weight_norm_are_one_weight(tiny_checkpoint, tmp_path, spelling):
+    """`w = g v / |v|` with a norm over all but the kernel's dimension, as `torch.nn.utils` computes it."""
+    tensors = tiny_tensors()
+    prefix = "encoder.pos_conv_embed.conv."
+    g = tensors.pop(f"{prefix}parametrizations.weight.original0")
+    v = tensors.pop(f"{prefix}parametrizations.weight.original1")
+    conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(64, 64, 128, groups=16), dim=2)
+    conv.parametrizations.weight.original0.data, conv.parametrizations.weight.original1.data = g, v
+    expected = conv.weight.detach()
+    tensors |= {
+        "weight_g and weight_v": {f"{prefix}weight_g": g, f"{prefix}weight_v": v},
+        "parametrizations": {f"{prefix}parametrizations.weight.original{i}": x for i, x in enumerate((g, v))},
+        "folded": {f"{prefix}weight": expected.contiguous()},
+    }[spelling]
+    ours = weights.load_backbone(write(tmp_path, tensors))
+    assert torch.allclose(ours.position.conv.weight, expected, rtol=0, atol=1e-6)
+    assert_same(ours, weights.load_backbone(tiny_checkpoint), tolerance=1e-6)
+
+
+# ---------------------------------------------------------------- files and dtypes
+
+
+def shard(folder: Path, tensors: dict[str, Tensor], suffix: str) -> None:
+    """Two shards and their index, as transformers lays them out."""
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = sorted(tensors)
+    parts = {f"{stem}-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
+    for file, keys in parts.items():
+        part = {key: tensors[key] for key in keys}
+        save_file(part, folder / file) if suffix == "safetensors" else torch.save(part, folder / file)
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("layout", ["bin", "old bin", "sharded safetensors", "sharded bin", "file", "bin file"])
+def test_every_layout_of_files_gives_the_same_model(tiny_checkpoint, tmp_path, layout):
+    """Directory or single file, whole or sharded, safetensors or pickle of either age."""
+    tensors = tiny_tensors()
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    source = tmp_path
+    if layout.startswith("sharded"):
+        shard(tmp_path, tensors, layout.split()[1])
+    elif layout == "file":
+        source = tmp_path / "other_name.safetensors"
+        save_file(tensors, source)
+    else:
+        source = tmp_path / ("other_name.bin" if layout == "bin file" else "pytorch_model.bin")
+        torch.save(tensors, source, _use_new_zipfile_serialization=layout != "old bin")
+        source = source if layout == "bin file" else tmp_path
+    assert_same(weights.load_backbone(source), weights.load_backbone(tiny_checkpoint))
+    assert_same(weights.load_backbone(str(source)), weights.load_backbone(tiny_checkpoint))
+
+
+def test_shards_of_transformers_are_read(transformers, tmp_path):
+    """`save_pretrained` with a small `max_shard_size` and without give the same model."""
+    theirs = peer(transformers, "base")
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "many", max_shard_size="200KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    assert_same(weights.load_backbone(tmp_path / "many"), weights.load_backbone(tmp_path / "one"))
+
+
+def test_safetensors_are_preferred_to_pickles(tiny_checkpoint, tmp_path):
+    """Where a directory has both, as on the hub, the pickle is not opened."""
+    write(tmp_path, tiny_tensors())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    assert_same(weights.load_backbone(tmp_path), weights.load_backbone(tiny_checkpoint))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 16), (1920, 16)])
+def test_without_settings_the_heads_follow_from_the_width(width, heads):
+    """... by the table of published sizes; pre-norm and normalised waveforms go with layer-normed convolutions."""
+    for large in (False, True):
+        state = {f"feature_encoder.convs.{i}.weight": torch.empty(8, 8, k) for i, k in enumerate(TINY["conv_kernel"])}
+        if large:
+            state["feature_encoder.norms.1.weight"] = torch.empty(8)
+        state["position.conv.weight"] = torch.empty(width, width // 16, 128, device="meta")
+        state["layers.0.feed_forward.fc1.weight"] = torch.empty(4 * width, width, device="meta")
+        c = weights.describe(state, {}, Path("x.pt"))
+        assert (c.heads, c.ffn, c.layers, c.position_groups) == (heads, 4 * width, 1, 16)
+        assert (c.pre_norm, c.normalize_waveform) == (large, large)
+
+
+@torch.no_grad()
+def test_a_single_file_needs_no_settings(transformers, tmp_path):
+    """A safetensors file alone in a directory, at a usual number of heads, equals the same file with its config."""
+    theirs = peer(transformers, "lv60_robust_xlsr", num_attention_heads=2)
+    theirs.save_pretrained(tmp_path / "all")
+    (tmp_path / "alone").mkdir()
+    alone = (tmp_path / "all" / "model.safetensors").rename(tmp_path / "alone" / "weights.safetensors")
+    waveform = speech_like(4000)
+    ours = weights.load_backbone(alone)
+    assert torch.allclose(ours.hidden_states([waveform])[-1][0], theirs(waveform[None])[0][0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_dtype_is_read_into_fp32(tmp_path, dtype):
+    """A rounded file gives exactly what the rounded values give: nothing is computed in the stored dtype."""
+    stored = {name: tensor.to(dtype) for name, tensor in tiny_tensors().items()}
+    ours = weights.load_backbone(write(tmp_path / "stored", stored))
+    same = weights.load_backbone(write(tmp_path / "fp32", {name: tensor.float() for name, tensor in stored.items()}))
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    assert_same(ours, same)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_fp32_weights_stay_in_the_file(tmp_path, file):
+    """What is never touched is never read: the file is mapped, not copied."""
+    path = tmp_path / file
+    save_file(tiny_tensors(), path) if file.endswith("safetensors") else torch.save(tiny_tensors(), path)
+    backbone = weights.load_backbone(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    assert backbone.layers[0].attention.q.weight.isfinite().all()
+
+
+def test_a_missing_mask_embedding_is_zero(tmp_path):
+    """Some published files leave it out; it serves SpecAugment alone."""
+    tensors = tiny_tensors()
+    del tensors["masked_spec_embed"]
+    backbone = weights.load_backbone(write(tmp_path, tensors))
+    assert torch.equal(backbone.projection.mask_embedding, torch.zeros(64))
+
+
+def test_regularisation_is_set_at_loading(tiny_checkpoint):
+    """... and nothing else of the architecture can be by accident: what is not given is off."""
+    config = weights.load_backbone(tiny_checkpoint, hidden_dropout=0.1, layer_drop=0.05).config
+    assert (config.hidden_dropout, config.layer_drop, config.attention_dropout) == (0.1, 0.05, 0.0)
+
+
+@pytest.mark.parametrize(("stored", "expected"), [(True, True), (False, False), (None, True)])
+def test_the_preprocessor_says_whether_waveforms_are_normalised(tmp_path, stored, expected):
+    """`do_normalize`; without the file, yes, as the processors of transformers do."""
+    folder = write(tmp_path, tiny_tensors())
+    if stored is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": stored}))
+    assert weights.load_backbone(folder).config.normalize_waveform is expected
+
+
+# ---------------------------------------------------------------- fairseq
+
+FAIRSEQ_NAMES = (  # Hugging Face -> fairseq, written from fairseq's module names
+    (r"^masked_spec_embed$", "mask_emb"),
+    (r"^feature_extractor\.conv_layers\.(\d+)\.conv\.", r"feature_extractor.conv_layers.\1.0."),
+    (r"^feature_projection\.layer_norm\.", "layer_norm."),
+    (r"^feature_projection\.projection\.", "post_extract_proj."),
+    (r"^encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0$", "encoder.pos_conv.0.weight_g"),
+    (r"^encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original1$", "encoder.pos_conv.0.weight_v"),
+    (r"^encoder\.pos_conv_embed\.conv\.bias$", "encoder.pos_conv.0.bias"),
+    (r"\.attention\.", ".self_attn."),
+    (r"^(encoder\.layers\.\d+)\.layer_norm\.", r"\1.self_attn_layer_norm."),
+    (r"\.feed_forward\.intermediate_dense\.", ".fc1."),
+    (r"\.feed_forward\.output_dense\.", ".fc2."),
+)
+MODEL = {"encoder_attention_heads": 4, "encoder_layers": 3, "activation_fn": "gelu", "dropout": 0.1}
+
+
+def fairseq_tensors(large: bool, finetuned: bool) -> dict[str, Tensor]:
+    """`tiny_tensors` as fairseq names them, with what a pretrained or finetuned model has beside."""
+    tensors = {}
+    for name, tensor in tiny_tensors(large).items():
+        norm = r"feature_extractor.conv_layers.\1.2.1." if large else r"feature_extractor.conv_layers.\1.2."
+        name = re.sub(r"^feature_extractor\.conv_layers\.(\d+)\.layer_norm\.", norm, name)
+        for pattern, replacement in FAIRSEQ_NAMES:
+            name = re.sub(pattern, replacement, name)
+        tensors[f"w2v_encoder.w2v_model.{name}" if finetuned else name] = tensor
+    pretrained = ("quantizer.vars", "project_q.weight", "final_proj.weight", "label_embs_concat")
+    extras = ("w2v_encoder.proj.weight", "w2v_encoder.proj.bias") if finetuned else pretrained
+    return tensors | {name: torch.ones(4, 4) for name in extras}
+
+
+@contextmanager
+def pretend_class(name: str):
+    """An importable class of this full name, as long as a file is written that refers to it."""
+    module, _, short = name.rpartition(".")
+    cls = type(short, (), {"__module__": module})
+    parts = module.split(".")
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update({name: types.ModuleType(name) for name in names})
+    setattr(sys.modules[module], short, cls)
+    try:
+        yield cls
+    finally:
+        for name, old in before.items():
+            sys.modules.pop(name) if old is None else sys.modules.update({name: old})
+
+
+def fairseq_settings(layout: str, large: bool, finetuned: bool) -> dict:
+    """`args` or `cfg` as fairseq nests them; of the finetuned ones the backbone's own settings are one level down."""
+    model = {**MODEL, "layer_norm_first": large, "conv_bias": large}
+    task = {"_name": "audio_pretraining", "normalize": large}
+    if layout == "args":
+        args = argparse.Namespace(**model, arch="wav2vec2", normalize=large, task="audio_pretraining")
+        outer = argparse.Namespace(arch="wav2vec_ctc", w2v_args=args, normalize=large, layer_norm_first=None)
+        return {"args": outer if finetuned else args}
+    cfg = {"model": {"_name": "wav2vec2", **model}, "task": task, "common": {"seed": 1}}
+    if finetuned:
+        cfg = {"model": {"_name": "wav2vec_ctc", "w2v_args": cfg, "normalize": large, "dropout": 0.5}, "task": task}
+    return {"args": None, "cfg": cfg}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
+@pytest.mark.parametrize("finetuned", [False, True], ids=["pretrained", "ctc"])
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+@pytest.mark.parametrize("layout", ["args", "cfg"])
+def test_fairseq_files_give_the_model_of_the_hugging_face_directory(
+    tiny_checkpoint, tiny_large_checkpoint, tmp_path, layout, large, finetuned, zipped
+):
+    """Whatever the layout, with the vocabulary object that fairseq stores beside; waveforms normalised as it says."""
+    path = tmp_path / "checkpoint_best.pt"
+    with pretend_class("fairseq.data.dictionary.Dictionary") as Dictionary:
+        vocabulary = Dictionary()
+        vocabulary.symbols, vocabulary.indices = ["<s>", "a"], {"<s>": 0, "a": 1}
+        content = fairseq_settings(layout, large, finetuned)
+        content |= {"model": fairseq_tensors(large, finetuned), "task_state": {"dictionaries": [vocabulary]}}
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    ours = weights.load_backbone(path)
+    reference = weights.load_backbone(tiny_large_checkpoint if large else tiny_checkpoint, normalize_waveform=large)
+    assert_same(ours, reference)
+
+
+def test_settings_that_omegaconf_pickled_are_read(tiny_checkpoint, tmp_path):
+    """DictConfig and its nodes through stand-ins; what is missing or refers elsewhere counts as not set."""
+    path = tmp_path / "checkpoint.pt"
+    with (
+        pretend_class("omegaconf.dictconfig.DictConfig") as DictConfig,
+        pretend_class("omegaconf.nodes.AnyNode") as AnyNode,
+    ):
+
+        def wrap(value: object) -> object:
+            node = DictConfig() if isinstance(value, dict) else AnyNode()
+            wrapped = {key: wrap(x) for key, x in value.items()} if isinstance(value, dict) else value
+            vars(node).update({"_content" if isinstance(value, dict) else "_val": wrapped, "_parent": None})
+            return node
+
+        cfg = {
+            "model": {**MODEL, "layer_norm_first": "???", "normalize": "${task.normalize}", "conv_bias": False},
+            "task": {"normalize": False},
+        }
+        torch.save({"args": None, "cfg": wrap(cfg), "model": fairseq_tensors(False, False)}, path)
+    reference = weights.load_backbone(tiny_checkpoint, normalize_waveform=False)
+    assert_same(weights.load_backbone(path), reference)
+
+
+def test_numbers_of_numpy_beside_the_model_do_no_harm(tmp_path):
+    """Validation scores are pickled as numpy scalars."""
+    numpy = pytest.importorskip("numpy")
+    path = tmp_path / "checkpoint.pt"
+    content = {"cfg": {"model": MODEL}, "model": fairseq_tensors(False, False), "best": numpy.float64(12.5)}
+    torch.save(content, path)
+    assert weights.load_backbone(path).config.heads == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("large", [False, True], ids=["base", "large"])
+def test_fairseq_itself_agrees(tmp_path, large):
+    """Its own model, its own state dict: every hidden state within 1e-4."""
+    try:
+        from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config as TheirConfig
+        from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Model
+    except Exception as error:  # 0.12.2 is not importable as it is by Python 3.11 and later
+        pytest.skip(f"no working fairseq: {error}")
+
+    settings = {
+        "extractor_mode": "layer_norm" if large else "default",
+        "layer_norm_first": large,
+        "conv_bias": large,
+        "conv_feature_layers": "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2",
+        "encoder_layers": 3,
+        "encoder_embed_dim": 64,
+        "encoder_ffn_embed_dim": 128,
+        "encoder_attention_heads": 4,
+    }
+    theirs = perturb(Wav2Vec2Model(TheirConfig(**settings)))
+    torch.save({"args": None, "cfg": {"model": settings}, "model": theirs.state_dict()}, tmp_path / "w.pt")
+    ours = weights.load_backbone(tmp_path / "w.pt")
+    waveform = speech_like(7331)
+    expected = theirs(waveform[None], padding_mask=None, mask=False, features_only=True)
+    states = [state[0] for state in ours.hidden_states([waveform])]
+    assert torch.allclose(states[-1], expected["x"][0], rtol=0, atol=1e-4)
+    for depth in (1, 2):
+        assert torch.allclose(states[depth], expected["layer_results"][depth - 1][0][:, 0], rtol=0, atol=1e-4), depth
+
+
+# ---------------------------------------------------------------- strictness
+
+
+def without(*names: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tiny_tensors().items() if name not in names}
+
+
+Q = "encoder.layers.1.attention.q_proj.weight"
+CONV = "feature_extractor.conv_layers.3.conv.weight"
+POSITION = "encoder.pos_conv_embed.conv"
+UNFIT = {
+    "missing": (without(Q), r"layers\.1\.attention\.q\.weight is missing"),
+    "missing bias": (without(f"{POSITION}.bias"), r"position\.conv\.bias is missing"),
+    "missing last layer": (
+        {name: tensor for name, tensor in tiny_tensors().items() if "layers.2." not in name or "conv" in name},
+        r"layers\.2\.attention\.q\.weight is missing.*and 8 more",
+    ),
+    "missing norm": (without("encoder.layer_norm.weight"), r"norm\.weight is missing"),
+    "missing half of the weight norm": (
+        without(f"{POSITION}.parametrizations.weight.original0"),
+        "holds no Wav2Vec 2.0 or HuBERT encoder",
+    ),
+    "nothing": ({"x.weight": torch.ones(2)}, r"1 tensors of no known place: x\.weight"),
+    "only a head": ({"lm_head.weight": torch.ones(2)}, r"holds no Wav2Vec 2.0 .*found 0 of its tensors"),
+    "surplus": (tiny_tensors() | {"encoder.surprise.weight": torch.ones(2)}, r"encoder\.surprise\.weight"),
+    "surplus layer": (
+        tiny_tensors() | {Q.replace("1", "3"): torch.ones(64, 64)},
+        r"encoder\.layers\.3\.attention\.q_proj\.weight has no place",
+    ),
+    "surplus norm": (
+        tiny_tensors() | {"feature_extractor.conv_layers.0.conv.bias": torch.ones(32)},
+        r"convs\.1\.bias is missing",
+    ),
+    "twice": (tiny_tensors() | {f"wav2vec2.{Q}": torch.ones(64, 64)}, r"layers\.1\.attention\.q\.weight twice"),
+    "mis-shaped": (
+        tiny_tensors() | {Q: torch.ones(64, 63)},
+        r"encoder\.layers\.1\.attention\.q_proj\.weight is \(64, 63\), expected \(64, 64\)",
+    ),
+    "mis-shaped convolution": (tiny_tensors() | {CONV: torch.ones(32, 31, 3)}, r"conv_layers\.3\.conv\.weight is \("),
+    "kernels": (tiny_tensors() | {CONV: torch.ones(32, 32, 5)}, r"convolutions have kernels .*only the usual"),
+    "mis-shaped weight norm": (
+        tiny_tensors() | {f"{POSITION}.parametrizations.weight.original0": torch.ones(64, 1, 1)},
+        r"original0 \(64, 1, 1\) does not fit \(64, 4, 128\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_every_parameter_is_filled_and_every_tensor_used(tmp_path, name):
+    """Missing, surplus or mis-shaped: an error that names the file and the tensor."""
+    tensors, message = UNFIT[name]
+    with pytest.raises(ValueError, match=rf"model\.safetensors: (?s:.*){message}"):
+        weights.load_backbone(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "wavlm"}, "is a wavlm checkpoint; expected wav2vec2 or hubert"),
+        ({"model_type": "data2vec-audio"}, "is a data2vec-audio checkpoint"),
+        ({"model_type": "bert"}, "is a bert checkpoint"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu' in its settings; only 'gelu' is known"),
+        ({"adapter_attn_dim": 16}, "adapter_attn_dim is 16"),
+        ({"add_adapter": True}, "add_adapter is True"),
+        ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, r"strides \(5, 2, 2, 2, 2, 2, 1\)"),
+        ({"num_attention_heads": 5}, "5 attention heads in its settings do not divide its width 64"),
+    ],
+)
+def test_settings_for_another_architecture_are_refused(tmp_path, settings, message):
+    """By the name in the settings, whatever the tensors look like."""
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+        weights.load_backbone(write(tmp_path, tiny_tensors(), tiny_config() | settings))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("wavlm.encoder.layers.0.attention.rel_attn_embed.weight", "WavLM"),
+        ("encoder.layers.0.self_attn.grep_linear.weight", "WavLM"),
+        ("data2vec_audio.encoder.pos_conv_embed.layers.0.conv.weight", "data2vec"),
+        ("encoder.pos_conv.0.0.weight", "data2vec"),
+        ("encoder.layers.0.conv_module.batch_norm.weight", "Conformer"),
+    ],
+)
+def test_other_architectures_are_known_by_their_tensors(tmp_path, key, name):
+    """A file without settings is refused by name too."""
+    save_file(tiny_tensors() | {key: torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=rf"x\.safetensors: is a {name} checkpoint \(it has {re.escape(key)}\)"):
+        weights.load_backbone(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("name", "message"), [("WavLM", "WavLM"), ("Data2VecAudio", "data2vec")])
+def test_real_files_of_other_architectures_are_refused(transformers, tmp_path, name, message):
+    """As transformers writes them, with their settings and without."""
+    config = getattr(transformers, f"{name}Config")(**SMALL, hidden_size=96, num_attention_heads=12, vocab_size=32)
+    getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is a {config.model_type} checkpoint"):
+        weights.load_backbone(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"is a {message} checkpoint"):
+        weights.load_backbone(tmp_path)
+
+
+# ---------------------------------------------------------------- hostile and damaged files
+
+
+class Hostile:
+    """Unpickled without restraint, it runs a function of the caller's choice."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("how", ["zip", "before PyTorch 1.6", "bare pickle"])
+@pytest.mark.parametrize("function", ["os.system", "builtins.eval", "subprocess.Popen", "pathlib.Path.touch"])
+def test_a_pickle_that_wants_to_run_code_does_not(tmp_path, how, function):
+    """Nothing runs, and the message names the file and what it asked for."""
+    witness, path = tmp_path / "witness", tmp_path / "pytorch_model.bin"
+    call = {
+        "os.system": (os.system, f"touch {witness}"),
+        "builtins.eval": (eval, f"open({str(witness)!r}, 'w').close()"),
+        "subprocess.Popen": (subprocess.Popen, ["touch", str(witness)]),
+        "pathlib.Path.touch": (Path.touch, witness),
+    }[function]
+    content = {"model": tiny_tensors(), "extra": Hostile(*call)}
+    if how == "bare pickle":
+        path.write_bytes(pickle.dumps({"extra": Hostile(*call)}, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: (names \S+, which could run|is not a PyTorch file)"):
+        weights.load_backbone(tmp_path)
+    assert not witness.exists()
+
+
+def test_the_hostile_pickle_would_have_run(tmp_path):
+    """The test above can fail: plain unpickling of the same object does create the file."""
+    pickle.loads(pickle.dumps(Hostile(Path.touch, tmp_path / "witness")))
+    assert (tmp_path / "witness").exists()
+
+
+def test_stand_ins_only_hold_data(tmp_path):
+    """What the allow-list lets through becomes a dictionary, and only while a file is read."""
+    path = tmp_path / "x.pt"
+    with pretend_class("fairseq.data.dictionary.Dictionary") as Dictionary:
+        vocabulary = Dictionary()
+        vocabulary.symbols = ["a"]
+        torch.save({"whole": vocabulary, "int": Hostile(int, "12"), "type": list}, path)
+    content = weights.read_pickle(path)
+    assert type(content["whole"]) is weights.StandIn and content["whole"] == {"symbols": ["a"]}
+    assert type(content["int"]) is weights.StandIn and content["int"] == {}
+    assert content["type"] is weights.StandIn
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "old.bin", "x.pt"])
+def test_a_cut_file_is_an_error_that_names_it(tmp_path, name, share):
+    """At any place: no traceback of a library, no half-filled model."""
+    path = tmp_path / name
+    if name.endswith("safetensors"):
+        save_file(tiny_tensors(), path)
+    else:
+        content = {"cfg": {"model": MODEL}, "model": fairseq_tensors(False, False)} if "pt" in name else tiny_tensors()
+        torch.save(content, path, _use_new_zipfile_serialization=name != "old.bin")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: is not a (whole )?(PyTorch|safetensors) file"):
+        weights.load_backbone(path)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "x.pt"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        b"<html>404</html>",
+        bytes(range(256)) * 9,
+    ],
+    ids=["pointer of git-lfs", "web page", "noise"],
+)
+def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path, name, content):
+    """What lies there after a clone without git-lfs, or a download of an error page."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is not a (whole )?(PyTorch|safetensors) file"):
+        weights.load_backbone(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [[tiny_tensors()], torch.ones(3), "text"], ids=["list", "tensor", "text"])
+def test_a_pickle_of_something_else_is_an_error(tmp_path, content):
+    """A PyTorch file need not be a checkpoint."""
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: holds a \w+; expected a dictionary of tensors"):
+        weights.load_backbone(tmp_path / "x.pt")
+
+
+# ---------------------------------------------------------------- what is not there
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    """Path, weights or shard: what was looked for, what was found, and the ways out."""
+    with pytest.raises(FileNotFoundError, match=r"no/such/place is neither a file, .*give `backbone` a directory"):
+        weights.load_backbone("no/such/place")
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors, .*; found nothing"):
+        weights.load_backbone(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors, .*; found notes\.txt"):
+        weights.load_backbone(tmp_path)
+    shard(tmp_path, tiny_tensors(), "bin")
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index\.json: names pytorch_model-00002-of-00002\.bin, which"):
+        weights.load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"hidden_size": 64,', "is not JSON"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[1, 2]", "holds a JSON list, expected an object"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors.index.json"])
+def test_corrupt_json_is_an_error_that_names_it(tmp_path, name, content, message):
+    """Settings are never silently left out."""
+    write(tmp_path, tiny_tensors())
+    if "index" in name:
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: {message}"):
+        weights.load_backbone(tmp_path)
+
+
+def test_an_index_without_a_map_is_an_error(tmp_path):
+    """JSON, but no index."""
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with pytest.raises(ValueError, match=r"index\.json: expected a `weight_map`"):
+        weights.load_backbone(tmp_path)
+
+
+# ---------------------------------------------------------------- the hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hugging Face hub that downloads use, over `files`: {repository: {name: content}}."""
+
+    files: dict[str, dict[str, bytes]]
+    requests: list[str]
+    damage = False
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self, body: bool = False):
+        owner, name, resolve, _, file = (self.path.strip("/") + "////").split("/", 4)
+        file = file.rstrip("/")
+        if resolve == "resolve":  # beside these, the library asks for a list of no interest here
+            self.requests.append(f"{self.command} {file}")
+        repository = self.files.get(f"{owner}/{name}")
+        content = (repository or {}).get(file)
+        self.send_response(200 if content is not None else 404)
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        if content is None:
+            self.send_header("X-Error-Code", "RepoNotFound" if repository is None else "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        large = not file.endswith(".json")  # in git-lfs, named after the SHA-256; small files after git's SHA-1
+        etag = (hashlib.sha256 if large else hashlib.sha1)(content).hexdigest()
+        self.send_header("ETag", f'"{etag}"')
+        if large:
+            self.send_header("X-Linked-Etag", f'"{etag}"')
+            self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[:-1] + bytes([content[-1] ^ 1]) if self.damage and large else content)
+
+    def do_GET(self):
+        self.do_HEAD(body=True)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, tiny_checkpoint):
+    """A hub on this machine with one good repository, and an empty cache."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    good = {path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()}
+    handler = type("Handler", (Hub,), {"files": {"some/good": good}, "requests": [], "damage": False})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    handler.stop = lambda: (server.shutdown(), server.server_close())
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield handler
+    handler.stop()
+    thread.join()
+
+
+def test_a_hub_id_is_downloaded_once(hub, tiny_checkpoint):
+    """First from the hub, then from the cache with the hub gone; the same model as from the directory."""
+    reference = weights.load_backbone(tiny_checkpoint)
+    assert_same(weights.load_backbone("some/good"), reference)
+    gets = [request.split()[1] for request in hub.requests if request.startswith("GET")]
+    assert sorted(gets) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    hub.requests.clear()
+    hub.stop()
+    assert_same(weights.load_backbone("some/good"), reference)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("suffix", ["bin", "sharded bin", "sharded safetensors"])
+def test_repositories_without_a_whole_safetensors_file_work(hub, tmp_path, tiny_checkpoint, suffix):
+    """Only `pytorch_model.bin`, or shards: everything needed is fetched, and nothing twice."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    if suffix == "bin":
+        torch.save(tiny_tensors(), folder / "pytorch_model.bin")
+    else:
+        shard(folder, tiny_tensors(), suffix.split()[1])
+    (folder / "config.json").write_text(json.dumps(tiny_config()))
+    hub.files["some/other"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert_same(weights.load_backbone("some/other"), weights.load_backbone(tiny_checkpoint))
+    gets = [request.split()[1] for request in hub.requests if request.startswith("GET")]
+    assert sorted(gets) == sorted(hub.files["some/other"])
+    hub.stop()
+    weights.load_backbone("some/other")
+
+
+def test_a_download_that_was_cut_off_is_continued(hub, tmp_path, tiny_checkpoint):
+    """With the index and one of two shards in the cache, the other is fetched: half a checkpoint is none."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    shard(folder, tiny_tensors(), "safetensors")
+    (folder / "config.json").write_text(json.dumps(tiny_config()))
+    files = hub.files["some/other"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    second = files.pop("model-00002-of-00002.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00002\.safetensors"):
+        weights.load_backbone("some/other")
+    files["model-00002-of-00002.safetensors"] = second
+    assert_same(weights.load_backbone("some/other"), weights.load_backbone(tiny_checkpoint))
+
+
+def test_settings_are_fetched_before_weights(hub):
+    """... so that weights in the cache always have their settings beside them."""
+    weights.load_backbone("some/good")
+    gets = [request.split()[1] for request in hub.requests if request.startswith("GET")]
+    assert gets[-1] == "model.safetensors"
+
+
+def test_a_damaged_download_is_refused_and_removed(hub, tmp_path, tiny_checkpoint):
+    """The SHA-256 does not fit: nothing stays in the cache, and the next attempt succeeds."""
+    hub.damage = True
+    with pytest.raises(ValueError, match=r"model\.safetensors arrived damaged .*run again"):
+        weights.load_backbone("some/good")
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    hub.damage = False
+    assert_same(weights.load_backbone("some/good"), weights.load_backbone(tiny_checkpoint))
+
+
+def test_a_repository_that_is_not_there_is_one_clear_error(hub):
+    """Not `UnavailableError`, which stands for the network: a mistyped name must never pass for that."""
+    hub.files["some/empty"] = {"README.md": b"no weights"}
+    with pytest.raises(FileNotFoundError, match=r"some/typo is neither a path here nor a repository") as error:
+        weights.load_backbone("some/typo")
+    assert not isinstance(error.value, weights.UnavailableError)
+    with pytest.raises(FileNotFoundError, match=r"the hub's some/empty holds none of model\.safetensors, "):
+        weights.load_backbone("some/empty")
+    with pytest.raises(FileNotFoundError, match=r"backbone: a--b/c\.\.d is neither a path here nor a repository"):
+        weights.load_backbone("a--b/c..d")
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["server gone", "HF_HUB_OFFLINE"])
+def test_without_a_network_the_answer_is_quick_and_quiet(hub, monkeypatch, caplog, capfd, offline):
+    """One attempt, no retries, not a line of the library's: `UnavailableError` with the ways out."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    sleeps = []
+    monkeypatch.setattr("time.sleep", sleeps.append)
+    if offline:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        hub.stop()
+    with pytest.raises(weights.UnavailableError, match=r"some/good is neither .*give `backbone` .*or connect") as error:
+        weights.load_backbone("some/good")
+    assert "\n" not in str(error.value)
+    assert not sleeps and not hub.requests and not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_network(hub, monkeypatch):
+    """`UnavailableError` lets the demo go on with random weights; other trouble must not."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    real = huggingface_hub.hf_hub_download
+
+    def full(*arguments, local_files_only: bool = False) -> str:
+        if local_files_only:
+            return real(*arguments, local_files_only=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        weights.load_backbone("some/good")
+    assert not isinstance(error.value, weights.UnavailableError)
+
+
+# ---------------------------------------------------------------- random weights
+
+
+def test_random_weights_are_the_same_for_the_same_seed():
+    """The demo without a network is reproducible: a golden sum, and every parameter finite."""
+    config = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=2, heads=4, ffn=128)
+    one, same, other = (weights.random_backbone(config, seed) for seed in (0, 0, 1))
+    assert_same(one, same)
+    assert not torch.equal(one.layers[0].attention.q.weight, other.layers[0].attention.q.weight)
+    assert all(parameter.isfinite().all() for parameter in one.parameters()) and not one.training
+    total = sum(parameter.double().abs().sum().item() for parameter in one.parameters())
+    assert total == pytest.approx(5237.5649, rel=1e-6)
+
+
+@torch.no_grad()
+def test_random_weights_keep_the_signal():
+    """Features and hidden states of the base shape have a usable scale: nothing vanishes on the way."""
+    backbone = weights.random_backbone(Wav2Vec2Config(layers=1))
+    features, lengths = backbone.feature_encoder([speech_like(4000)])
+    assert 0.05 < features.std() < 20
+    assert 0.5 < backbone(features, lengths).std() < 2
