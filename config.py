@@ -52,14 +52,14 @@ class Config:
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it, else fp16; CPU fp32
     gradient_checkpointing: bool = False  # a third slower, for memory: one layer's activations at a time
-    batch_size: int = 32  # utterances; CCC is a statistic of the batch, so small batches make a noisy loss
+    batch_size: int = 16  # utterances; CCC is a statistic of the batch, so a smaller one makes a noisier loss
     micro_batch_size: int | None = None  # utterances in memory at once; the loss stays that of the whole batch
     epochs: int = 10
     patience: int = 5  # epochs without a better development CCC before the run stops
     lr: float = 1e-4  # of backbone layers and LoRA
     head_lr: float = 1e-3
     weight_decay: float = 0.01  # of matrices; norms and biases have none
-    warmup: int = 10  # steps in which the rates rise to their values
+    warmup: int = 10  # steps in which the rates rise to their values; from there they fall linearly, to 0 at the end
     clip: float = 1.0  # norm of the whole gradient
     device: str = "auto"  # auto: CUDA, then MPS, then the CPU
 

@@ -375,7 +375,7 @@ class EmotionModel(nn.Module):
         self.backbone, self.targets, self.label_range = backbone, tuple(targets), tuple(label_range)
         self.head = nn.Sequential(
             nn.Linear(backbone.config.width, head_width),
-            nn.Tanh(),
+            nn.GELU(),
             nn.Dropout(head_dropout),
             nn.Linear(head_width, len(targets)),
         )

@@ -11,6 +11,7 @@ import csv
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -77,16 +78,22 @@ def main() -> None:
         raise ValueError(f"--window: expected at least 0.1 seconds, found {arguments.window:g}")
     files = find_audio(arguments.audio)
     model = run.load_run(arguments.model, arguments.device)
-    failed = []
-    with open(arguments.out, "w", newline="", encoding="utf-8") if arguments.out else sys.stdout as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["file", "start", "end", *model.targets])
-        for path in tqdm(files, unit="file", disable=None if arguments.out else True):
-            try:
-                writer.writerows(list(predict_file(model, path, arguments.window)))
-            except (OSError, ValueError) as error:
-                failed.append(str(error))
-            stream.flush()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe cannot carry every file's name
+    out, failed = arguments.out, []
+    try:
+        with open(out, "w", newline="", encoding="utf-8") if out else nullcontext(sys.stdout) as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["file", "start", "end", *model.targets])
+            for path in tqdm(files, unit="file", disable=None if out else True):
+                try:
+                    rows = list(predict_file(model, path, arguments.window))
+                except (OSError, ValueError) as error:
+                    failed.append(str(error))
+                    continue
+                writer.writerows(rows)
+                stream.flush()
+    except OSError as error:
+        raise OSError(f"{out or 'stdout'}: cannot be written ({error.strerror})") from None
     if failed:
         sys.exit("\n".join([f"error: {len(failed)} of {len(files)} files have no prediction:", *failed]))
 

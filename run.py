@@ -19,7 +19,7 @@ from cache import ActivationCache
 from config import Config, load_config, make_config
 from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
 from lora import inject, merge
-from model import EmotionModel, Wav2Vec2Config
+from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
@@ -62,17 +62,27 @@ def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
     """The model as configured, on the CPU and in eval mode, and the identity of its backbone: source and SHA-256."""
+    backbone, identity = find_backbone(config)
+    return assemble(config, backbone, label_range), identity
+
+
+def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
+    """The pretrained backbone and its identity. The demo corpus alone makes do with random weights."""
     regularisation = {key: getattr(config, key) for key in REGULARISATION}
     try:
         files = weights.locate(config.backbone)
         backbone = weights.load_backbone(config.backbone, **regularisation)
-        identity = {"source": config.backbone, "sha256": weights.sha256(files)}
+        return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}
     except weights.UnavailableError as error:
         if config.corpus != "demo":
             raise
         print(f"warning: {error}\nwarning: the demo goes on with RANDOM weights of wav2vec2-base", file=sys.stderr)
         backbone = weights.random_backbone(Wav2Vec2Config(**regularisation))
-        identity = {"source": config.backbone, "sha256": weights.sha256_of(backbone)}
+        return backbone, {"source": config.backbone, "sha256": weights.sha256_of(backbone)}
+
+
+def assemble(config: Config, backbone: Wav2Vec2, label_range: tuple[float, float]) -> EmotionModel:
+    """Backbone and head with what trains as configured."""
     backbone.gradient_checkpointing = config.gradient_checkpointing
     torch.manual_seed(config.seed)  # of the head and of LoRA
     model = EmotionModel(backbone, config.targets, label_range, config.head_width, config.head_dropout)
@@ -86,7 +96,7 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
         if both := trainable.intersection(chosen):
             raise ValueError(f"lora_layers: layer {min(both)} is in trainable_layers too; it is one or the other")
         inject(model, config.lora_rank, config.lora_alpha, config.lora_targets, chosen, config.lora_dropout)
-    return model.eval(), identity
+    return model.eval()
 
 
 class Prefix:
@@ -176,21 +186,41 @@ def load_run(directory: str | Path, device: str = "cpu") -> EmotionModel:
     best = load_checkpoint(directory / "best.pt")
     config = make_config(best["config"], str(directory))
     model, identity = build_model(config, tuple(best["label_range"]))
-    if identity["sha256"] != best["backbone"]["sha256"]:
-        raise ValueError(f"{directory}: was trained on other weights of {config.backbone} than are found now")
+    require_backbone(directory / "best.pt", best, identity)
     load_trained(model, best["trained"])
     merge(model)
     return model.to(pick_device(device)).eval()
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of ours, from which nothing but tensors and plain values can come."""
+def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
+    """A checkpoint of ours, from which nothing but tensors and plain values can come.
+
+    Raises FileNotFoundError, or ValueError if it is damaged or was trained on another backbone than `identity`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a run's directory, as train.py writes it")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: is not a whole checkpoint ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: is not a whole checkpoint ({first_line(error)})") from None
+    if not isinstance(checkpoint, dict) or not {"trained", "backbone"} <= checkpoint.keys():
+        raise ValueError(f"{path}: is no checkpoint of train.py")
+    if identity is not None:
+        require_backbone(path, checkpoint, identity)
+    return checkpoint
+
+
+def require_backbone(path: Path, checkpoint: dict, identity: dict[str, str]) -> None:
+    """Raise ValueError unless a checkpoint was trained on the backbone of this identity: it holds no other weights."""
+    if checkpoint["backbone"]["sha256"] != identity["sha256"]:
+        raise ValueError(
+            f"{path}: was trained on other weights of {identity['source']} than are found now; "
+            "put those back, or train anew under another name"
+        )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -200,8 +230,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         write(beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # PyTorch's writer has errors of its own for a full disk
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path}: cannot be written ({reason}); what was there is unharmed") from None
+        raise OSError(f"{path}: cannot be written ({first_line(error)}); what was there is unharmed") from None
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

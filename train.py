@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -82,6 +81,11 @@ def make_optimizer(model: EmotionModel, lr: float, head_lr: float, weight_decay:
     )
 
 
+def schedule(number: int, total: int, warmup: int) -> float:
+    """Factor of the rates at a step: a linear rise over `warmup` steps, then a linear fall to zero at the end."""
+    return min((number + 1) / max(warmup, 1), (total - number) / max(total - warmup, 1), 1.0)
+
+
 @torch.no_grad()
 def evaluate(model: EmotionModel, prefix: run.Prefix, numbers: Sequence[int], batch_size: int) -> Tensor:
     """Predictions `(len(numbers), K)` on the CPU, labels scaled to 0..1."""
@@ -97,11 +101,13 @@ def open_directory(config: Config) -> Path:
     """The run's directory. Raises ValueError if another configuration has run there."""
     directory = Path(config.output_dir) / config.name
     directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(".*.tmp"):  # by a process that was killed while it saved
+        left.unlink()
     path, here = directory / "config.yaml", run.plain(config)
-    if not path.is_file():
-        run.write_yaml(path, here)
-    there = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if changed := [f"{key} {there.get(key)!r}, now {here[key]!r}" for key in here if here[key] != there.get(key)]:
+    if not path.is_file() or not any((directory / name).is_file() for name in ("best.pt", "last.pt", "result.json")):
+        run.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
+    there = run.plain(load_config(path))
+    if changed := [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if here[key] != there[key]]:
         raise ValueError(f"{directory} holds another run ({'; '.join(changed[:5])}); choose another name=")
     return directory
 
@@ -140,7 +146,7 @@ def train(config: Config) -> dict:
     state |= {"trainable_parameters": trainable_parameters, "total_parameters": total_parameters}
     torch.manual_seed(config.seed)
     if (directory / "last.pt").is_file():
-        last = run.load_checkpoint(directory / "last.pt")
+        last = run.load_checkpoint(directory / "last.pt", backbone)
         load_trained(model, last["trained"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
@@ -158,10 +164,9 @@ def train(config: Config) -> dict:
         train_mode(model, prefix.depth)
         batches = data.batches(len(split["train"]), config.batch_size, config.seed, epoch)
         for numbers, x, lengths in prefix([[split["train"][i] for i in batch] for batch in batches]):
+            factor = schedule(steps * (epoch - 1) + len(losses), steps * config.epochs, config.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * min(
-                    1.0, (steps * (epoch - 1) + len(losses) + 1) / max(config.warmup, 1)
-                )
+                group["lr"] = group["peak_lr"] * factor
             target = labels[numbers].to(device, non_blocking=True)
             micro = config.micro_batch_size
             loss, _ = step(model, x, lengths, target, prefix.depth, optimizer, scaler, prefix.dtype, config.clip, micro)
@@ -170,15 +175,16 @@ def train(config: Config) -> dict:
             bar.update()
             if device.type == "cpu" or len(losses) % 20 == 0:  # reading the loss makes a GPU wait
                 rate = done / (time.perf_counter() - start)
-                bar.set_postfix_str(f"loss {loss.item():.3f}, dev CCC {state['best']:.3f}, {rate:.0f} s of audio/s")
+                so_far = f", dev CCC {state['best']:.3f}" if state["log"] else ""
+                bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {rate:.0f} s of audio/s")
         train_loss = torch.stack(losses).mean().item()
         train_seconds = time.perf_counter() - start
-        if not math.isfinite(train_loss):
-            raise ValueError(
-                f"the loss became {train_loss} in epoch {epoch}; lower lr or head_lr, or set precision: fp32"
-            )
-
         dev = ccc(evaluate(model, prefix, split["dev"], config.batch_size), labels[split["dev"]]).tolist()
+        if not all(map(math.isfinite, [train_loss, *dev])):  # dev: the last step may have been the one too many
+            raise ValueError(
+                f"epoch {epoch}: loss {train_loss:.3g}, dev CCC {dev}: not finite, and not saved; lower lr or head_lr, "
+                "or set precision: fp32, under another name"
+            )
         if prefix.cache is not None and not prefix.cache.has(split["test"]):
             evaluate(model, prefix, split["test"], config.batch_size)  # so that the cache is whole
         prefix.drop_if_cached()
@@ -189,21 +195,23 @@ def train(config: Config) -> dict:
         row |= {f"dev_ccc_{target}": value for target, value in zip(config.targets, dev, strict=True)}
         row |= {"dev_ccc": mean, "audio_seconds_per_second": done / train_seconds, "seconds": state["seconds"]}
         state["log"].append(row)
-        trained = trained_state(model)
+        trained = {"trained": trained_state(model), "backbone": backbone}
         if mean > state["best"]:
             state |= {"best": mean, "best_epoch": epoch}
-            best = {"trained": trained, "backbone": backbone, "config": run.plain(config), "epoch": epoch}
-            run.save(directory / "best.pt", best | {"label_range": list(label_range)})
-        last = {"trained": trained, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        run.save(directory / "last.pt", last | {"state": state, "random": random_state()})
+            best = {"config": run.plain(config), "label_range": list(label_range), "epoch": epoch}
+            run.save(directory / "best.pt", trained | best)
         run.write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["log"]))
+        last = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random_state()}
+        run.save(directory / "last.pt", trained | last | {"state": state})
         scores = "  ".join(f"{target} {value:6.3f}" for target, value in zip(config.targets, dev, strict=True))
         bar.write(f"epoch {epoch:3}  loss {train_loss:.3f}  dev CCC  {scores}  {train_seconds:8.1f} s")
     bar.close()
 
     # Test
-    load_trained(model, run.load_checkpoint(directory / "best.pt")["trained"])
+    load_trained(model, run.load_checkpoint(directory / "best.pt", backbone)["trained"])
     predictions = data.unscale_labels(evaluate(model, prefix, split["test"], config.batch_size), label_range).numpy()
+    if prefix.cache is not None:
+        prefix.cache.close()
     tested = [utterances[i] for i in split["test"]]
     write_predictions(directory / "predictions_test.csv", config.targets, tested, predictions)
     result = summarise(config, state, tested, predictions, time.perf_counter() - began)
@@ -253,10 +261,12 @@ def summarise(
 
 
 def random_state() -> dict:
+    """Where PyTorch's random numbers stand (dropout, masking); the batches follow from seed and epoch alone."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def restore_random(state: dict) -> None:
+    """Put back what `random_state` took, of the GPUs only where there are as many."""
     torch.set_rng_state(state["cpu"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

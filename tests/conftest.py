@@ -4,7 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -99,6 +101,30 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 def tiny_large_checkpoint(tmp_path_factory) -> Path:
     """The same of the large kind: pre-norm, every convolution with bias and LayerNorm."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny_large"), large=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_manifest(tmp_path_factory) -> Path:
+    """A corpus of 12, 4 and 4 recordings of 0.3 to 0.6 s by 4, 2 and 2 speakers; labels from 1 to 7."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    rows = ["path,split,speaker,activation,valence"]
+    for split, count in (("train", 12), ("dev", 4), ("test", 4)):
+        for number in range(count):
+            activation, valence = rng.uniform(1, 7, 2).round(3)
+            waveform = speech_like(int(rng.integers(4800, 9600)), number).numpy()
+            waveform += 0.03 * activation * rng.standard_normal(len(waveform))  # something to be learnt
+            soundfile.write(folder / f"{split}{number}.wav", waveform / 4, 16_000)
+            speaker = f"{split}-{number % max(2, count // 3)}"
+            rows.append(f"{split}{number}.wav,{split},{speaker},{activation},{valence}")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder / "manifest.csv"
+
+
+def tiny_settings(folder: Path, checkpoint: Path, manifest: Path, /, **keys) -> dict:
+    """The keys of a small experiment below `folder`; those that are given win."""
+    places = {"output_dir": str(folder / "runs"), "cache_dir": str(folder / "cache"), "backbone": str(checkpoint)}
+    corpus = {"corpus": "manifest", "manifest": str(manifest), "label_range": [1, 7]}
+    return {**places, **corpus, "epochs": 3, "batch_size": 4, "device": "cpu", **keys}
 
 
 @pytest.fixture(scope="session")
