@@ -79,7 +79,7 @@ def cast_frozen(model: EmotionModel, dtype: torch.dtype) -> None:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What trains, by name, on the CPU: all that a checkpoint needs beside the pretrained weights."""
-    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
