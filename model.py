@@ -398,7 +398,8 @@ class EmotionModel(nn.Module):
         """Packed hidden state `depth` -> predictions `(B, K)`, 0..1 for labels at the ends of their range."""
         if depth <= self.backbone.config.layers:
             x = pool(self.backbone(x, lengths, depth), lengths)
-        return self.head(x)
+        with torch.autocast(x.device.type, enabled=False):  # 16 bits would round what the head says
+            return self.head(x)
 
     @torch.no_grad()
     def predict(self, waveform: Tensor, sample_rate: int) -> dict[str, float]:

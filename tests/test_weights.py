@@ -689,7 +689,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, monkeypatch, tiny_checkpoint):
     """A hub on this machine with one good repository, and an empty cache."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     good = {path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()}
     handler = type("Handler", (Hub,), {"files": {"some/good": good}, "requests": [], "damage": False})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
