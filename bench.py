@@ -1,11 +1,12 @@
 """Time and memory of one training step, method by method, beside transformers + PEFT doing the same.
 
-    python bench.py [--peer] [--turns 16] [--rounds 5] [--out bench.json]
+    python bench.py [--peer] [--turns 8] [--rounds 5] [--out bench.json]
 
-Every method runs in a process of its own on the same random turns of 2.75 to 11 s; the processes take turns, one step
-each, so that all of them see the same machine. Ours run the very code of a training run: audio files or cache, frozen
-prefix, `train.step`. The peer gets its waveforms from memory, padded, with everything configured as well as it can be:
-feature encoder and frozen layers without gradient, sdpa, fused AdamW, no layer drop, no masking, the same dropout.
+Every method runs in a process of its own on the same random turns of 2.75 to 11 s. Methods that are compared take
+turns, a step each, so that they see the same machine. Ours run the very code of a training run: audio files or cache,
+frozen prefix, `train.step`. The peer gets its waveforms from memory, padded, with everything configured as well as it
+can be: feature encoder and frozen layers without gradient, sdpa, fused AdamW, no layer drop, no masking, the same
+dropout.
 """
 
 import argparse
@@ -21,10 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import run
 from config import load_config
 
+WARM_UP = 2  # steps; the first fills a cache
 CONFIGS = sorted(Path(__file__).parent.glob("configs/*.yaml"))
 PEERS = {  # method: trainable layers, LoRA layers, and the configs it is the counterpart of
     "full": ("all", (), ("full", "full_checkpointing")),
@@ -150,7 +153,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def measure(methods: list[str], arguments: argparse.Namespace) -> dict[str, dict]:
-    """Figures by worker; warm-up first, then `rounds` times a step of each in turn."""
+    """Figures by method: warm-up first, then `rounds` times a step of each in turn."""
     flags = [f"--{key}={getattr(arguments, key)}" for key in ("turns", "threads", "precision")]
     workers = {
         method: subprocess.Popen(
@@ -163,7 +166,7 @@ def measure(methods: list[str], arguments: argparse.Namespace) -> dict[str, dict
         for method in methods
     }
     figures: dict[str, list[dict]] = {method: [] for method in methods}
-    for number in range(arguments.rounds + 2):
+    for _ in tqdm(range(arguments.rounds + WARM_UP), desc=", ".join(map(name_of, methods)), unit="round", disable=None):
         for method, worker in workers.items():
             worker.stdin.write("step\n")
             worker.stdin.flush()
@@ -171,16 +174,20 @@ def measure(methods: list[str], arguments: argparse.Namespace) -> dict[str, dict
             if not answer:
                 raise ValueError(f"{method} failed; run with --verbose to see why")
             figures[method].append(json.loads(answer))
-            print(f"\rround {number} of {arguments.rounds + 1}: {method:40}", end="", file=sys.stderr, flush=True)
     for worker in workers.values():
         worker.communicate()
-    print(file=sys.stderr)
     return {method: summarise(rows) for method, rows in figures.items()}
 
 
+def name_of(method: str) -> str:
+    """How a method is called in tables: a config by its file's name."""
+    side, _, what = method.partition(":")
+    return Path(what).stem if side == "ours" else f"transformers + PEFT: {what}"
+
+
 def summarise(rows: list[dict]) -> dict:
-    """First step (which fills a cache), then median and spread of the steps after the warm-up of two."""
-    seconds = [row["seconds"] for row in rows[2:]]
+    """First step (which fills a cache), then median and spread of the steps after the warm-up."""
+    seconds = [row["seconds"] for row in rows[WARM_UP:]]
     return {
         **rows[-1],
         "first_step_seconds": rows[0]["seconds"],
@@ -191,32 +198,48 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def table(result: dict) -> str:
-    """Markdown: a row a method, with factors against our full finetuning and against the peer's same method."""
-    rows, audio = result["methods"], result["audio_seconds"]
-    counterpart = {config: f"peer:{method}" for method, (*_, configs) in PEERS.items() for config in configs}
+    """Markdown: a row a method, with factors against our full finetuning and the peer's same method, each measured in
+    turn with it."""
     lines = [
         "| method | s a step (min to max) | audio s/s | vs our full | vs peer | peak memory | vs peer | trainable |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
-    names = {method: Path(method).stem if method.startswith("ours:") else method for method in rows}
-    full = next((rows[m] for m, name in names.items() if name == "full"), None)
-    for method, row in rows.items():
-        other = rows.get(counterpart.get(names[method], ""))
-        speed = f"{other['seconds'] / row['seconds']:.1f}x" if other else ""
-        memory = f"{row['peak_memory_bytes'] / other['peak_memory_bytes']:.2f}" if other else ""
-        against = f"{full['seconds'] / row['seconds']:.2f}x" if full else ""
-        cells = [names[method].replace("peer:", "transformers + PEFT: ")]
-        cells.append("{seconds:.2f} ({seconds_min:.2f} to {seconds_max:.2f})".format(**row))
-        cells += [f"{audio / row['seconds']:.1f}", against, speed, f"{row['peak_memory_bytes'] / 1e9:.2f} GB", memory]
-        lines.append(f"| {' | '.join(cells)} | {row['trainable_parameters'] / 1e6:.2f} M |")
+    for number, group in enumerate(result["groups"]):
+        full = next((row for method, row in group.items() if name_of(method) == "full"), None)
+        other = next((row for method, row in group.items() if method.startswith("peer:")), None)
+        for method, row in group.items():
+            if number > 0 and row is full:
+                continue  # the reference again
+            cells = [name_of(method), "{seconds:.2f} ({seconds_min:.2f} to {seconds_max:.2f})".format(**row)]
+            cells.append(f"{result['audio_seconds'] / row['seconds']:.1f}")
+            cells.append(f"{full['seconds'] / row['seconds']:.2f}x" if full else "")
+            compared = other and row is not other
+            cells.append(f"{other['seconds'] / row['seconds']:.1f}x" if compared else "")
+            cells.append(f"{row['peak_memory_bytes'] / 1e9:.2f} GB")
+            cells.append(f"{row['peak_memory_bytes'] / other['peak_memory_bytes']:.2f}" if compared else "")
+            lines.append(f"| {' | '.join(cells)} | {row['trainable_parameters'] / 1e6:.2f} M |")
     return "\n".join(lines)
+
+
+def make_groups(configs: list[Path], with_peer: bool) -> list[list[str]]:
+    """What is measured in turn: configs of a kind, the peer's counterpart, and our full finetuning as the reference."""
+    by_name = {path.stem: f"ours:{path}" for path in configs}
+    groups = []
+    for name, (*_, counterparts) in PEERS.items():
+        if group := [by_name[stem] for stem in counterparts if stem in by_name]:
+            groups.append(group + [f"peer:{name}"] * with_peer)
+    grouped = {method for group in groups for method in group}
+    groups += [[method] for method in by_name.values() if method not in grouped]
+    if reference := by_name.get("full"):
+        groups = [group if reference in group else [reference, *group] for group in groups]
+    return groups
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of a training step, method by method.")
     parser.add_argument("--peer", action="store_true", help="transformers + PEFT as well (both must be installed)")
     parser.add_argument("--configs", nargs="+", default=[p for p in CONFIGS if "amp" not in p.stem], type=Path)
-    parser.add_argument("--turns", type=int, default=16, help="utterances in the batch")
+    parser.add_argument("--turns", type=int, default=8, help="utterances in the batch")
     parser.add_argument("--rounds", type=int, default=5, help="steps that count, after two of warm-up")
     parser.add_argument("--precision", default="fp32", choices=run.DTYPES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -226,9 +249,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         return work(arguments)
-    methods = [f"ours:{path}" for path in arguments.configs]
-    stems = {path.stem for path in arguments.configs}
-    methods += [f"peer:{name}" for name, (*_, configs) in PEERS.items() if arguments.peer and stems & set(configs)]
     audio = [len(turn) / 16_000 for turn in make_turns(arguments.turns)]
     torch.set_num_threads(arguments.threads)
     result = {
@@ -236,9 +256,10 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "precision": arguments.precision,
         "turns": arguments.turns,
+        "rounds": arguments.rounds,
         "audio_seconds": sum(audio),
         "padded_seconds": max(audio) * len(audio),
-        "methods": measure(methods, arguments),
+        "groups": [measure(group, arguments) for group in make_groups(arguments.configs, arguments.peer)],
     }
     run.write_text(Path(arguments.out), json.dumps(result, indent=2) + "\n")
     print(f"{result['machine']}, {arguments.precision}, {arguments.turns} turns, {sum(audio):.1f} s of audio")

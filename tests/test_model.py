@@ -652,3 +652,17 @@ def test_pooling_is_the_mean_over_frames_in_fp32():
     pooled = model.pool(x, [3, 1, 5])
     assert pooled.dtype == torch.float32
     assert torch.allclose(pooled, torch.stack([x[:3].float().mean(0), x[3].float(), x[4:].float().mean(0)]))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 333])
+def test_the_gradients_of_a_linear_layer_are_pytorchs_own_at_every_number_of_rows(rows):
+    """Whole blocks of 16 rows and the rest go through different products."""
+    torch.manual_seed(0)
+    ours = [torch.randn(rows, 48, requires_grad=True), torch.randn(32, 48, requires_grad=True)]
+    ours.append(torch.randn(32, requires_grad=True))
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    weights = torch.randn(rows, 32)
+    (model.linear(*ours) * weights).sum().backward()
+    (torch.nn.functional.linear(*theirs) * weights.double()).sum().backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-5, atol=1e-4)
