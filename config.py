@@ -48,7 +48,7 @@ class Config:
 
     cache: bool = False  # keep the frozen prefix's output on disk: computed once, whatever the epochs, heads and rates
     cache_dir: str = "cache"
-    cache_dtype: Literal["float16", "float32"] = "float16"  # float16 halves the space and rounds; float32 trains exactly as without a cache
+    cache_dtype: Literal["float16", "float32"] = "float16"  # float32 trains exactly as without
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it, else fp16; CPU fp32
     gradient_checkpointing: bool = False  # a third slower, for memory: one layer's activations at a time
