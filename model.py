@@ -58,7 +58,7 @@ class Wav2Vec2Config:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """`x W^T + b` for rows `(N, in)`, or of their GELU; in fp32 on a CPU by another library than PyTorch's own choice."""
+    """`x W^T + b` for rows `(N, in)`, or for their GELU; on a CPU in fp32 by another library than PyTorch would take."""
     if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
         return OneDNNLinear.apply(x, weight, bias, gelu)
     return F.linear(F.gelu(x) if gelu else x, weight, bias)
@@ -247,9 +247,9 @@ class PositionalConvolution(nn.Module):
         return x + F.gelu(torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]))
 
     def by_fourier(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The same convolution as products of spectra, block by block (overlap-save): a fifth of the arithmetic's time.
+        """The convolution as products of spectra, block by block (overlap-save), which takes half its time.
 
-        In a block of S frames the last `S - kernel + 1` results are those of the convolution; blocks overlap by the rest.
+        A block of S frames yields `S - kernel + 1` results that its cyclic ends do not touch; blocks overlap by the rest.
         """
         conv, size = self.conv, 2 * self.conv.kernel_size[0]
         kernel, groups, hop = conv.kernel_size[0], conv.groups, size - conv.kernel_size[0] + 1

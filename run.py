@@ -1,5 +1,6 @@
 """One place that turns a configuration into a model, and a run's directory into a model again."""
 
+import ctypes
 import os
 import platform
 import sys
@@ -153,11 +154,21 @@ def in_order(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def prepare(model: EmotionModel, device: torch.device, precision: str) -> None:
     """Move what is in memory to its device, frozen matrices in the type that they are used in."""
+    if device.type == "cpu":
+        keep_freed_memory()
     if precision != "fp32":
         cast_frozen(model, DTYPES[precision])
     for parameter in model.parameters():
         if not parameter.is_meta:
             parameter.data = parameter.data.to(device)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what PyTorch frees: a large tensor in fresh pages takes several times as long to write."""
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
 
 
 def build_cache(path: str, overrides: Sequence[str]) -> None:
