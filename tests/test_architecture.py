@@ -25,7 +25,12 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "cache": ({"model"}, {"run": "main"}),  # its small command line
     "run": ({"cache", "config", "data", "freeze", "lora", "model", "weights"}, {}),
 }
-TIMED = {("bench", "train", "ours"), ("bench", "transformers", "peer"), ("bench", "peft", "peer")}  # lazily, to time it
+TIMED = {  # lazily: what is measured, and what draws the figures
+    ("bench", "train", "ours"),
+    *(("bench", "transformers", function) for function in ("peer", "peer_model", "naive_model")),
+    *(("bench", "peft", function) for function in ("peer_model", "naive_model")),
+    ("bench", "matplotlib", "draw"),
+}
 OTHERS_FRAMEWORKS = "transformers peft fairseq lightning pytorch_lightning hydra omegaconf accelerate datasets "
 OTHERS_FRAMEWORKS += "speechbrain s3prl torchaudio librosa sklearn pandas wandb tensorboard"
 
