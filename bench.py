@@ -116,13 +116,13 @@ def layer(module: nn.Module, frames: Sequence[int], first: bool) -> tuple[int, i
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of this machine's matrix products: the fastest of a few shapes and libraries."""
     best = 0.0
-    rows = 2048 if device.type == "cpu" else 32768
+    rows = 2048 if device.type == "cpu" else 65536
     for inputs, outputs in ((768, 3072), (3072, 768)):
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
         weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
         for product in (F.linear, linear):
             seconds = []
-            for _ in range(WARM_UP + 7):
+            for _ in range(WARM_UP + 5):
                 start = time.perf_counter()
                 product(x, weight)
                 synchronize(device)
@@ -491,15 +491,17 @@ def main() -> None:
     print(f"{tables(result)}\n\n{out}{draw(result, out.with_suffix('.png'))}")
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"expected at least {low}, found {text}")
+        return int(text)
+
+    return number
+
+
 def parse_arguments() -> argparse.Namespace:
-    def at_least(low: int) -> Callable[[str], int]:
-        def number(text: str) -> int:
-            if int(text) < low:
-                raise argparse.ArgumentTypeError(f"expected at least {low}, found {text}")
-            return int(text)
-
-        return number
-
+    """The command line; `backbone`, `worker` and `folder` are for workers and tests."""
     parser = argparse.ArgumentParser(description="Speed and memory of every method, side by side.")
     parser.add_argument("--peer", action="store_true", help="transformers + PEFT as well (both must be installed)")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, type=Path, help="default: all but those for AMP")
@@ -550,7 +552,8 @@ def tables(result: dict) -> str:
         f"{result['machine']}, {options['precision']}, PyTorch {found['torch']}; {options['turns']} turns of "
         f"{options['lengths']} length, {result['audio_seconds']:.1f} s of audio ({result['padded_seconds']:.1f} s if "
         f"padded). Medians of {options['rounds']} rounds, methods in turn, after {result['warm_up']} of warm-up. The "
-        f"machine multiplies matrices at {result['matmul_flops'] / 1e9:,.0f} GFLOP/s."
+        f"machine multiplies matrices at {result['matmul_flops'] / 1e9:,.0f} GFLOP/s, of which a method's share counts "
+        "what it needs: nothing for padding, nor for gradients that nothing trains on."
     ]
     if options["peer"]:
         lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}; naive: all at its default."
@@ -586,7 +589,7 @@ def step_cells(record: dict, full: dict | None, other: dict | None, audio_second
         f"{audio_seconds / step['seconds']:.1f}",
         factor(full, record, "step"),
         factor(other, record, "step"),
-        f"{step['share']:.0%}",
+        f"{step['share']:.0%}" if step["share"] else "",  # of the head alone nothing is counted
         f"{step['peak_memory_bytes'] / 1e9:.2f} GB",
         f"{step['peak_memory_bytes'] / other['step']['peak_memory_bytes']:.2f}" if other else "",
         f"{record['trainable_parameters'] / 1e6:.2f} M",
@@ -623,29 +626,31 @@ def draw(result: dict, path: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [record for record, *_ in compared(result)][::-1]
+    records = [record for record, *_ in compared(result)]
+    starts = [r["side"] == "ours" != before["side"] for r, before in zip(records, records[-1:] + records, strict=False)]
+    heights = [-y - 0.5 * gaps for y, gaps in enumerate(itertools.accumulate(starts))]  # a gap after each peer
     per_hour = 3600 / result["audio_seconds"]
     seconds = [(r["step"]["seconds"] * per_hour, r["step"]["bound_seconds"] * per_hour) for r in records]
     gigabytes = [(r["step"]["peak_memory_bytes"] / 1e9, r["floor_bytes"] / 1e9) for r in records]
     shades = {"ours": "#1b4965", "peer": "#6fa8c9", "naive": "#d3d9de"}  # a dark, a middle and a light grey as well
-    height = 1.6 + 0.3 * len(records)  # inches
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, height), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1 - 0.32 * heights[-1]), sharey=True, layout="constrained")
     for axis, values in zip(axes, (seconds, gigabytes), strict=True):
-        for y, (record, (value, least)) in enumerate(zip(records, values, strict=True)):
+        for record, y, (value, least) in zip(records, heights, values, strict=True):
             axis.barh(y, value, height=0.8, color=shades[record["side"]])
             for color, width in (("white", 5), ("black", 2)):
                 axis.plot([least, least], [y - 0.4, y + 0.4], color=color, linewidth=width, solid_capstyle="butt")
-            axis.annotate(f"{value:.3g}", (value, y), (5, 0), textcoords="offset points", va="center")
+            label = f"{float(format(value, '.3g')):,g}"
+            axis.annotate(label, (value, y), (5, 0), textcoords="offset points", va="center")
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params("y", length=0)
         axis.margins(x=0.12, y=0.02)
     axes[0].set_xscale("log")
-    axes[0].set_xlim(0.5 * min(min(pair) for pair in seconds if min(pair) > 0), 2.5 * max(max(seconds)))
-    axes[0].xaxis.set_major_formatter("{x:g}")
-    axes[0].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes[0].set_yticks(range(len(records)), [record["name"] for record in records])
+    positive = [value for pair in seconds for value in pair if value > 0]
+    axes[0].set_xlim(0.5 * min(positive), 2.5 * max(positive))
+    axes[0].xaxis.set_major_formatter("{x:,g}")
+    axes[0].set_yticks(heights, [record["name"] for record in records])
     axes[0].set_title(
-        "Seconds of training steps per hour of audio (logarithmic)\nmark: the operations at the matmul rate"
+        "Seconds of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate"
     )
     axes[1].set_title("Peak memory, GB\nmark: weights, gradients and Adam's moments alone")
     figure.savefig(path, dpi=120)
