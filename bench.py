@@ -10,8 +10,12 @@ before, as from the second epoch on; its process never holds the prefix's weight
 run: `run.build_model`, `run.Prefix`, `train.step`, `train.evaluate`.
 
 Each method has a peer, in turn with it: transformers (and PEFT) set up as well as they can be, with nothing trained,
-drawn or back-propagated that ours does not, sdpa, fused AdamW. Its training steps take the waveforms from memory, ours
-read files. The *naive* peer is what is often copied: `requires_grad = False` alone, every default.
+drawn or back-propagated that ours does not, sdpa, fused AdamW. The *naive* peer is what is often copied:
+`requires_grad = False` alone, every default.
+
+Where the two sides differ: a peer's training steps take the waveforms from memory, ours read files or the cache, and
+with one batch alone nothing is read ahead as it is in training; a peer's start imports modules of ours that it could do
+without, some tenths of a second.
 """
 
 import argparse
@@ -89,26 +93,25 @@ def features(backbone: Wav2Vec2, samples: Sequence[int]) -> int:
 
 
 def embedding(backbone: Wav2Vec2, rows: int) -> tuple[int, int]:
-    """Forward and backward of projection and positional convolution; the projection's input is the features."""
-    projection = 2 * rows * backbone.projection.linear.weight.numel()
-    position = 2 * rows * backbone.position.conv.weight.numel()
-    return projection + position, projection + 2 * position
+    """Forward and backward of projection and positional convolution, over which a norm trains if they do."""
+    forward = 2 * rows * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
+    return forward, 2 * forward
 
 
 def layer(module: nn.Module, frames: Sequence[int], first: bool) -> tuple[int, int]:
     """Forward and backward of a transformer layer; the `first` that trains owes its input no gradient."""
-    forward = backward = 0
+    rows, forward, backward = sum(frames), 0, 0
+    first = first and not (module.pre_norm and module.attention_norm.weight.requires_grad)
     for name, child in module.named_modules():
+        to_input = not (first and name.startswith(("attention.q", "attention.k", "attention.v")))
         if isinstance(child, nn.Linear):
-            product = 2 * sum(frames) * child.weight.numel()
-            owes = not (first and name.split(".")[1] in ("q", "k", "v"))
+            product = 2 * rows * child.weight.numel()
             forward += product
-            backward += product * (child.weight.requires_grad + owes)
+            backward += product * (child.weight.requires_grad + to_input)
         elif isinstance(child, lora.LoRALinear):
-            to_rank, from_rank = 2 * sum(frames) * child.A.numel(), 2 * sum(frames) * child.B.numel()
-            owes = not (first and name.split(".")[1] in ("q", "k", "v"))
-            forward += to_rank + from_rank
-            backward += to_rank * (1 + owes) + 2 * from_rank
+            down, up = 2 * rows * child.A.numel(), 2 * rows * child.B.numel()
+            forward += down + up
+            backward += down * (1 + to_input) + 2 * up
     attention = 4 * sum(count**2 for count in frames) * module.attention_norm.weight.numel()
     return forward + attention, backward + 2 * attention
 
@@ -207,12 +210,12 @@ def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Act
 
     def predict(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            x = model(**inputs).last_hidden_state  # (B, T, D)
-            valid = base._get_feature_vector_attention_mask(x.shape[1], inputs["attention_mask"])[..., None]
-            return head((x * valid).sum(1) / valid.sum(1))
+            x = model(**inputs).last_hidden_state.float()  # (B, T, D)
+        valid = base._get_feature_vector_attention_mask(x.shape[1], inputs["attention_mask"])[..., None]
+        return head((x * valid).sum(1) / valid.sum(1))
 
     if phase == "infer":
-        return {"infer": torch.inference_mode()(lambda: predict(load()).float().cpu())}, parameters
+        return {"infer": torch.inference_mode()(lambda: predict(load()).cpu())}, parameters
     inputs, labels = load(), torch.rand(len(paths), targets, device=device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -319,16 +322,12 @@ class Worker:
 
     def __init__(self, job: str, arguments: argparse.Namespace):
         keys = ("turns", "threads", "precision", "device", "backbone", "folder")
-        flags = [f"--{key}={getattr(arguments, key)}" for key in keys]
-        self.job, self.began = job, time.perf_counter()
-        self.log = None if arguments.verbose else tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, f"--worker={job}", *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
+        command = [sys.executable, __file__, f"--worker={job}", *(f"--{key}={getattr(arguments, key)}" for key in keys)]
+        self.job, self.log = job, Path(arguments.folder) / f"{time.time_ns()}.log"
+        self.began = time.perf_counter()
+        with open(self.log, "wb") as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": None if arguments.verbose else log}
+            self.process = subprocess.Popen(command, text=True, **pipes)
 
     def ask(self, command: str) -> dict:
         """Have something done; seconds of it, seconds since the process was started, and the peak of its memory."""
@@ -339,21 +338,14 @@ class Worker:
         except OSError:  # it is gone
             pass
         if not answer:
-            code = self.process.wait()
-            raise ValueError(f"{name_of(self.job)} failed at {command!r} (exit code {code}){self.last_lines()}")
+            code, said = self.process.wait(), self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            last_lines = "".join(f"\n    {line}" for line in said[-8:])
+            raise ValueError(f"{name_of(self.job)} failed at {command!r} (exit code {code}){last_lines}")
         return {**json.loads(answer), "since_start": time.perf_counter() - self.began}
-
-    def last_lines(self) -> str:
-        if self.log is None:
-            return ""
-        self.log.seek(0)
-        return ":\n" + "\n".join(self.log.read().splitlines()[-8:])
 
     def stop(self) -> None:
         self.process.kill()
         self.process.communicate()
-        if self.log is not None:
-            self.log.close()
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -456,14 +448,17 @@ def main() -> None:
         return work(arguments)
     if arguments.table:
         return print(tables(read_result(Path(arguments.table))))
-    if arguments.peer and (
-        missing := [name for name in ("transformers", "peft") if not importlib.util.find_spec(name)]
-    ):
+    wanted = ("transformers", "peft") if arguments.peer else ()
+    if missing := [name for name in wanted if not importlib.util.find_spec(name)]:
         raise ValueError(f"--peer: {', '.join(missing)} not installed; pip install -r requirements-dev.txt has both")
+    out = Path(arguments.out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: {out.parent} is no directory")
     device = run.pick_device(arguments.device)
     torch.set_num_threads(arguments.threads)
     options = {key: getattr(arguments, key) for key in ("turns", "lengths", "rounds", "epochs", "precision", "threads")}
     options |= {"device": str(device), "peer": arguments.peer, "configs": [path.stem for path in arguments.configs]}
+    options["backbone"] = arguments.backbone or "random weights of wav2vec2-base"
     groups = make_groups(arguments.configs, arguments.peer)  # reads the configs: an error in one comes before the hours
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments.folder = folder
@@ -486,7 +481,6 @@ def main() -> None:
     result = {"machine": run.device_name(device), "versions": versions(), "options": options}
     result |= {"warm_up": WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
     result |= {"audio_seconds": sum(seconds), "padded_seconds": max(seconds) * len(seconds), "groups": measured}
-    out = Path(arguments.out)
     run.write_text(out, json.dumps(result, indent=2) + "\n")
     print(f"{tables(result)}\n\n{out}{draw(result, out.with_suffix('.png'))}")
 
@@ -562,7 +556,10 @@ def tables(result: dict) -> str:
     lines += ["", *rows(columns, [step_cells(*row, result["audio_seconds"]) for row in compared(result)])]
     columns = ["method", "to the first step (start-up)", "cache build", "reading the cache"]
     columns += [f"{options['epochs']} epochs on 1 h", "vs peer", "inference, audio s/s", "vs peer", "its peak memory"]
-    text = f"{options['epochs']} epochs are the cache build, where there is one, and as many steps, from the medians."
+    text = (
+        f"{options['epochs']} epochs on an hour of audio: that many steps and, where there is a cache, one build, from "
+        "their medians; builds were measured before the steps, not in turn with them."
+    )
     return "\n".join([*lines, "", text, "", *rows(columns, [other_cells(*row, result) for row in compared(result)])])
 
 

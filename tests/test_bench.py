@@ -60,10 +60,12 @@ def test_operations_of_the_methods_on_wav2vec2_base(name, phase, cached, expecte
     assert found == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("pre_norm", [False, True])
 @pytest.mark.parametrize("name", ["full", "partial3", "lora_r8", "lora_last3_cached"])
-def test_operations_of_a_step_are_those_that_pytorch_counts(name):
+def test_operations_of_a_step_are_those_that_pytorch_counts(name, pre_norm):
     """Forward and backward of what trains, two turns packed, on tensors without memory."""
-    model = base_model(name, position_groups=1)  # PyTorch counts the weight's gradient as if there was one group
+    # one group: PyTorch counts a grouped convolution's weight gradient as if it had one
+    model = base_model(name, position_groups=1, pre_norm=pre_norm)
     samples = [TURN, TURN // 2]
     depth, frames = prefix_depth(model), [(count - 400) // 320 + 1 for count in samples]
     train_mode(model, depth)
@@ -71,7 +73,7 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(name):
     with FlopCounterMode(display=False) as counter:
         model.backbone(x, frames, depth).sum().backward()
     expected = counter.get_total_flops()
-    assert bench.operations(model, samples, cached=True)["step"] == pytest.approx(expected, rel=0.01)
+    assert bench.operations(model, samples, cached=True)["step"] == pytest.approx(expected, rel=0.005)
 
 
 def test_operations_of_the_whole_forward_pass_are_those_of_transformers(transformers):
@@ -112,20 +114,14 @@ def test_what_trains_the_same_is_measured_in_turn():
     """Every config once, with both peers of what it trains, and our full finetuning in every group."""
     groups = bench.make_groups(bench.CONFIGS, with_peer=True)
     by_name = {tuple(bench.name_of(f"step:{method}") for method in group) for group in groups}
-    assert (
-        "full",
-        "partial3",
-        "partial3_cached",
-        "transformers: partial3",
-        "naive transformers: partial3",
-    ) in by_name
+    peers = ("transformers: partial3", "naive transformers: partial3")
+    assert ("full", "partial3", "partial3_cached", *peers) in by_name
     lora = "transformers + PEFT: lora_last3"
     assert ("full", "lora_last3_cached", lora, f"naive {lora}") in by_name
     ours = [method for group in groups for method in group if method.startswith("ours:")]
     assert sorted(ours) == sorted(f"ours:{path}" for path in bench.CONFIGS)
-    assert [method for group in groups for method in group if method == f"reference:{path_of('full')}"] == [
-        f"reference:{path_of('full')}"
-    ] * (len(groups) - 1)
+    references = [method for group in groups for method in group if method.startswith("reference:")]
+    assert references == [f"reference:{path_of('full')}"] * (len(groups) - 1)
 
 
 # ---------------------------------------------------------------- the peers
@@ -138,9 +134,9 @@ def peer_config(name: str, backbone: Path):
 @pytest.mark.skipif(not HAS_PEER, reason="needs transformers and peft")
 @pytest.mark.parametrize("name", ["full", "partial3", "lora_last3_cached", "heads_only"])
 def test_the_peer_leaves_the_feature_encoder_alone_and_the_naive_peer_does_not(transformers, tiny_checkpoint, name):
-    """A gradient reaches the CNN's output in the naive peer, whatever trains, and in the other only if `full` asks."""
+    """A gradient reaches the CNN's first layer in the naive peer, whatever trains, and never in the other."""
     config = peer_config(name, tiny_checkpoint)
-    for make, expected in ((bench.peer_model, name == "full"), (bench.naive_model, True)):
+    for make in (bench.peer_model, bench.naive_model):
         model, base = make(config)
         arrived, needed = [], []
 
@@ -156,7 +152,6 @@ def test_the_peer_leaves_the_feature_encoder_alone_and_the_naive_peer_does_not(t
         naive = make is bench.naive_model
         assert needed == [naive]
         assert arrived == [True] * naive
-        assert expected or all(p.grad is None for p in base.feature_projection.parameters())
 
 
 @pytest.mark.skipif(not HAS_PEER, reason="needs transformers and peft")
@@ -290,8 +285,32 @@ def test_a_process_that_fails_is_named_with_its_last_lines(tiny_checkpoint, tmp_
     options |= {"backbone": str(tiny_checkpoint), "folder": str(tmp_path)}
     worker = bench.Worker(f"infer:ours:{tmp_path / 'deep.yaml'}", argparse.Namespace(**options))
     with pytest.raises(
-        ValueError, match=r"(?s)^deep failed at 'infer' \(exit code 1\):\n.*no layer 11; expected"
+        ValueError, match=r"(?s)^deep failed at 'infer' \(exit code 1\)\n.*no layer 11; expected"
     ) as error:
         worker.ask("infer")
     worker.stop()
     assert len(str(error.value).splitlines()) <= 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--turns=1"], "argument --turns: expected at least 2, found 1"),
+        (["--rounds=0"], "argument --rounds: expected at least 1, found 0"),
+        (["--precision=int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_a_wrong_option_is_an_error_at_once(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_or_is_no_config_is_noticed_before_measuring(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["bench.py", f"--out={tmp_path / 'none' / 'x.json'}"])
+    with pytest.raises(FileNotFoundError, match=r"--out: \S+none is no directory"):
+        bench.main()
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--configs", str(tmp_path / "none.yaml")])
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such config"):
+        bench.main()
