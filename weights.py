@@ -1,4 +1,5 @@
 """Pretrained checkpoints as transformers and fairseq write them, into `model.Wav2Vec2`. Strict; nothing is executed.
+And from there into a directory that transformers reads.
 
 What can be read off the tensors is (sizes, kinds of normalisation, biases); the settings beside them supply the rest.
 """
