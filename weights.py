@@ -1,4 +1,5 @@
 """Pretrained checkpoints as transformers and fairseq write them, into `model.Wav2Vec2`. Strict; nothing is executed.
+And from there into a directory that transformers reads.
 
 What can be read off the tensors is (sizes, kinds of normalisation, biases); the settings beside them supply the rest.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import Wav2Vec2, Wav2Vec2Config
@@ -44,6 +45,21 @@ KEYS: dict[str, str | None] = {
     r"(quantizer|project_q|project_hid|final_proj|lm_head|w2v_encoder\.proj)\..*": None,
     r"(projector|classifier|tdnn|objective)\..*": None,
     rf"feature_extractor\.{P}|layer_weights|label_embs_concat|mask_time_emb_vector|mask_feature_emb_vector": None,
+}
+HUGGING_FACE = {  # our key -> the key that `save_backbone` writes
+    rf"feature_encoder\.convs\.(\d+)\.{P}": r"feature_extractor.conv_layers.\1.conv.\2",
+    rf"feature_encoder\.norms\.(\d+)\.{P}": r"feature_extractor.conv_layers.\1.layer_norm.\2",
+    rf"projection\.norm\.{P}": r"feature_projection.layer_norm.\1",
+    rf"projection\.linear\.{P}": r"feature_projection.projection.\1",
+    r"projection\.mask_embedding": "masked_spec_embed",
+    r"position\.conv\.(bias|weight_g|weight_v)": r"encoder.pos_conv_embed.conv.\1",
+    rf"norm\.{P}": r"encoder.layer_norm.\1",
+    rf"layers\.(\d+)\.attention\.([qkv])\.{P}": r"encoder.layers.\1.attention.\2_proj.\3",
+    rf"layers\.(\d+)\.attention\.o\.{P}": r"encoder.layers.\1.attention.out_proj.\2",
+    rf"layers\.(\d+)\.attention_norm\.{P}": r"encoder.layers.\1.layer_norm.\2",
+    rf"layers\.(\d+)\.feed_forward\.fc1\.{P}": r"encoder.layers.\1.feed_forward.intermediate_dense.\2",
+    rf"layers\.(\d+)\.feed_forward\.fc2\.{P}": r"encoder.layers.\1.feed_forward.output_dense.\2",
+    rf"layers\.(\d+)\.feed_forward_norm\.{P}": r"encoder.layers.\1.final_layer_norm.\2",
 }
 OTHERS = {  # what gives another architecture away
     "WavLM": r"rel_attn_embed|grep_linear|relative_attention_bias",
@@ -102,6 +118,70 @@ def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
             nn.init.zeros_(module.bias)
     nn.init.uniform_(backbone.projection.mask_embedding, generator=generator)
     return backbone
+
+
+def save_backbone(backbone: Wav2Vec2, directory: str | Path) -> None:
+    """Write a backbone as a Hugging Face directory that `Wav2Vec2Model.from_pretrained` and `load_backbone` read.
+
+    In fp32. The weight `w` of the positional convolution becomes `v = w` and `g = |v|`, so that `g v / |v|` is `w`.
+    Raises ValueError for a backbone with LoRA in it or with a dropped prefix.
+    """
+    state = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
+    for i, kernel in enumerate(backbone.config.conv_kernels):
+        name = f"feature_encoder.convs.{i}.weight"
+        state[name] = state[name].unflatten(1, (kernel, -1)).transpose(1, 2)  # (out, kernel in) -> (out, in, kernel)
+    w = state.pop("position.conv.weight").float()
+    norm = w.norm(dim=(0, 1), keepdim=True)  # (1, 1, kernel)
+    state["position.conv.weight_g"] = norm
+    state["position.conv.weight_v"] = w.where(norm > 0, 1.0)  # where w is 0, g is, and v must not be: 0/0
+    tensors = {}
+    for name, tensor in state.items():
+        key = next((m.expand(key) for pattern, key in HUGGING_FACE.items() if (m := re.fullmatch(pattern, name))), None)
+        if key is None or tensor.is_meta:
+            what = "is not in memory; save it before its prefix is dropped" if key else "has no place; merge LoRA first"
+            raise ValueError(f"{directory}: cannot hold the backbone: {name} {what}")
+        tensors[key] = tensor.to("cpu", torch.float32).contiguous()
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / f".{WEIGHT_FILES[0]}.tmp"  # the backbone may be mapped from the very file that it replaces
+    save_file(tensors, beside, {"format": "pt"})
+    os.replace(beside, directory / WEIGHT_FILES[0])
+    for name, settings in zip(SETTINGS_FILES, settings_of(backbone.config), strict=True):
+        (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def settings_of(config: Wav2Vec2Config) -> tuple[dict, dict]:
+    """An architecture as `config.json` and `preprocessor_config.json` say it."""
+    architecture = {
+        "model_type": "wav2vec2",
+        "architectures": ["Wav2Vec2Model"],
+        "conv_dim": config.conv_channels,
+        "conv_kernel": config.conv_kernels,
+        "conv_stride": config.conv_strides,
+        "conv_bias": config.conv_bias,
+        "feat_extract_norm": config.conv_norm,
+        "feat_extract_activation": "gelu",
+        "num_feat_extract_layers": len(config.conv_channels),
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.ffn,
+        "hidden_act": "gelu",
+        "do_stable_layer_norm": config.pre_norm,
+        "num_conv_pos_embeddings": config.position_kernel,
+        "num_conv_pos_embedding_groups": config.position_groups,
+        "layer_norm_eps": config.norm_eps,
+    }
+    preprocessing = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": config.normalize_waveform,
+        "feature_size": 1,
+        "sampling_rate": 16_000,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": config.conv_norm == "layer",  # the group kind was trained without, says its publisher
+    }
+    return architecture, preprocessing
 
 
 # --- finding files ---------------------------------------------------------------------------------------------------
