@@ -158,7 +158,7 @@ def ours(config: Config, phase: str, folder: Path, paths: list[str]) -> tuple[Ac
         if not prefix.cache.has(numbers):
             raise ValueError(f"{prefix.cache.directory}: is not whole, expected what `build` left")
         prefix.drop_if_cached()
-    run.prepare(model, device, config.precision)
+    run.prepare(model, device, config.precision, config.tf32, config.compile and phase == "step")
 
     def build() -> None:
         open_cache(next(counter))  # a new one each time

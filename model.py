@@ -58,8 +58,9 @@ class Wav2Vec2Config:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """`x W^T + b` for rows `(N, in)`, or for their GELU; on a CPU in fp32 by another library than PyTorch would take."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+    """`x W^T + b` for rows `(N, in)`, or for their GELU; in fp32 on a CPU by another library than PyTorch's choice."""
+    fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if ONEDNN and fp32_on_cpu and not torch.compiler.is_compiling():
         return OneDNNLinear.apply(x, weight, bias, gelu)
     return F.linear(F.gelu(x) if gelu else x, weight, bias)
 
@@ -104,7 +105,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
 
     `F.dropout` draws a number for each there, on one core, and keeps its mask in fp32: a tenth of a full step.
     """
-    if not training or not 0 < probability < 1 or x.device.type != "cpu":
+    if not training or not 0 < probability < 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, probability, training)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     dropped = min(round(probability * 2**16), 2**16 - 1)  # of the 2^16 values
@@ -242,14 +243,12 @@ class PositionalConvolution(nn.Module):
         """`(N, D)` -> `(N, D)`. An even kernel yields one frame too many: the last is dropped."""
         if x.device.type == "cpu" and x.dtype == torch.float32:
             return x + F.gelu(self.by_fourier(x, lengths))
-        parts = nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)  # (B, T, D), zeros as at an end
-        parts = self.conv(parts.mT).mT
-        return x + F.gelu(torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]))
+        return x + F.gelu(unpad(self.conv(pad(x, lengths).mT).mT[:, : max(lengths)], lengths))
 
     def by_fourier(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """The convolution as products of spectra, block by block (overlap-save), which takes half its time.
 
-        A block of S frames yields `S - kernel + 1` results that its cyclic ends do not touch; blocks overlap by the rest.
+        Of a block of S frames `S - kernel + 1` results are untouched by its cyclic ends; blocks overlap by the rest.
         """
         conv, size = self.conv, 2 * self.conv.kernel_size[0]
         kernel, groups, hop = conv.kernel_size[0], conv.groups, size - conv.kernel_size[0] + 1
@@ -284,14 +283,16 @@ class Attention(nn.Module):
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dropout: float = 0.0) -> Tensor:
     """Softmax attention of packed `(N, H, D/H)` within the utterances that `lengths` delimits.
 
-    One call on a GPU in 16 bit, where PyTorch has a kernel for packed sequences (it knows no dropout);
-    elsewhere utterance by utterance.
+    One call on a GPU: in 16 bit PyTorch has a kernel for packed sequences (it knows no dropout), else the batch is
+    padded and masked. On a CPU utterance by utterance.
     """
     if q.is_cuda and q.dtype != torch.float32 and dropout == 0:
         from torch.nn.attention.varlen import varlen_attn
 
         offsets, longest = boundaries(tuple(lengths), q.device), max(lengths)
         return varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    if q.device.type != "cpu":
+        return padded_attention(q, k, v, lengths, dropout)
     out = []
     for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         qkv = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
@@ -299,7 +300,34 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dr
     return torch.cat(out)
 
 
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dropout: float = 0.0) -> Tensor:
+    """`packed_attention` by one call for the padded batch; no frame attends to padding."""
+    valid = pad(q.new_ones(len(q), 1), lengths)[:, None, None, :, 0] > 0  # (B, 1, 1, T)
+    qkv = (pad(x, lengths).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
+    return unpad(F.scaled_dot_product_attention(*qkv, attn_mask=valid, dropout_p=dropout).transpose(1, 2), lengths)
+
+
+def pad(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Packed `(N, ...)` -> `(B, T, ...)` with zeros behind each utterance, without waiting for a GPU."""
+    size = len(lengths) * max(lengths)
+    padded = x.new_zeros(size, *x.shape[1:]).index_copy(0, places(tuple(lengths), x.device), x)
+    return padded.unflatten(0, (len(lengths), -1))
+
+
+def unpad(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """`(B, T, ...)` -> packed `(N, ...)`."""
+    return x.flatten(0, 1).index_select(0, places(tuple(lengths), x.device))
+
+
 @lru_cache(maxsize=4)  # every layer of a step asks for the same
+def places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the packed frames are in a padded batch whose utterances lie one after the other: int64 `(N,)`."""
+    longest = max(lengths)
+    parts = [torch.arange(n) + number * longest for number, n in enumerate(lengths)]
+    return torch.cat(parts).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=4)
 def boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where utterances begin and end among the packed frames, int32 `(B + 1,)`."""
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
@@ -334,10 +362,14 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """`(N, D)` -> `(N, D)`."""
+        return self.finish(x, self.attention(self.attention_norm(x) if self.pre_norm else x, lengths))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """All after attention, where no frame sees another: what `compile` compiles, once for every length."""
+        x = x + self.drop(attended)
         if self.pre_norm:
-            x = x + self.drop(self.attention(self.attention_norm(x), lengths))
             return x + self.drop(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self.drop(self.attention(x, lengths)))
+        x = self.attention_norm(x)
         return self.feed_forward_norm(x + self.drop(self.feed_forward(x)))
 
     def drop(self, x: Tensor) -> Tensor:
@@ -462,4 +494,6 @@ def normalize(waveform: Tensor) -> Tensor:
 
 def pool(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """Mean over each utterance's frames in fp32, `(N, D)` -> `(B, D)`."""
-    return torch.stack([part.float().mean(0) for part in x.split(lengths)])
+    if x.device.type == "cpu":
+        return torch.stack([part.float().mean(0) for part in x.split(lengths)])
+    return pad(x.float(), lengths).sum(1) / boundaries(tuple(lengths), x.device).diff()[:, None]  # three calls

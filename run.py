@@ -152,15 +152,20 @@ def in_order(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
 
 
-def prepare(model: EmotionModel, device: torch.device, precision: str) -> None:
+def prepare(
+    model: EmotionModel, device: torch.device, precision: str, tf32: bool = False, compiled: bool = False
+) -> None:
     """Move what is in memory to its device, frozen matrices in the type that they are used in."""
     if device.type == "cpu":
         keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
     if precision != "fp32":
         cast_frozen(model, DTYPES[precision])
     for parameter in model.parameters():
         if not parameter.is_meta:
             parameter.data = parameter.data.to(device)
+    for layer in model.backbone.layers if compiled else ():
+        layer.finish = torch.compile(layer.finish, dynamic=True)
 
 
 def keep_freed_memory() -> None:
@@ -181,7 +186,7 @@ def build_cache(path: str, overrides: Sequence[str]) -> None:
     seconds = data.check_audio(utterances)
     model, identity = build_model(config, label_range)
     precision = pick_precision(config.precision, device)
-    prepare(model, device, precision)
+    prepare(model, device, precision, config.tf32)
     prefix = Prefix(model, [utterance.path for utterance in utterances], device, precision)
     cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity, sum(seconds))
     missing = [batch for batch in in_order(range(len(utterances)), config.batch_size) if not cache.has(batch)]

@@ -137,7 +137,7 @@ def train(config: Config) -> dict:
     if config.cache:
         prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds))
     prefix.drop_if_cached()
-    run.prepare(model, device, precision)
+    run.prepare(model, device, precision, config.tf32, config.compile)
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 

@@ -1,10 +1,12 @@
 """What `model` promises: no padding, so no influence between utterances; the numbers of its peers; exact freezing."""
 
+import copy
 import importlib.machinery
 import importlib.util
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, perturb, speech_like
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import model
+import run
 import weights
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
@@ -509,6 +513,70 @@ def test_packed_attention_is_softmax_attention_of_each_utterance():
     assert torch.allclose(model.packed_attention(q, k, v, lengths).double(), expected, rtol=0, atol=1e-6)
 
 
+def test_padded_attention_is_softmax_attention_of_each_utterance():
+    """The one call that a GPU makes in fp32: values and gradients against the formula."""
+    lengths = [1, 7, 1, 64, 2]
+    ours = torch.randn(3, sum(lengths), 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    theirs = ours.detach().double().requires_grad_()
+    out, expected = model.padded_attention(*ours, lengths), explicit_attention(*theirs, lengths)
+    assert torch.allclose(out.double(), expected, rtol=0, atol=1e-6)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.allclose(ours.grad.double(), theirs.grad, rtol=0, atol=1e-5)
+
+
+def test_unpad_takes_back_what_pad_did():
+    lengths = [3, 1, 5]
+    x = torch.randn(9, 2, 4)
+    padded = model.pad(x, lengths)
+    assert padded.shape == (3, 5, 2, 4)
+    assert padded[0, 3:].count_nonzero() == padded[1, 1:].count_nonzero() == 0
+    assert torch.equal(model.unpad(padded, lengths), x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fp32_on_a_gpu_is_fp32_on_the_cpu(backbone):
+    """Every hidden state and the pooling, which go other ways there."""
+    weights_there = copy.deepcopy(backbone).cuda()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    waveforms = [speech_like(samples) for samples in (400, 7331, 16_000)]
+    there = weights_there.hidden_states([waveform.cuda() for waveform in waveforms])
+    for ours, theirs in zip(backbone.hidden_states(waveforms), there, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.allclose(one, other.cpu(), rtol=0, atol=1e-4)
+    x, lengths = packed(backbone.config, [3, 50]), [3, 50]
+    assert torch.allclose(model.pool(x.cuda(), lengths).cpu(), model.pool(x, lengths), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [128, 19])
+def test_the_positional_convolution_by_spectra_is_the_convolution(kernel):
+    """Values and every gradient, for lengths around those of the blocks."""
+    config = replace(SMALL, position_kernel=kernel, width=48)
+    module = perturb(model.PositionalConvolution(config), 0)
+    lengths = [1, 2, 19, 128, 129, 130, 300, 517]
+    x = packed(config, lengths).requires_grad_()
+    upstream = packed(config, lengths, seed=1)
+    tensors = [x, *module.parameters()]
+    ours = module.by_fourier(x, lengths)
+    found = torch.autograd.grad(ours, tensors, upstream)
+    exact = module.double()
+    theirs = torch.cat([exact.conv(part.double().T)[:, : len(part)].T for part in x.split(lengths)])
+    expected = torch.autograd.grad(theirs, [x, *exact.parameters()], upstream.double())
+    assert torch.allclose(ours.double(), theirs, rtol=0, atol=1e-5)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.double(), other.double(), rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+def test_the_positional_convolution_of_a_padded_batch_is_that_of_each_utterance():
+    """The way it goes on a GPU and in 16 bit."""
+    config = replace(SMALL, width=48)
+    module = perturb(model.PositionalConvolution(config), 0).double()
+    lengths = [1, 130, 40]
+    x = packed(config, lengths).double()
+    expected = torch.cat([module.conv(part.T)[:, : len(part)].T for part in x.split(lengths)])
+    assert torch.allclose(module(x, lengths) - x, F.gelu(expected), rtol=0, atol=1e-12)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_packed_attention_on_a_gpu_is_the_same(dtype):
@@ -529,9 +597,10 @@ def test_packed_attention_on_a_gpu_is_the_same(dtype):
     assert not torch.equal(dropped, model.packed_attention(*inputs, lengths, dropout=0.5))
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 200])
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, True), (True, True, True), (True, False, True)])
-def test_a_linear_layer_is_x_w_t_plus_b(rows, needs):
+def test_a_linear_layer_is_x_w_t_plus_b(rows, needs, gelu):
     """Values, and gradients of whatever asks for one, against `F.linear` in fp64, for rows that are not contiguous."""
     generator = torch.Generator().manual_seed(rows)
     x, weight, bias, upstream = (
@@ -543,8 +612,8 @@ def test_a_linear_layer_is_x_w_t_plus_b(rows, needs):
     )
     ours = [x.requires_grad_(needs[0]), layer.weight, layer.bias]
     theirs = [tensor.detach().double().requires_grad_(need) for tensor, need in zip(ours, needs, strict=True)]
-    expected = F.linear(theirs[0].T, *theirs[1:])
-    out = layer(x.T)
+    expected = F.linear(F.gelu(theirs[0].T) if gelu else theirs[0].T, *theirs[1:])
+    out = layer(x.T, gelu)
     assert torch.allclose(out.double(), expected, rtol=0, atol=1e-5)
     (out * upstream).sum().backward()
     (expected * upstream.double()).sum().backward()
@@ -563,6 +632,22 @@ def test_autocast_reaches_the_matrix_products(backbone):
         rounded = backbone(x, lengths)
     assert not torch.equal(exact, rounded.float())
     assert (exact - rounded).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_compiled_layers_are_the_same_and_compiled_once_for_all_lengths(backbone, monkeypatch):
+    """`compile: true`, with gradients, traced by PyTorch's compiler but run without its slow code generator."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    emotion = emotion_model(copy.deepcopy(backbone))
+    run.prepare(emotion, torch.device("cpu"), "fp32", compiled=True)
+    graphs = []
+    for lengths in ([5, 7], [12, 30, 8], [3], [50, 2, 7, 9]):
+        x = packed(backbone.config, lengths).requires_grad_()
+        found = emotion.backbone(x, lengths, 0)
+        assert torch.allclose(found, backbone(x, lengths, 0), rtol=0, atol=1e-5)
+        found.sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
 
 
 # ---------------------------------------------------------------- the emotion model
@@ -652,17 +737,3 @@ def test_pooling_is_the_mean_over_frames_in_fp32():
     pooled = model.pool(x, [3, 1, 5])
     assert pooled.dtype == torch.float32
     assert torch.allclose(pooled, torch.stack([x[:3].float().mean(0), x[3].float(), x[4:].float().mean(0)]))
-
-
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 333])
-def test_the_gradients_of_a_linear_layer_are_pytorchs_own_at_every_number_of_rows(rows):
-    """Whole blocks of 16 rows and the rest go through different products."""
-    torch.manual_seed(0)
-    ours = [torch.randn(rows, 48, requires_grad=True), torch.randn(32, 48, requires_grad=True)]
-    ours.append(torch.randn(32, requires_grad=True))
-    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
-    weights = torch.randn(rows, 32)
-    (model.linear(*ours) * weights).sum().backward()
-    (torch.nn.functional.linear(*theirs) * weights.double()).sum().backward()
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-5, atol=1e-4)
