@@ -31,7 +31,6 @@ from torch import Tensor
 FORMAT = 1  # raise it when the same identity would mean other numbers
 SHARD_BYTES = 1 << 31
 COLUMNS = ("crc32", "shard", "offset", "frames", "size", "mtime_ns", "path")
-TEXT_COLUMNS = ("shard", "path")
 ENCODING = {"encoding": "utf-8", "errors": "surrogateescape"}  # a path need not be UTF-8
 ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
 
@@ -59,19 +58,19 @@ class ActivationCache:
 
     def load_index(self) -> None:
         """Find the entries of our paths; one for another state of a file, or past the end of its shard, is none."""
-        numbers_of: dict[str, list[int]] = {}  # a file may be in the corpus twice
-        for number, path in enumerate(self.paths):
-            numbers_of.setdefault(os.path.abspath(path), []).append(number)
+        number_of: dict[str, int] = {}  # a file may be in the corpus twice
+        first = [number_of.setdefault(os.path.abspath(path), number) for number, path in enumerate(self.paths)]
         shards: dict[str, tuple[int, int]] = {}  # number and size
-        for row in read_index(self.directory):
-            if row["path"] not in numbers_of or file_state(row["path"]) != (row["size"], row["mtime_ns"]):
+        for crc, name, offset, frames, size, mtime_ns, path in read_index(self.directory):
+            if (number := number_of.get(path)) is None or file_state(path) != (size, mtime_ns):
                 continue
-            if row["shard"] not in shards:
-                shards[row["shard"]] = len(self.shards), file_size(self.directory / row["shard"])
-                self.shards.append(row["shard"])
-            shard, size = shards[row["shard"]]
-            if row["offset"] + row["frames"] * self.row_bytes <= size:
-                self.entries[numbers_of[row["path"]]] = (row["crc32"], shard, row["offset"], row["frames"], False)
+            if name not in shards:
+                shards[name] = len(self.shards), file_size(self.directory / name)
+                self.shards.append(name)
+            shard, shard_size = shards[name]
+            if offset + frames * self.row_bytes <= shard_size:
+                self.entries[number] = (crc, shard, offset, frames, False)
+        self.entries = self.entries[first]
 
     def has(self, numbers: Sequence[int]) -> bool:
         """Whether all of these utterances are there."""
@@ -190,15 +189,15 @@ def file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def read_index(directory: Path) -> Iterator[dict]:
-    """Every complete line of every writer's index; the line a killed process was writing is passed over."""
-    for path in sorted(directory.glob("*.csv")):
-        with open(path, newline="", **ENCODING) as file:
+def read_index(directory: Path) -> Iterator[tuple[int, str, int, int, int, int, str]]:
+    """`COLUMNS` of every complete line of every index; the line a killed process was writing is passed over."""
+    for index in sorted(directory.glob("*.csv")):
+        with open(index, newline="", **ENCODING) as file:
             whole = (line for line in file if line.endswith("\n") and "\0" not in line)  # Python 3.10 takes no \\0
             for row in csv.reader(whole):
                 try:
-                    entry = dict(zip(COLUMNS, row, strict=True))
-                    yield {key: value if key in TEXT_COLUMNS else int(value) for key, value in entry.items()}
+                    crc, shard, offset, frames, size, mtime_ns, path = row
+                    yield int(crc), shard, int(offset), int(frames), int(size), int(mtime_ns), path
                 except ValueError:  # the header
                     continue
 
@@ -217,17 +216,17 @@ def verify(directory: str | Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
     whole, cut, damaged = set(), [], []
-    for row in read_index(directory):
-        size, data = row["frames"] * row_bytes, b""
-        with suppress(OSError), open(directory / row["shard"], "rb") as file:
-            file.seek(row["offset"])
+    for crc, shard, offset, frames, _, _, path in read_index(directory):
+        size, data = frames * row_bytes, b""
+        with suppress(OSError), open(directory / shard, "rb", buffering=0) as file:
+            file.seek(offset)
             data = file.read(size)
         if len(data) < size:
-            cut.append(row["path"])
-        elif zlib.crc32(data) != row["crc32"]:
-            damaged.append(row["path"])
+            cut.append(path)
+        elif zlib.crc32(data) != crc:
+            damaged.append(path)
         else:
-            whole.add(row["path"])
+            whole.add(path)
     return damaged + [path for path in cut if path not in whole]
 
 

@@ -470,7 +470,7 @@ def test_an_index_of_50000_utterances_opens_quickly_and_in_little_memory(tmp_pat
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert held < 30 * count
-    assert peak < 500 * count
+    assert peak < 400 * count
 
 
 # ---------------------------------------------------------------- the command line
