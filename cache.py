@@ -20,7 +20,7 @@ import shutil
 import sys
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,11 +78,21 @@ class ActivationCache:
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Packed activations `(N, width)` in the cache's type, and lengths. Raises ValueError for a damaged entry."""
-        entries = self.entries[np.asarray(numbers, int)]
-        assert (entries["frames"] > 0).all(), "ask `has` first"
-        packed = torch.empty(int(entries["frames"].sum()), self.width, dtype=self.dtype)
+        lengths = self.lengths(numbers)
+        packed = torch.empty(sum(lengths), self.width, dtype=self.dtype)
+        self.read_into(packed, numbers)
+        return packed, lengths
+
+    def lengths(self, numbers: Sequence[int]) -> list[int]:
+        """Frames of each of these utterances, all of which must be there."""
+        frames = self.entries["frames"][np.asarray(numbers, int)]
+        assert (frames > 0).all(), "ask `has` first"
+        return frames.tolist()
+
+    def read_into(self, packed: Tensor, numbers: Sequence[int]) -> None:
+        """Fill `packed`, of the cache's type on the CPU, as `read` would."""
         start = 0
-        for number, entry in zip(numbers, entries, strict=True):
+        for number, entry in zip(numbers, self.entries[np.asarray(numbers, int)], strict=True):
             part = packed[start : start + int(entry["frames"])].view(torch.uint8).numpy()
             file = self.reader(int(entry["shard"]))
             file.seek(int(entry["offset"]))
@@ -94,7 +104,6 @@ class ActivationCache:
                 )
             self.entries["checked"][number] = True
             start += int(entry["frames"])
-        return packed, entries["frames"].tolist()
 
     def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
@@ -170,6 +179,87 @@ class ActivationCache:
         for file in self.readers.values():
             file.close()
         self.readers = {}
+
+
+class Tier:
+    """Reads batches of a cache onto a device.
+
+    "disk" reads every batch from the files, "ram" and "gpu" each activation once: they keep the whole of a complete
+    cache in one tensor, in memory or on the device. One thread reads.
+    """
+
+    def __init__(self, cache: ActivationCache, device: torch.device, name: str = "disk"):
+        """Raises ValueError if the memory that "ram" or "gpu" need is not there."""
+        self.cache, self.device = cache, device
+        self.staging = Staging(device) if device.type == "cuda" else None
+        self.held: Tensor | None = None
+        if name != "disk":
+            self.ends = cache.entries["frames"].cumsum(dtype=np.int64)
+            self.there = np.zeros(len(self.ends), bool)
+            place, rows = device if name == "gpu" else "cpu", int(self.ends[-1])
+            try:
+                self.held = torch.empty(rows, cache.width, dtype=cache.dtype, device=place)
+            except RuntimeError:
+                size = rows * cache.row_bytes / 1e9
+                raise ValueError(f"cache_tier: {name} has no room for {size:.1f} GB; set cache_tier: disk") from None
+
+    def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Packed activations `(N, width)` on the device in the cache's type, and lengths; raises as the cache does."""
+        lengths = self.cache.lengths(numbers)
+        if self.held is None:
+            return self.send(sum(lengths), lambda packed: self.cache.read_into(packed, numbers)), lengths
+        if missing := [number for number in dict.fromkeys(numbers) if not self.there[number]]:
+            packed, counts = self.cache.read(missing)
+            for number, part in zip(missing, packed.to(self.held.device).split(counts), strict=True):
+                self.held[self.ends[number] - len(part) : self.ends[number]] = part
+            self.there[missing] = True
+        parts = [self.held[self.ends[i] - length : self.ends[i]] for i, length in zip(numbers, lengths, strict=True)]
+        if self.held.device.type == self.device.type:
+            return torch.cat(parts), lengths
+        return self.send(sum(lengths), lambda packed: torch.cat(parts, out=packed)), lengths
+
+    def send(self, rows: int, fill: Callable[[Tensor], object]) -> Tensor:
+        """What `fill` writes into a tensor `(rows, width)` on the CPU, on the device."""
+        if self.staging is not None:
+            size = rows * self.cache.row_bytes
+            sent = self.staging.send(size, lambda buffer: fill(buffer.view(self.cache.dtype).view(rows, -1)))
+            return sent.view(self.cache.dtype).view(rows, -1)
+        packed = torch.empty(rows, self.cache.width, dtype=self.cache.dtype)
+        fill(packed)
+        return packed.to(self.device)
+
+
+class Staging:
+    """Two pinned buffers used in turn: while the GPU copies a batch out of the one, the next is put into the other."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        self.copied = [torch.cuda.Event(), torch.cuda.Event()]  # one that was never recorded is not waited for
+        self.turn = 0
+
+    def send(self, size: int, fill: Callable[[Tensor], object]) -> Tensor:
+        """`size` bytes, which `fill` writes into a buffer, on their way to the GPU: work queued after this has them."""
+        self.turn = 1 - self.turn
+        self.copied[self.turn].synchronize()
+        if len(self.buffers[self.turn]) < size:
+            self.buffers[self.turn] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        buffer = self.buffers[self.turn][:size]
+        fill(buffer)
+        sent = buffer.to(self.device, non_blocking=True)
+        self.copied[self.turn].record(torch.cuda.current_stream(self.device))
+        return sent
+
+
+def pick_tier(name: str, cache: ActivationCache, device: torch.device) -> str:
+    """ "auto": gpu where a complete cache fits into half of a GPU's free memory, else disk.
+
+    Never ram: the operating system keeps in memory what was read from the disk, and gives it up when others need it.
+    """
+    if name != "auto":
+        return name
+    size = int(cache.entries["frames"].sum(dtype=np.int64)) * cache.row_bytes
+    return "gpu" if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 2 else "disk"
 
 
 def directory_name(identity: dict) -> str:

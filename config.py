@@ -49,6 +49,7 @@ class Config:
     cache: bool = False  # keep the frozen prefix's output on disk: computed once, whatever the epochs, heads and rates
     cache_dir: str = "cache"
     cache_dtype: Literal["float16", "float32"] = "float16"  # float32 trains exactly as without
+    cache_tier: Literal["auto", "disk", "ram", "gpu"] = "auto"  # auto: gpu if a whole cache fits half of it, else disk
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it, else fp16; CPU fp32
     gradient_checkpointing: bool = False  # a third slower, for memory: one layer's activations at a time

@@ -24,7 +24,7 @@ import lora
 import run
 import train
 import weights
-from cache import ActivationCache, verify
+from cache import ActivationCache, Staging, Tier, pick_tier, verify
 from model import EmotionModel, Wav2Vec2Config
 
 ROOT = Path(__file__).parents[1]
@@ -444,6 +444,119 @@ def test_a_process_that_is_killed_loses_only_what_it_had_in_hand(tmp_path):
     assert len(present()) == count
 
 
+# ---------------------------------------------------------------- tiers
+
+CPU = torch.device("cpu")
+ORDERS = [[5, 0, 8], [1], [8, 8, 2, 8], [7, 6, 5, 4, 3, 2, 1, 0], [0, 5], [3, 3]]
+
+
+@pytest.mark.parametrize("name", ["ram", "gpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_tier_gives_what_the_disk_gives(tmp_path, name, dtype):
+    """Bitwise, in any order, alone and repeated, the first time (from the disk) and the second (from memory)."""
+    paths, _ = filled(tmp_path, 9, dtype)
+    cache = open_cache(tmp_path, paths, dtype)
+    disk, tier = Tier(cache, CPU), Tier(open_cache(tmp_path, paths, dtype), CPU, name)
+    for numbers in ORDERS + ORDERS[::-1]:
+        expected, lengths = cache.read(numbers)
+        for read in (disk.read(numbers), tier.read(numbers)):
+            assert torch.equal(read[0], expected)
+            assert (read[0].dtype, read[1]) == (dtype, lengths)
+
+
+def test_a_tier_in_memory_reads_each_activation_from_the_disk_once(tmp_path):
+    """As it is first asked for: afterwards the files are not needed; what is handed out can be written to."""
+    paths, directory = filled(tmp_path, 4)
+    cache = open_cache(tmp_path, paths)
+    tier = Tier(cache, CPU, "ram")
+    tier.read([2, 0])[0].zero_()
+    (shard,) = directory.glob("*.bin")
+    os.truncate(shard, 0)
+    assert torch.equal(tier.read([0, 2, 0])[0], torch.cat([activation(number) for number in (0, 2, 0)]))
+    for _ in range(2):  # the second time too: a failed read leaves nothing behind
+        with pytest.raises(ValueError, match=f"the activation of {paths[1]} is damaged"):
+            tier.read([0, 1])
+    assert torch.equal(tier.read([2])[0], activation(2))
+
+
+def test_a_tier_that_memory_has_no_room_for_is_one_clear_error(tmp_path):
+    """The key, the need and the way out."""
+    cache = open_cache(tmp_path, touch(tmp_path, 300))
+    cache.entries["frames"] = 2**31 - 1
+    with pytest.raises(ValueError, match=r"cache_tier: ram has no room for 20615\.8 GB; set cache_tier: disk"):
+        Tier(cache, CPU, "ram")
+
+
+def test_auto_is_the_gpu_if_half_of_its_free_memory_has_room(tmp_path, monkeypatch):
+    """Else the disk, as always on a CPU; a tier that is named is taken."""
+    paths, directory = filled(tmp_path, 5)
+    cache, cuda = open_cache(tmp_path, paths), torch.device("cuda", 1)
+    (shard,) = directory.glob("*.bin")
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (free, 0))
+    free = 2 * shard.stat().st_size
+    assert pick_tier("auto", cache, cuda) == "gpu"
+    free -= 1
+    assert pick_tier("auto", cache, cuda) == "disk"
+    assert asked == [cuda, cuda]
+    assert pick_tier("auto", cache, CPU) == "disk"
+    assert [pick_tier(name, cache, cuda) for name in ("disk", "ram", "gpu")] == ["disk", "ram", "gpu"]
+
+
+def test_a_staging_buffer_is_filled_again_only_when_the_gpu_has_copied_it(monkeypatch):
+    """Two in turn, each with the event of its own copy: recorded after it, waited for before the next is put there."""
+    log = []
+
+    class Event:
+        def __init__(self):
+            self.name = "ab"[len(events)]
+            events.append(self)
+
+        def synchronize(self) -> None:
+            log.append(f"wait {self.name}")
+
+        def record(self, stream: object) -> None:
+            log.append(f"copied {self.name}")
+
+    events: list[Event] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **keys: empty(*size, **keys))
+    staging = Staging(CPU)
+    places = []
+
+    def fill(buffer: torch.Tensor) -> None:
+        log.append(f"fill {len(buffer)}")
+        places.append(buffer.data_ptr())
+
+    for size in (8, 4, 6, 4, 8, 16):
+        assert len(staging.send(size, fill)) == size
+    turns = ["wait b fill 8 copied b", "wait a fill 4 copied a", "wait b fill 6 copied b"]
+    turns += ["wait a fill 4 copied a", "wait b fill 8 copied b", "wait a fill 16 copied a"]
+    assert " ".join(log) == " ".join(turns)
+    assert places[0] == places[2] == places[4] != places[1] == places[3]
+    assert sorted(map(len, staging.buffers)) == [8, 16]  # of the largest batch so far
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["disk", "ram", "gpu"])
+def test_every_tier_gives_a_gpu_what_the_disk_gives(tmp_path, name):
+    """Also while the GPU is behind: a buffer that were filled too early would change a batch before."""
+    paths, _ = filled(tmp_path, 9)
+    cache, device = open_cache(tmp_path, paths), torch.device("cuda")
+    tier = Tier(cache, device, name)
+    busy = torch.randn(4096, 4096, device=device)
+    for _ in range(3):
+        read = []
+        for numbers in ORDERS:
+            busy = busy @ busy / 64
+            read.append(tier.read(numbers)[0])
+        for numbers, packed in zip(ORDERS, read, strict=True):
+            assert packed.device.type == "cuda"
+            assert torch.equal(packed.cpu(), cache.read(numbers)[0])
+
+
 # ---------------------------------------------------------------- size
 
 
@@ -542,8 +655,10 @@ def corpus(tmp_path_factory) -> list[str]:
     return [str(folder / f"{number}.wav") for number in range(12)]
 
 
-def fit(paths: list[str], method: tuple, root: Path | None, dtype: str) -> tuple[list[float], dict, run.Prefix]:
-    """Losses of two epochs, and the inputs of the part that trains, by epoch and utterance."""
+def fit(
+    paths: list[str], method: tuple, root: Path | None, dtype: str, tier: str = "auto"
+) -> tuple[list[float], dict, run.Prefix]:
+    """Losses of three epochs, and the inputs of the part that trains, by epoch and utterance."""
     layers, rank, depth = method
     torch.manual_seed(0)
     model = EmotionModel(weights.random_backbone(TINY), ["activation", "valence"], (1, 7), head_width=16)
@@ -556,18 +671,18 @@ def fit(paths: list[str], method: tuple, root: Path | None, dtype: str) -> tuple
     prefix = run.Prefix(model, paths, torch.device("cpu"), "fp32")
     assert prefix.depth == depth
     if root is not None:
-        prefix.open_cache(str(root), dtype, {"sha256": "tiny"})
+        prefix.open_cache(str(root), dtype, {"sha256": "tiny"}, tier=tier)
     losses, inputs = [], {}
     torch.manual_seed(0)
-    for epoch in (1, 2):
+    for epoch in (1, 2, 3):
         freeze.train_mode(model, depth)
         for numbers, x, lengths in prefix(data.batches(len(paths), 4, 0, epoch)):
             parts = x.split(lengths)
             inputs |= {(epoch, number): part.clone() for number, part in zip(numbers, parts, strict=True)}
             losses.append(train.step(model, x, lengths, labels[numbers], depth, optimizer, scaler)[0].item())
         if root is not None:
-            assert prefix.cache.has(range(len(paths)))
-            freeze.drop_prefix(model, depth)  # from here on it could not be computed
+            prefix.drop_if_cached()
+            assert prefix.complete  # from here on it could not be computed
     return losses, inputs, prefix
 
 
@@ -579,15 +694,38 @@ def test_training_on_the_cache_has_the_losses_of_training_without(tmp_path, corp
     """At every depth, over the epoch that fills it and the next; and a second run reads it from the start."""
     expected, _, _ = fit(corpus, method, None, dtype)
     losses, inputs, prefix = fit(corpus, method, tmp_path, dtype)
-    assert len(losses) == 6
+    assert len(losses) == 9
     assert losses != expected or dtype == "float32"
     assert losses == pytest.approx(expected, abs=tolerance)
     for number in range(len(corpus)):  # the epoch that fills the cache trains on what the next ones read
         assert torch.equal(inputs[1, number], inputs[2, number])
+        assert torch.equal(inputs[1, number], inputs[3, number])
     prefix.cache.close()
     again, _, second = fit(corpus, method, tmp_path, dtype)
     assert again == losses
     assert second.build_seconds == 0 < prefix.build_seconds
+
+
+@pytest.mark.parametrize("tier", ["disk", "ram", "gpu"])
+@pytest.mark.parametrize("method", [LAST_LAYER, HEADS_ONLY], ids=["last", "heads"])
+def test_training_is_the_same_from_every_tier(tmp_path, corpus, monkeypatch, method, tier):
+    """On a cache that is partly there, which the first epoch completes; with a file that the corpus names twice."""
+    monkeypatch.setattr(run, "pick_tier", lambda name, cache, device: tier)  # "gpu" is refused on a CPU
+    corpus = [*corpus, corpus[0]]
+    expected, expected_inputs, _ = fit(corpus, method, tmp_path / "whole", "float16", "disk")
+    fit(corpus[3:7], method, tmp_path / "part", "float16", "disk")
+    losses, inputs, prefix = fit(corpus, method, tmp_path / "part", "float16")
+    assert (prefix.tier.held is None) == (tier == "disk")
+    assert losses == expected
+    assert inputs.keys() == expected_inputs.keys()
+    assert all(torch.equal(inputs[key], expected_inputs[key]) for key in inputs)
+
+
+def test_a_gpu_tier_on_a_cpu_is_refused_before_anything_is_computed(tmp_path, corpus):
+    """One clear error, and no directory is made."""
+    with pytest.raises(ValueError, match="cache_tier: found gpu, but the device is the CPU; expected auto, disk or r"):
+        fit(corpus, LAST_LAYER, tmp_path, "float16", "gpu")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_that_differ_above_the_prefix_share_a_cache(tmp_path, corpus):
