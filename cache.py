@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SCALE_ROWS = 4  # of int8, before the frames: one scale a channel in fp32 fills as many rows
 FORMAT = 1  # raise it when the same identity would mean other numbers
 SHARD_BYTES = 1 << 31
 COLUMNS = ("crc32", "shard", "offset", "frames", "size", "mtime_ns", "path")
@@ -36,7 +37,11 @@ ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames",
 
 
 class ActivationCache:
-    """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it."""
+    """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it.
+
+    float16 and float32 are stored as they are. int8 has a scale for each channel of each utterance, its largest value
+    / 127, so that a channel of large values costs no other its precision: no value is off by more than half a scale.
+    """
 
     def __init__(self, root: str | Path, identity: dict, paths: Sequence[str], width: int, dtype: torch.dtype):
         """Open or create the cache for `identity`, a description that JSON can hold; `paths` are the audio files."""
@@ -44,6 +49,8 @@ class ActivationCache:
         self.directory = Path(root) / directory_name(identity)
         self.paths, self.width, self.dtype = paths, width, dtype
         self.row_bytes = width * dtype.itemsize
+        self.scale_rows = SCALE_ROWS if dtype == torch.int8 else 0
+        assert width % 4 == 0 or not self.scale_rows, "fp32 scales lie at multiples of 4 bytes"
         self.entries = np.zeros(len(paths), ENTRY)  # frames 0: not there
         self.shards: list[str] = []
         self.readers: dict[int, object] = {}
@@ -68,7 +75,7 @@ class ActivationCache:
                 shards[name] = len(self.shards), file_size(self.directory / name)
                 self.shards.append(name)
             shard, shard_size = shards[name]
-            if offset + frames * self.row_bytes <= shard_size:
+            if offset + (frames + self.scale_rows) * self.row_bytes <= shard_size:
                 self.entries[number] = (crc, shard, offset, frames, False)
         self.entries = self.entries[first]
 
@@ -77,11 +84,9 @@ class ActivationCache:
         return bool((self.entries["frames"][np.asarray(numbers, int)] > 0).all())
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Packed activations `(N, width)` in the cache's type, and lengths. Raises ValueError for a damaged entry."""
+        """Packed activations `(N, width)` and lengths, fp32 from int8. Raises ValueError for a damaged entry."""
         lengths = self.lengths(numbers)
-        packed = torch.empty(sum(lengths), self.width, dtype=self.dtype)
-        self.read_into(packed, numbers)
-        return packed, lengths
+        return self.decode(self.read_stored(numbers), lengths), lengths
 
     def lengths(self, numbers: Sequence[int]) -> list[int]:
         """Frames of each of these utterances, all of which must be there."""
@@ -89,11 +94,13 @@ class ActivationCache:
         assert (frames > 0).all(), "ask `has` first"
         return frames.tolist()
 
-    def read_into(self, packed: Tensor, numbers: Sequence[int]) -> None:
-        """Fill `packed`, of the cache's type on the CPU, as `read` would."""
-        start = 0
-        for number, entry in zip(numbers, self.entries[np.asarray(numbers, int)], strict=True):
-            part = packed[start : start + int(entry["frames"])].view(torch.uint8).numpy()
+    def read_stored(self, numbers: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """The rows that the files hold, `(rows, width)` in the cache's type on the CPU."""
+        counts = [length + self.scale_rows for length in self.lengths(numbers)]
+        stored = torch.empty(sum(counts), self.width, dtype=self.dtype) if out is None else out
+        entries = self.entries[np.asarray(numbers, int)]
+        for number, entry, rows in zip(numbers, entries, stored.split(counts), strict=True):
+            part = rows.view(torch.uint8).numpy()
             file = self.reader(int(entry["shard"]))
             file.seek(int(entry["offset"]))
             whole = file.readinto(memoryview(part).cast("B")) == part.nbytes
@@ -103,29 +110,44 @@ class ActivationCache:
                     f"damaged; delete {self.directory} and run again to compute it anew"
                 )
             self.entries["checked"][number] = True
-            start += int(entry["frames"])
+        return stored
+
+    def encode(self, part: Tensor) -> Tensor:
+        """The rows to be stored for an activation `(T, width)`, which is finite."""
+        if self.dtype != torch.int8:
+            return part
+        scale = (part.abs().amax(0) / 127).clamp(min=torch.finfo(part.dtype).tiny)  # a channel of zeros has one too
+        return torch.cat([scale.view(torch.int8).view(SCALE_ROWS, -1), (part / scale).round().to(torch.int8)])
+
+    def decode(self, stored: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Packed activations `(N, width)` of stored rows, on any device: as they are, or fp32 from int8."""
+        if self.dtype != torch.int8:
+            return stored
+        parts = stored.split([length + SCALE_ROWS for length in lengths])
+        return torch.cat([part[SCALE_ROWS:] * part[:SCALE_ROWS].view(-1).view(torch.float32) for part in parts])
 
     def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
 
         The rounded values are returned so that the epoch that fills the cache trains on what the next ones will read.
         """
-        stored = packed.to("cpu", self.dtype)
-        start = 0
-        for number, part in zip(numbers, stored.split(list(lengths)), strict=True):
+        rounded = packed.to("cpu", torch.float32 if self.dtype == torch.int8 else self.dtype)
+        start, stored = 0, []
+        for number, part in zip(numbers, rounded.split(list(lengths)), strict=True):
             if not part.isfinite().all():
                 largest = packed[start : start + len(part)].abs().max().item()
                 what = f"the activation of {self.paths[number]} does not fit {self.dtype} (largest {largest:.3g}); "
                 advice = "set cache_dtype: float32" if math.isfinite(largest) else "the model yields no numbers for it"
                 raise ValueError(what + advice)
+            stored.append(self.encode(part))
             if not self.has([number]):
-                self.append(number, part.contiguous())
+                self.append(number, stored[-1].contiguous(), len(part))
             start += len(part)
-        return stored
+        return self.decode(torch.cat(stored), lengths)
 
-    def append(self, number: int, part: Tensor) -> None:
-        """Add one activation `(T, width)`. Raises OSError if it cannot be written; what was written before stays."""
-        data = part.view(torch.uint8).numpy().tobytes()
+    def append(self, number: int, stored: Tensor, frames: int) -> None:
+        """Add the rows of one activation. Raises OSError if they cannot be written; what was written before stays."""
+        data = stored.view(torch.uint8).numpy().tobytes()
         crc, path = zlib.crc32(data), os.path.abspath(self.paths[number])
         size, mtime_ns = file_state(path) or (-1, -1)
         try:
@@ -133,13 +155,13 @@ class ActivationCache:
             offset = shard.tell()
             shard.write(data)
             shard.flush()
-            csv.writer(index).writerow((crc, name, offset, len(part), size, mtime_ns, path))
+            csv.writer(index).writerow((crc, name, offset, frames, size, mtime_ns, path))
             index.flush()
         except OSError as error:
             self.close_writer()  # half of what failed is in its files: nothing may follow it
             reason = error.strerror or error
             raise OSError(f"cache {self.directory}: {reason}; free space, or set cache_dir or cache: false") from None
-        self.entries[number] = (crc, self.shards.index(name), offset, len(part), True)
+        self.entries[number] = (crc, self.shards.index(name), offset, frames, True)
         if offset + len(data) > SHARD_BYTES:
             self.close_writer()
 
@@ -167,6 +189,7 @@ class ActivationCache:
         """Raise OSError if what is missing of `seconds` of audio, or of pooled rows, will not fit on the disk."""
         missing = int((self.entries["frames"] == 0).sum())
         rows = missing if pooled else seconds * 50 * missing / max(len(self.entries), 1)
+        rows += missing * self.scale_rows
         needed, free = int(rows * self.row_bytes), shutil.disk_usage(self.directory).free
         if needed > free:
             raise OSError(
@@ -194,7 +217,7 @@ class Tier:
         self.staging = Staging(device) if device.type == "cuda" else None
         self.held: Tensor | None = None
         if name != "disk":
-            self.ends = cache.entries["frames"].cumsum(dtype=np.int64)
+            self.ends = (cache.entries["frames"] + cache.scale_rows).cumsum(dtype=np.int64)
             self.there = np.zeros(len(self.ends), bool)
             place, rows = device if name == "gpu" else "cpu", int(self.ends[-1])
             try:
@@ -204,19 +227,32 @@ class Tier:
                 raise ValueError(f"cache_tier: {name} has no room for {size:.1f} GB; set cache_tier: disk") from None
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Packed activations `(N, width)` on the device in the cache's type, and lengths; raises as the cache does."""
+        """Packed activations `(N, width)` and lengths as `ActivationCache.read` gives them, on the device."""
         lengths = self.cache.lengths(numbers)
+        rows = sum(lengths) + len(lengths) * self.cache.scale_rows
         if self.held is None:
-            return self.send(sum(lengths), lambda packed: self.cache.read_into(packed, numbers)), lengths
-        if missing := [number for number in dict.fromkeys(numbers) if not self.there[number]]:
-            packed, counts = self.cache.read(missing)
-            for number, part in zip(missing, packed.to(self.held.device).split(counts), strict=True):
-                self.held[self.ends[number] - len(part) : self.ends[number]] = part
-            self.there[missing] = True
-        parts = [self.held[self.ends[i] - length : self.ends[i]] for i, length in zip(numbers, lengths, strict=True)]
-        if self.held.device.type == self.device.type:
-            return torch.cat(parts), lengths
-        return self.send(sum(lengths), lambda packed: torch.cat(parts, out=packed)), lengths
+            stored = self.send(rows, lambda out: self.cache.read_stored(numbers, out))
+        else:
+            if missing := [number for number in dict.fromkeys(numbers) if not self.there[number]]:
+                self.hold(missing)
+            parts = [self.held_rows(number) for number in numbers]
+            if self.held.device.type == self.device.type:
+                stored = torch.cat(parts)
+            else:
+                stored = self.send(rows, lambda out: torch.cat(parts, out=out))
+        return self.cache.decode(stored, lengths), lengths
+
+    def hold(self, numbers: Sequence[int]) -> None:
+        """Read from the disk what is not yet in memory."""
+        stored, start = self.cache.read_stored(numbers).to(self.held.device), 0
+        for place in map(self.held_rows, numbers):
+            place.copy_(stored[start : start + len(place)])
+            start += len(place)
+        self.there[numbers] = True
+
+    def held_rows(self, number: int) -> Tensor:
+        rows = int(self.cache.entries["frames"][number]) + self.cache.scale_rows
+        return self.held[self.ends[number] - rows : self.ends[number]]
 
     def send(self, rows: int, fill: Callable[[Tensor], object]) -> Tensor:
         """What `fill` writes into a tensor `(rows, width)` on the CPU, on the device."""
@@ -224,9 +260,9 @@ class Tier:
             size = rows * self.cache.row_bytes
             sent = self.staging.send(size, lambda buffer: fill(buffer.view(self.cache.dtype).view(rows, -1)))
             return sent.view(self.cache.dtype).view(rows, -1)
-        packed = torch.empty(rows, self.cache.width, dtype=self.cache.dtype)
-        fill(packed)
-        return packed.to(self.device)
+        stored = torch.empty(rows, self.cache.width, dtype=self.cache.dtype)
+        fill(stored)
+        return stored.to(self.device)
 
 
 class Staging:
@@ -258,7 +294,8 @@ def pick_tier(name: str, cache: ActivationCache, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    size = int(cache.entries["frames"].sum(dtype=np.int64)) * cache.row_bytes
+    rows = int(cache.entries["frames"].sum(dtype=np.int64)) + len(cache.entries) * cache.scale_rows
+    size = rows * cache.row_bytes
     return "gpu" if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 2 else "disk"
 
 
@@ -303,11 +340,12 @@ def verify(directory: str | Path) -> list[str]:
     try:
         identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
         row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
+        scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
     whole, cut, damaged = set(), [], []
     for crc, shard, offset, frames, _, _, path in read_index(directory):
-        size, data = frames * row_bytes, b""
+        size, data = (frames + scale_rows) * row_bytes, b""
         with suppress(OSError), open(directory / shard, "rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)

@@ -151,6 +151,63 @@ def test_reading_what_is_not_there_fails(tmp_path):
             cache.read(numbers)
 
 
+# ---------------------------------------------------------------- int8
+
+
+def test_int8_is_off_by_half_a_scale_at_most(tmp_path):
+    """Of the utterance's own channel: one of huge values, as pre-norm models have, costs no other its precision."""
+    paths = touch(tmp_path, 2)
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor([1.0, 1e-3, 1e6, 1e30, 0.0, 1e-38, 1e-44, 3e38])
+    first, second = (torch.rand(frames, WIDTH, generator=generator) * 2 - 1 for frames in (50, 7))
+    computed = torch.cat([first * size, second])
+    cache = open_cache(tmp_path, paths, torch.int8)
+    returned = cache.write([0, 1], computed, [50, 7])
+    assert returned.dtype == torch.float32
+    scale = torch.cat([part.abs().amax(0, keepdim=True).expand_as(part) for part in computed.split([50, 7])]) / 127
+    error = (returned.double() - computed.double()).abs()
+    tiny = torch.finfo(torch.float32).tiny
+    assert (error <= scale.double().clamp(min=tiny) * (0.5 + 1e-4)).all()
+    assert (error > 0.4 * scale).any()  # it is 8 bit that were stored
+    assert (returned[:50, 4] == 0).all()
+    for reader in (cache, open_cache(tmp_path, paths, torch.int8)):
+        packed, lengths = reader.read([1, 0])
+        assert torch.equal(packed, torch.cat([returned[50:], returned[:50]]))
+        assert lengths == [7, 50]
+
+
+def test_int8_takes_a_byte_a_value_and_four_a_channel(tmp_path):
+    """Half of fp16; `check_space` counts the scales, and the index the frames alone."""
+    _, directory = filled(tmp_path, 5, torch.int8)
+    frames = [len(activation(number)) for number in range(5)]
+    (shard,) = directory.glob("*.bin")
+    assert shard.stat().st_size == sum(frames) * WIDTH + 5 * WIDTH * 4
+    assert [row[3] for row in cache_module.read_index(directory)] == frames
+    free = 2 * 50 * WIDTH + 2 * WIDTH * 4  # two utterances of a second each
+    cache = open_cache(tmp_path, touch(tmp_path, 2), torch.int8, depth=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
+        cache.check_space(2.0)
+        free -= 1
+        with pytest.raises(OSError, match="needs"):
+            cache.check_space(2.0)
+
+
+@pytest.mark.parametrize("byte", [1, 4 * WIDTH + 1], ids=["a scale", "a value"])
+def test_a_flipped_bit_of_int8_is_refused_and_named(tmp_path, byte):
+    """The scales are under the checksum too; a shard that ends within an entry has lost it."""
+    paths, directory = filled(tmp_path, 3, torch.int8)
+    (shard,) = directory.glob("*.bin")
+    content = bytearray(shard.read_bytes())
+    content[(4 + len(activation(0))) * WIDTH + byte] ^= 1
+    shard.write_bytes(content[:-1])
+    assert verify(directory) == [paths[1], paths[2]]
+    cache = open_cache(tmp_path, paths, torch.int8)
+    assert [cache.has([number]) for number in range(3)] == [True, True, False]
+    with pytest.raises(ValueError, match=f"the activation of {paths[1]} is damaged"):
+        cache.read([0, 1])
+
+
 # ---------------------------------------------------------------- what must not be used
 
 
@@ -329,7 +386,7 @@ def test_values_beyond_fp16_are_refused_with_the_advice(tmp_path):
     assert open_cache(tmp_path, paths, torch.float32).write(range(3), packed, lengths).equal(packed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 def test_activations_that_are_no_numbers_are_never_stored(tmp_path, dtype):
     """NaN has another cause than the type, and the message does not send the user the wrong way."""
     cache = open_cache(tmp_path, touch(tmp_path, 1), dtype)
@@ -400,37 +457,40 @@ WRITER = """
 import sys, torch
 from cache import ActivationCache
 paths = open(sys.argv[1]).read().split()
-cache = ActivationCache(sys.argv[2], {"kill": 1}, paths, 64, torch.float32)
+cache = ActivationCache(sys.argv[2], {"kill": 1}, paths, 64, getattr(torch, sys.argv[3]))
 for number in range(len(paths)):
     part = torch.full((20 + number % 30, 64), float(number))
     cache.write([number], part, [len(part)])
 """
 
 
-def test_a_process_that_is_killed_loses_only_what_it_had_in_hand(tmp_path):
+@pytest.mark.parametrize(("dtype", "head"), [(torch.float32, 0), (torch.int8, 4)], ids=["fp32", "int8"])
+def test_a_process_that_is_killed_loses_only_what_it_had_in_hand(tmp_path, dtype, head):
     """kill -9 while it writes, a few times; each next one continues, and the last finds all complete."""
-    count = 1500
+    count, row = 1500, 64 * dtype.itemsize
     paths = touch(tmp_path, count)
     listing, root = tmp_path / "paths.txt", tmp_path / "cache"
     listing.write_text("\n".join(paths))
 
     def present() -> np.ndarray:
         """Which are there; those that are have their values."""
-        cache = ActivationCache(root, {"kill": 1}, paths, 64, torch.float32)
+        cache = ActivationCache(root, {"kill": 1}, paths, 64, dtype)
         there = np.flatnonzero(cache.entries["frames"] > 0)
         packed, lengths = cache.read(there)
         assert lengths == (20 + there % 30).tolist()
-        assert torch.equal(packed, torch.from_numpy(there.repeat(lengths)).float()[:, None].expand(-1, 64))
+        expected = torch.from_numpy(there.repeat(lengths)).float()[:, None].expand(-1, 64)
+        torch.testing.assert_close(packed, expected, rtol=1e-6 if head else 0, atol=0)
         assert verify(cache.directory) == []
         return there
 
     def written() -> int:
         return sum(path.stat().st_size for path in root.glob("*/*.bin"))
 
+    command = [sys.executable, "-c", WRITER, listing, root, str(dtype).removeprefix("torch.")]
     before, rng = 0, np.random.default_rng(0)
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, listing, root], cwd=ROOT)
-        start, stop, began = written(), rng.integers(100_000, 2_000_000), time.monotonic()
+        process = subprocess.Popen(command, cwd=ROOT)
+        start, stop, began = written(), rng.integers(400, 8_000) * row, time.monotonic()
         while written() < start + stop and process.poll() is None and time.monotonic() - began < 60:
             time.sleep(0.001)
         process.kill()
@@ -438,9 +498,10 @@ def test_a_process_that_is_killed_loses_only_what_it_had_in_hand(tmp_path):
         there = present()
         assert before < len(there) < count
         assert there.tolist() == list(range(len(there)))  # each took up where the last was killed
-        assert written() - sum((20 + n % 30) * 64 * 4 for n in there.tolist()) <= 3 * 49 * 64 * 4  # one in hand each
+        in_hand = written() - sum((head + 20 + n % 30) * row for n in there.tolist())
+        assert in_hand <= 3 * (head + 49) * row  # one for each killed
         before = len(there)
-    subprocess.run([sys.executable, "-c", WRITER, listing, root], cwd=ROOT, check=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     assert len(present()) == count
 
 
@@ -451,7 +512,7 @@ ORDERS = [[5, 0, 8], [1], [8, 8, 2, 8], [7, 6, 5, 4, 3, 2, 1, 0], [0, 5], [3, 3]
 
 
 @pytest.mark.parametrize("name", ["ram", "gpu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 def test_every_tier_gives_what_the_disk_gives(tmp_path, name, dtype):
     """Bitwise, in any order, alone and repeated, the first time (from the disk) and the second (from memory)."""
     paths, _ = filled(tmp_path, 9, dtype)
@@ -461,7 +522,8 @@ def test_every_tier_gives_what_the_disk_gives(tmp_path, name, dtype):
         expected, lengths = cache.read(numbers)
         for read in (disk.read(numbers), tier.read(numbers)):
             assert torch.equal(read[0], expected)
-            assert (read[0].dtype, read[1]) == (dtype, lengths)
+            assert (read[0].dtype, read[1]) == (torch.float32 if dtype == torch.int8 else dtype, lengths)
+    assert tier.held.dtype == dtype  # not what it is read as
 
 
 def test_a_tier_in_memory_reads_each_activation_from_the_disk_once(tmp_path):
@@ -687,7 +749,9 @@ def fit(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-2)], ids=["stored in fp32", "stored in fp16"]
+    ("dtype", "tolerance"),
+    [("float32", 1e-5), ("float16", 2e-2), ("int8", 5e-2)],
+    ids=["stored in fp32", "stored in fp16", "stored in int8"],
 )
 @pytest.mark.parametrize("method", [FULL, LORA, LAST_LAYER, HEADS_ONLY], ids=["full", "LoRA", "last", "heads"])
 def test_training_on_the_cache_has_the_losses_of_training_without(tmp_path, corpus, method, dtype, tolerance):
