@@ -6,6 +6,8 @@ Every process that writes has two files of its own, `<writer>.bin` with activati
 in hand is lost, and several may write at once. An entry is for one state of one audio file (path, size, time of
 change) and is checked against its CRC-32 the first time it is read: a wrong activation is never used.
 
+A complete cache may be read from another tier than the disk: a `Tier` keeps it in memory or on the GPU.
+
     python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses
     python cache.py verify cache/1f0c3a...                 read everything, name what is damaged
 """
@@ -197,6 +199,11 @@ class ActivationCache:
                 "free space, or set cache_dir or cache: false"
             )
 
+    def stored_bytes(self) -> int:
+        """Of a complete cache, a file that the corpus names twice counted twice."""
+        frames = self.entries["frames"]
+        return (int(frames.sum(dtype=np.int64)) + len(frames) * self.scale_rows) * self.row_bytes
+
     def close(self) -> None:
         self.close_writer()
         for file in self.readers.values():
@@ -217,13 +224,14 @@ class Tier:
         self.staging = Staging(device) if device.type == "cuda" else None
         self.held: Tensor | None = None
         if name != "disk":
-            self.ends = (cache.entries["frames"] + cache.scale_rows).cumsum(dtype=np.int64)
-            self.there = np.zeros(len(self.ends), bool)
-            place, rows = device if name == "gpu" else "cpu", int(self.ends[-1])
+            counts = cache.entries["frames"] + cache.scale_rows
+            self.borders = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
+            self.there = np.zeros(len(counts), bool)
+            place = device if name == "gpu" else "cpu"
             try:
-                self.held = torch.empty(rows, cache.width, dtype=cache.dtype, device=place)
+                self.held = torch.empty(int(self.borders[-1]), cache.width, dtype=cache.dtype, device=place)
             except RuntimeError:
-                size = rows * cache.row_bytes / 1e9
+                size = cache.stored_bytes() / 1e9
                 raise ValueError(f"cache_tier: {name} has no room for {size:.1f} GB; set cache_tier: disk") from None
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -251,8 +259,7 @@ class Tier:
         self.there[numbers] = True
 
     def held_rows(self, number: int) -> Tensor:
-        rows = int(self.cache.entries["frames"][number]) + self.cache.scale_rows
-        return self.held[self.ends[number] - rows : self.ends[number]]
+        return self.held[self.borders[number] : self.borders[number + 1]]
 
     def send(self, rows: int, fill: Callable[[Tensor], object]) -> Tensor:
         """What `fill` writes into a tensor `(rows, width)` on the CPU, on the device."""
@@ -294,9 +301,8 @@ def pick_tier(name: str, cache: ActivationCache, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    rows = int(cache.entries["frames"].sum(dtype=np.int64)) + len(cache.entries) * cache.scale_rows
-    size = rows * cache.row_bytes
-    return "gpu" if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 2 else "disk"
+    fits = device.type == "cuda" and cache.stored_bytes() <= torch.cuda.mem_get_info(device)[0] / 2
+    return "gpu" if fits else "disk"
 
 
 def directory_name(identity: dict) -> str:

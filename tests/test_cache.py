@@ -549,10 +549,11 @@ def test_a_tier_that_memory_has_no_room_for_is_one_clear_error(tmp_path):
         Tier(cache, CPU, "ram")
 
 
-def test_auto_is_the_gpu_if_half_of_its_free_memory_has_room(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_auto_is_the_gpu_if_half_of_its_free_memory_has_room(tmp_path, monkeypatch, dtype):
     """Else the disk, as always on a CPU; a tier that is named is taken."""
-    paths, directory = filled(tmp_path, 5)
-    cache, cuda = open_cache(tmp_path, paths), torch.device("cuda", 1)
+    paths, directory = filled(tmp_path, 5, dtype)
+    cache, cuda = open_cache(tmp_path, paths, dtype), torch.device("cuda", 1)
     (shard,) = directory.glob("*.bin")
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (free, 0))
