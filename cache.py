@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCALE_ROWS = 4  # of int8, before the frames: one scale a channel in fp32 fills as many rows
+SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 FORMAT = 1  # raise it when the same identity would mean other numbers
 SHARD_BYTES = 1 << 31
 COLUMNS = ("crc32", "shard", "offset", "frames", "size", "mtime_ns", "path")
@@ -41,8 +41,9 @@ ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames",
 class ActivationCache:
     """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it.
 
-    float16 and float32 are stored as they are. int8 has a scale for each channel of each utterance, its largest value
-    / 127, so that a channel of large values costs no other its precision: no value is off by more than half a scale.
+    float16 and float32 are stored as they are. int8 counts from the middle of each channel's range in each utterance in
+    254ths of that range, and no value is off by more than half of one: neither a channel of large values nor a large
+    constant in a channel, as pre-norm models have, costs precision.
     """
 
     def __init__(self, root: str | Path, identity: dict, paths: Sequence[str], width: int, dtype: torch.dtype):
@@ -52,7 +53,7 @@ class ActivationCache:
         self.paths, self.width, self.dtype = paths, width, dtype
         self.row_bytes = width * dtype.itemsize
         self.scale_rows = SCALE_ROWS if dtype == torch.int8 else 0
-        assert width % 4 == 0 or not self.scale_rows, "fp32 scales lie at multiples of 4 bytes"
+        assert width % 4 == 0 or not self.scale_rows, "scales in fp32 lie at multiples of 4 bytes"
         self.entries = np.zeros(len(paths), ENTRY)  # frames 0: not there
         self.shards: list[str] = []
         self.readers: dict[int, object] = {}
@@ -118,15 +119,21 @@ class ActivationCache:
         """The rows to be stored for an activation `(T, width)`, which is finite."""
         if self.dtype != torch.int8:
             return part
-        scale = (part.abs().amax(0) / 127).clamp(min=torch.finfo(part.dtype).tiny)  # a channel of zeros has one too
-        return torch.cat([scale.view(torch.int8).view(SCALE_ROWS, -1), (part / scale).round().to(torch.int8)])
+        low, high = part.aminmax(dim=0)
+        middle = low / 2 + high / 2
+        scale = (high / 254 - low / 254).clamp(min=torch.finfo(part.dtype).tiny)  # a constant channel has one too
+        steps = ((part - middle) / scale).round().clamp(-127, 127).to(torch.int8)
+        return torch.cat([torch.stack([scale, middle]).view(torch.int8).view(SCALE_ROWS, -1), steps])
 
     def decode(self, stored: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed activations `(N, width)` of stored rows, on any device: as they are, or fp32 from int8."""
         if self.dtype != torch.int8:
             return stored
-        parts = stored.split([length + SCALE_ROWS for length in lengths])
-        return torch.cat([part[SCALE_ROWS:] * part[:SCALE_ROWS].view(-1).view(torch.float32) for part in parts])
+        parts = []
+        for rows in stored.split([length + SCALE_ROWS for length in lengths]):
+            scale, middle = rows[:SCALE_ROWS].view(-1).view(torch.float32).view(2, -1)
+            parts.append(rows[SCALE_ROWS:] * scale + middle)
+        return torch.cat(parts)
 
     def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
