@@ -6,6 +6,8 @@ Every process that writes has two files of its own, `<writer>.bin` with activati
 in hand is lost, and several may write at once. An entry is for one state of one audio file (path, size, time of
 change) and is checked against its CRC-32 the first time it is read: a wrong activation is never used.
 
+A complete cache may be read from another tier than the disk: a `Tier` keeps it in memory or on the GPU.
+
     python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses
     python cache.py verify cache/1f0c3a...                 read everything, name what is damaged
 """
@@ -20,7 +22,7 @@ import shutil
 import sys
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,16 +30,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 FORMAT = 1  # raise it when the same identity would mean other numbers
 SHARD_BYTES = 1 << 31
 COLUMNS = ("crc32", "shard", "offset", "frames", "size", "mtime_ns", "path")
-TEXT_COLUMNS = ("shard", "path")
 ENCODING = {"encoding": "utf-8", "errors": "surrogateescape"}  # a path need not be UTF-8
 ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
 
 
 class ActivationCache:
-    """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it."""
+    """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it.
+
+    float16 and float32 are stored as they are. int8 counts from the middle of each channel's range in each utterance in
+    254ths of that range, and no value is off by more than half of one: neither a channel of large values nor a large
+    constant in a channel, as pre-norm models have, costs precision.
+    """
 
     def __init__(self, root: str | Path, identity: dict, paths: Sequence[str], width: int, dtype: torch.dtype):
         """Open or create the cache for `identity`, a description that JSON can hold; `paths` are the audio files."""
@@ -45,6 +52,8 @@ class ActivationCache:
         self.directory = Path(root) / directory_name(identity)
         self.paths, self.width, self.dtype = paths, width, dtype
         self.row_bytes = width * dtype.itemsize
+        self.scale_rows = SCALE_ROWS if dtype == torch.int8 else 0
+        assert width % 4 == 0 or not self.scale_rows, "scales in fp32 lie at multiples of 4 bytes"
         self.entries = np.zeros(len(paths), ENTRY)  # frames 0: not there
         self.shards: list[str] = []
         self.readers: dict[int, object] = {}
@@ -59,32 +68,42 @@ class ActivationCache:
 
     def load_index(self) -> None:
         """Find the entries of our paths; one for another state of a file, or past the end of its shard, is none."""
-        numbers_of: dict[str, list[int]] = {}  # a file may be in the corpus twice
-        for number, path in enumerate(self.paths):
-            numbers_of.setdefault(os.path.abspath(path), []).append(number)
+        number_of: dict[str, int] = {}  # a file may be in the corpus twice
+        first = [number_of.setdefault(os.path.abspath(path), number) for number, path in enumerate(self.paths)]
         shards: dict[str, tuple[int, int]] = {}  # number and size
-        for row in read_index(self.directory):
-            if row["path"] not in numbers_of or file_state(row["path"]) != (row["size"], row["mtime_ns"]):
+        for crc, name, offset, frames, size, mtime_ns, path in read_index(self.directory):
+            if (number := number_of.get(path)) is None or file_state(path) != (size, mtime_ns):
                 continue
-            if row["shard"] not in shards:
-                shards[row["shard"]] = len(self.shards), file_size(self.directory / row["shard"])
-                self.shards.append(row["shard"])
-            shard, size = shards[row["shard"]]
-            if row["offset"] + row["frames"] * self.row_bytes <= size:
-                self.entries[numbers_of[row["path"]]] = (row["crc32"], shard, row["offset"], row["frames"], False)
+            if name not in shards:
+                shards[name] = len(self.shards), file_size(self.directory / name)
+                self.shards.append(name)
+            shard, shard_size = shards[name]
+            if offset + (frames + self.scale_rows) * self.row_bytes <= shard_size:
+                self.entries[number] = (crc, shard, offset, frames, False)
+        self.entries = self.entries[first]
 
     def has(self, numbers: Sequence[int]) -> bool:
         """Whether all of these utterances are there."""
         return bool((self.entries["frames"][np.asarray(numbers, int)] > 0).all())
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Packed activations `(N, width)` in the cache's type, and lengths. Raises ValueError for a damaged entry."""
+        """Packed activations `(N, width)` and lengths, fp32 from int8. Raises ValueError for a damaged entry."""
+        lengths = self.lengths(numbers)
+        return self.decode(self.read_stored(numbers), lengths), lengths
+
+    def lengths(self, numbers: Sequence[int]) -> list[int]:
+        """Frames of each of these utterances, all of which must be there."""
+        frames = self.entries["frames"][np.asarray(numbers, int)]
+        assert (frames > 0).all(), "ask `has` first"
+        return frames.tolist()
+
+    def read_stored(self, numbers: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """The rows that the files hold, `(rows, width)` in the cache's type on the CPU."""
+        counts = [length + self.scale_rows for length in self.lengths(numbers)]
+        stored = torch.empty(sum(counts), self.width, dtype=self.dtype) if out is None else out
         entries = self.entries[np.asarray(numbers, int)]
-        assert (entries["frames"] > 0).all(), "ask `has` first"
-        packed = torch.empty(int(entries["frames"].sum()), self.width, dtype=self.dtype)
-        start = 0
-        for number, entry in zip(numbers, entries, strict=True):
-            part = packed[start : start + int(entry["frames"])].view(torch.uint8).numpy()
+        for number, entry, rows in zip(numbers, entries, stored.split(counts), strict=True):
+            part = rows.view(torch.uint8).numpy()
             file = self.reader(int(entry["shard"]))
             file.seek(int(entry["offset"]))
             whole = file.readinto(memoryview(part).cast("B")) == part.nbytes
@@ -94,30 +113,50 @@ class ActivationCache:
                     f"damaged; delete {self.directory} and run again to compute it anew"
                 )
             self.entries["checked"][number] = True
-            start += int(entry["frames"])
-        return packed, entries["frames"].tolist()
+        return stored
+
+    def encode(self, part: Tensor) -> Tensor:
+        """The rows to be stored for an activation `(T, width)`, which is finite."""
+        if self.dtype != torch.int8:
+            return part
+        low, high = part.aminmax(dim=0)
+        middle = low / 2 + high / 2
+        scale = (high / 254 - low / 254).clamp(min=torch.finfo(part.dtype).tiny)  # a constant channel has one too
+        steps = ((part - middle) / scale).round().clamp(-127, 127).to(torch.int8)
+        return torch.cat([torch.stack([scale, middle]).view(torch.int8).view(SCALE_ROWS, -1), steps])
+
+    def decode(self, stored: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Packed activations `(N, width)` of stored rows, on any device: as they are, or fp32 from int8."""
+        if self.dtype != torch.int8:
+            return stored
+        parts = []
+        for rows in stored.split([length + SCALE_ROWS for length in lengths]):
+            scale, middle = rows[:SCALE_ROWS].view(-1).view(torch.float32).view(2, -1)
+            parts.append(rows[SCALE_ROWS:] * scale + middle)
+        return torch.cat(parts)
 
     def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
 
         The rounded values are returned so that the epoch that fills the cache trains on what the next ones will read.
         """
-        stored = packed.to("cpu", self.dtype)
-        start = 0
-        for number, part in zip(numbers, stored.split(list(lengths)), strict=True):
+        rounded = packed.to("cpu", torch.float32 if self.dtype == torch.int8 else self.dtype)
+        start, stored = 0, []
+        for number, part in zip(numbers, rounded.split(list(lengths)), strict=True):
             if not part.isfinite().all():
                 largest = packed[start : start + len(part)].abs().max().item()
                 what = f"the activation of {self.paths[number]} does not fit {self.dtype} (largest {largest:.3g}); "
                 advice = "set cache_dtype: float32" if math.isfinite(largest) else "the model yields no numbers for it"
                 raise ValueError(what + advice)
+            stored.append(self.encode(part))
             if not self.has([number]):
-                self.append(number, part.contiguous())
+                self.append(number, stored[-1].contiguous(), len(part))
             start += len(part)
-        return stored
+        return self.decode(torch.cat(stored), lengths)
 
-    def append(self, number: int, part: Tensor) -> None:
-        """Add one activation `(T, width)`. Raises OSError if it cannot be written; what was written before stays."""
-        data = part.view(torch.uint8).numpy().tobytes()
+    def append(self, number: int, stored: Tensor, frames: int) -> None:
+        """Add the rows of one activation. Raises OSError if they cannot be written; what was written before stays."""
+        data = stored.view(torch.uint8).numpy().tobytes()
         crc, path = zlib.crc32(data), os.path.abspath(self.paths[number])
         size, mtime_ns = file_state(path) or (-1, -1)
         try:
@@ -125,13 +164,13 @@ class ActivationCache:
             offset = shard.tell()
             shard.write(data)
             shard.flush()
-            csv.writer(index).writerow((crc, name, offset, len(part), size, mtime_ns, path))
+            csv.writer(index).writerow((crc, name, offset, frames, size, mtime_ns, path))
             index.flush()
         except OSError as error:
             self.close_writer()  # half of what failed is in its files: nothing may follow it
             reason = error.strerror or error
             raise OSError(f"cache {self.directory}: {reason}; free space, or set cache_dir or cache: false") from None
-        self.entries[number] = (crc, self.shards.index(name), offset, len(part), True)
+        self.entries[number] = (crc, self.shards.index(name), offset, frames, True)
         if offset + len(data) > SHARD_BYTES:
             self.close_writer()
 
@@ -159,6 +198,7 @@ class ActivationCache:
         """Raise OSError if what is missing of `seconds` of audio, or of pooled rows, will not fit on the disk."""
         missing = int((self.entries["frames"] == 0).sum())
         rows = missing if pooled else seconds * 50 * missing / max(len(self.entries), 1)
+        rows += missing * self.scale_rows
         needed, free = int(rows * self.row_bytes), shutil.disk_usage(self.directory).free
         if needed > free:
             raise OSError(
@@ -166,11 +206,110 @@ class ActivationCache:
                 "free space, or set cache_dir or cache: false"
             )
 
+    def stored_bytes(self) -> int:
+        """Of a complete cache, a file that the corpus names twice counted twice."""
+        frames = self.entries["frames"]
+        return (int(frames.sum(dtype=np.int64)) + len(frames) * self.scale_rows) * self.row_bytes
+
     def close(self) -> None:
         self.close_writer()
         for file in self.readers.values():
             file.close()
         self.readers = {}
+
+
+class Tier:
+    """Reads batches of a cache onto a device.
+
+    "disk" reads every batch from the files, "ram" and "gpu" each activation once: they keep the whole of a complete
+    cache in one tensor, in memory or on the device. One thread reads.
+    """
+
+    def __init__(self, cache: ActivationCache, device: torch.device, name: str = "disk"):
+        """Raises ValueError if the memory that "ram" or "gpu" need is not there."""
+        self.cache, self.device = cache, device
+        self.staging = Staging(device) if device.type == "cuda" else None
+        self.held: Tensor | None = None
+        if name != "disk":
+            counts = cache.entries["frames"] + cache.scale_rows
+            self.borders = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
+            self.there = np.zeros(len(counts), bool)
+            place = device if name == "gpu" else "cpu"
+            try:
+                self.held = torch.empty(int(self.borders[-1]), cache.width, dtype=cache.dtype, device=place)
+            except RuntimeError:
+                size = cache.stored_bytes() / 1e9
+                raise ValueError(f"cache_tier: {name} has no room for {size:.1f} GB; set cache_tier: disk") from None
+
+    def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Packed activations `(N, width)` and lengths as `ActivationCache.read` gives them, on the device."""
+        lengths = self.cache.lengths(numbers)
+        rows = sum(lengths) + len(lengths) * self.cache.scale_rows
+        if self.held is None:
+            stored = self.send(rows, lambda out: self.cache.read_stored(numbers, out))
+        else:
+            if missing := [number for number in dict.fromkeys(numbers) if not self.there[number]]:
+                self.hold(missing)
+            parts = [self.held_rows(number) for number in numbers]
+            if self.held.device.type == self.device.type:
+                stored = torch.cat(parts)
+            else:
+                stored = self.send(rows, lambda out: torch.cat(parts, out=out))
+        return self.cache.decode(stored, lengths), lengths
+
+    def hold(self, numbers: Sequence[int]) -> None:
+        """Read from the disk what is not yet in memory."""
+        stored, start = self.cache.read_stored(numbers).to(self.held.device), 0
+        for place in map(self.held_rows, numbers):
+            place.copy_(stored[start : start + len(place)])
+            start += len(place)
+        self.there[numbers] = True
+
+    def held_rows(self, number: int) -> Tensor:
+        return self.held[self.borders[number] : self.borders[number + 1]]
+
+    def send(self, rows: int, fill: Callable[[Tensor], object]) -> Tensor:
+        """What `fill` writes into a tensor `(rows, width)` on the CPU, on the device."""
+        if self.staging is not None:
+            size = rows * self.cache.row_bytes
+            sent = self.staging.send(size, lambda buffer: fill(buffer.view(self.cache.dtype).view(rows, -1)))
+            return sent.view(self.cache.dtype).view(rows, -1)
+        stored = torch.empty(rows, self.cache.width, dtype=self.cache.dtype)
+        fill(stored)
+        return stored.to(self.device)
+
+
+class Staging:
+    """Two pinned buffers used in turn: while the GPU copies a batch out of the one, the next is put into the other."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        self.copied = [torch.cuda.Event(), torch.cuda.Event()]  # one that was never recorded is not waited for
+        self.turn = 0
+
+    def send(self, size: int, fill: Callable[[Tensor], object]) -> Tensor:
+        """`size` bytes, which `fill` writes into a buffer, on their way to the GPU: work queued after this has them."""
+        self.turn = 1 - self.turn
+        self.copied[self.turn].synchronize()
+        if len(self.buffers[self.turn]) < size:
+            self.buffers[self.turn] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        buffer = self.buffers[self.turn][:size]
+        fill(buffer)
+        sent = buffer.to(self.device, non_blocking=True)
+        self.copied[self.turn].record(torch.cuda.current_stream(self.device))
+        return sent
+
+
+def pick_tier(name: str, cache: ActivationCache, device: torch.device) -> str:
+    """ "auto": gpu where a complete cache fits into half of a GPU's free memory, else disk.
+
+    Never ram: the operating system keeps in memory what was read from the disk, and gives it up when others need it.
+    """
+    if name != "auto":
+        return name
+    fits = device.type == "cuda" and cache.stored_bytes() <= torch.cuda.mem_get_info(device)[0] / 2
+    return "gpu" if fits else "disk"
 
 
 def directory_name(identity: dict) -> str:
@@ -190,15 +329,15 @@ def file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def read_index(directory: Path) -> Iterator[dict]:
-    """Every complete line of every writer's index; the line a killed process was writing is passed over."""
-    for path in sorted(directory.glob("*.csv")):
-        with open(path, newline="", **ENCODING) as file:
+def read_index(directory: Path) -> Iterator[tuple[int, str, int, int, int, int, str]]:
+    """`COLUMNS` of every complete line of every index; the line a killed process was writing is passed over."""
+    for index in sorted(directory.glob("*.csv")):
+        with open(index, newline="", **ENCODING) as file:
             whole = (line for line in file if line.endswith("\n") and "\0" not in line)  # Python 3.10 takes no \\0
             for row in csv.reader(whole):
                 try:
-                    entry = dict(zip(COLUMNS, row, strict=True))
-                    yield {key: value if key in TEXT_COLUMNS else int(value) for key, value in entry.items()}
+                    crc, shard, offset, frames, size, mtime_ns, path = row
+                    yield int(crc), shard, int(offset), int(frames), int(size), int(mtime_ns), path
                 except ValueError:  # the header
                     continue
 
@@ -214,20 +353,21 @@ def verify(directory: str | Path) -> list[str]:
     try:
         identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
         row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
+        scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
     whole, cut, damaged = set(), [], []
-    for row in read_index(directory):
-        size, data = row["frames"] * row_bytes, b""
-        with suppress(OSError), open(directory / row["shard"], "rb") as file:
-            file.seek(row["offset"])
+    for crc, shard, offset, frames, _, _, path in read_index(directory):
+        size, data = (frames + scale_rows) * row_bytes, b""
+        with suppress(OSError), open(directory / shard, "rb", buffering=0) as file:
+            file.seek(offset)
             data = file.read(size)
         if len(data) < size:
-            cut.append(row["path"])
-        elif zlib.crc32(data) != row["crc32"]:
-            damaged.append(row["path"])
+            cut.append(path)
+        elif zlib.crc32(data) != crc:
+            damaged.append(path)
         else:
-            whole.add(row["path"])
+            whole.add(path)
     return damaged + [path for path in cut if path not in whole]
 
 

@@ -48,7 +48,8 @@ class Config:
 
     cache: bool = False  # keep the frozen prefix's output on disk: computed once, whatever the epochs, heads and rates
     cache_dir: str = "cache"
-    cache_dtype: Literal["float16", "float32"] = "float16"  # float32 trains exactly as without
+    cache_dtype: Literal["float16", "float32", "int8"] = "float16"  # float32: exactly as without; int8: half the size
+    cache_tier: Literal["auto", "disk", "ram", "gpu"] = "auto"  # auto: gpu if a whole cache fits half of it, else disk
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it, else fp16; CPU fp32
     tf32: bool = False  # fp32 products on an NVIDIA GPU with 10 bits of mantissa: faster, and no longer exact
@@ -88,6 +89,8 @@ class Config:
     def require_effect(self) -> None:
         """Refuse a key that is set but would do nothing: whoever set it believes that it acts."""
         everything, nothing = self.trainable_layers == "all", self.trainable_layers in (0, []) and not self.lora_rank
+        pooled = nothing and self.cache_dtype == "int8"
+        self.require("cache_dtype", not pooled, "float16, as no layer trains: of one row each, int8 would be larger")
         self.require("lora_rank", not (everything and self.lora_rank), "0, since trainable_layers: all leaves no layer")
         below = "as it acts below layer 0, which is frozen unless trainable_layers is all"
         idle = dict.fromkeys(("projection_dropout", "mask_time_prob", "mask_feature_prob"), (not everything, below))

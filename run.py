@@ -16,7 +16,7 @@ from torch import Tensor
 
 import data
 import weights
-from cache import ActivationCache
+from cache import ActivationCache, Tier, pick_tier
 from config import Config, load_config, make_config
 from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
 from lora import inject, merge
@@ -108,22 +108,31 @@ class Prefix:
         self.depth, self.dtype = prefix_depth(model), DTYPES[precision]
         self.precision = precision
         self.cache: ActivationCache | None = None
+        self.tier: Tier | None = None
+        self.complete = False
         self.build_seconds = 0.0
 
-    def open_cache(self, root: str, dtype: str, identity: dict, seconds: float = 0.0) -> ActivationCache:
+    def open_cache(
+        self, root: str, dtype: str, identity: dict, seconds: float = 0.0, tier: str = "auto"
+    ) -> ActivationCache:
         """From here on keep what is computed below `root`, and read what is there; `seconds` of audio must fit."""
+        if tier == "gpu" and self.device.type == "cpu":
+            raise ValueError("cache_tier: found gpu, but the device is the CPU; expected auto, disk or ram")
         config = self.model.backbone.config
         width = config.conv_channels[-1] if self.depth < 0 else config.width
         kind = {"backbone": identity["sha256"], "depth": self.depth, "precision": self.precision}
         kind["normalize_waveform"] = config.normalize_waveform
         self.cache = ActivationCache(root, kind, self.paths, width, getattr(torch, dtype))
         self.cache.check_space(seconds, pooled=self.depth > config.layers)
+        self.tier, self.tier_when_complete = Tier(self.cache, self.device), tier
         return self.cache
 
     def drop_if_cached(self) -> None:
-        """Give up the prefix's weights if the cache holds all that they could compute."""
-        if self.cache is not None and self.cache.has(range(len(self.paths))):
+        """If the cache holds all that the prefix could compute, give up its weights, and read from the tier wanted."""
+        if self.cache is not None and not self.complete and self.cache.has(range(len(self.paths))):
             drop_prefix(self.model, self.depth)
+            self.tier = Tier(self.cache, self.device, pick_tier(self.tier_when_complete, self.cache, self.device))
+            self.complete = True
 
     def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor, list[int]]]:
         """Each batch's numbers, packed activations on the device in fp32, and lengths; read one batch ahead."""
@@ -134,7 +143,7 @@ class Prefix:
     def load(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]] | list[Tensor]:
         """A batch from the cache, or its waveforms: all of them even if one is missing, so that results repeat."""
         if self.cache is not None and self.cache.has(numbers):
-            return self.cache.read(numbers)
+            return self.tier.read(numbers)
         return [data.read_audio(self.paths[number]) for number in numbers]
 
     def encode(self, numbers: Sequence[int], waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:

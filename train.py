@@ -135,7 +135,7 @@ def train(config: Config) -> dict:
     total_parameters, trainable_parameters = count(model)
     print(f"{table(model)}\n{run.device_name(device)}, {precision}")
     if config.cache:
-        prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds))
+        prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds), config.cache_tier)
     prefix.drop_if_cached()
     run.prepare(model, device, precision, config.tf32, config.compile)
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)

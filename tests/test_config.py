@@ -270,6 +270,10 @@ def test_a_value_outside_its_range_is_an_error(tmp_path, override, message):
         (["layer_drop=0.1"], "layer_drop: expected 0.0, as it acts in layers that train, and none does"),
         (["attention_dropout=0.1"], "attention_dropout: expected 0.0, as it acts in layers that train"),
         (["trainable_layers=[]", "activation_dropout=0.1"], "activation_dropout: expected 0.0, as it acts in layers"),
+        (
+            ["cache_dtype=int8"],
+            "cache_dtype: expected float16, as no layer trains: of one row each, int8 would be larger",
+        ),
         (["gradient_checkpointing=true"], "gradient_checkpointing: expected False, as it acts in layers that train"),
     ],
 )
