@@ -25,7 +25,6 @@ from typing import BinaryIO, TextIO, TypeVar
 import numpy as np
 import soundfile
 import torch
-from scipy.signal import lfilter, resample_poly, sosfilt
 from torch import Tensor
 
 SAMPLE_RATE = 16_000  # Hz, what every Wav2Vec 2.0 was trained on
@@ -225,6 +224,8 @@ def resample(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
     waveform = waveform.float()
     if sample_rate == SAMPLE_RATE:
         return waveform
+    from scipy.signal import resample_poly  # here, since it takes a second and 70 MB to import
+
     common = math.gcd(SAMPLE_RATE, int(sample_rate))
     # scipy, not torchaudio, so that the numbers do not depend on what else is installed.
     resampled = resample_poly(waveform.cpu().numpy(), SAMPLE_RATE // common, int(sample_rate) // common)
@@ -426,6 +427,8 @@ def _voice(rng: np.random.Generator, speaker: int, knobs: np.ndarray) -> np.ndar
     rising, takes breath out of the voice and, as a smile does, lifts the upper formants. Dominance separates
     the syllables. Loudness is random, since the waveform is normalised before the backbone sees it.
     """
+    from scipy.signal import lfilter, sosfilt
+
     activation, valence, dominance = knobs
     # Multiples of two irrational numbers spread the speakers evenly over the plane of pitch and vocal tract.
     own_pitch = 95 * 2 ** (1.1 * (0.7549 * speaker % 1))  # Hz

@@ -90,7 +90,8 @@ class OneDNNLinear(torch.autograd.Function):
             grad_bias = grad.sum(0)
         if for_x:
             grad_x = inner_product(grad, weight.T)
-            grad_x = torch.ops.aten.gelu_backward(grad_x, x) if ctx.gelu else grad_x
+            if ctx.gelu:
+                torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)  # in place
         return grad_x, grad_weight, grad_bias if for_bias else None, None
 
 
