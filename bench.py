@@ -1,7 +1,7 @@
 """Speed and memory of every method, side by side, and beside transformers + PEFT doing the same.
 
-    python bench.py [--peer] [--turns 8] [--rounds 5] [--out bench.json]     measure: tables, JSON, a picture beside it
-    python bench.py --table bench.json                                       the tables again, from the JSON
+    python bench.py [--peer] [--naive] [--turns 8] [--rounds 5] [--out bench.json]   measure: tables, JSON, a picture
+    python bench.py --table bench.json                                               the tables again, from the JSON
 
 Every method runs in processes of its own, on the same audio files and the same checkpoint on disk (random weights:
 times do not depend on them). Methods that are compared take turns, so that they see the same machine: first computing
@@ -10,7 +10,7 @@ before, as from the second epoch on; its process never holds the prefix's weight
 run: `run.build_model`, `run.Prefix`, `train.step`, `train.evaluate`.
 
 Each method has a peer, in turn with it: transformers (and PEFT) set up as well as they can be, with nothing trained,
-drawn or back-propagated that ours does not, sdpa, fused AdamW. The *naive* peer is what is often copied:
+drawn or back-propagated that ours does not, sdpa, fused AdamW. The *naive* peer (`--naive`) is what is often copied:
 `requires_grad = False` alone, every default.
 
 Where the two sides differ: a peer's training steps take the waveforms from memory, ours read files or the cache, and
@@ -396,9 +396,9 @@ def name_of(job: str) -> str:
     return f"{'naive ' * (side == 'naive')}{other}: {Path(path).stem.removesuffix('_cached')}"  # theirs has no cache
 
 
-def make_groups(configs: Sequence[Path], with_peer: bool) -> list[list[str]]:
-    """What is measured in turn, as `side:config`: configs that train the same, the two peers that do so as well, and
-    our full finetuning as the reference (`reference:config`: its steps alone)."""
+def make_groups(configs: Sequence[Path], with_peer: bool, with_naive: bool = False) -> list[list[str]]:
+    """What is measured in turn, as `side:config`: configs that train the same, the peers that do so as well, and our
+    full finetuning as the reference (`reference:config`: its steps alone)."""
     groups: dict[str, list[str]] = {}
     for path in configs:
         c = load_config(path)
@@ -408,7 +408,7 @@ def make_groups(configs: Sequence[Path], with_peer: bool) -> list[list[str]]:
     listed = []
     for group in groups.values():
         config = group[0].partition(":")[2]
-        peers = [f"peer:{config}", f"naive:{config}"] if with_peer else []
+        peers = [f"peer:{config}"] * with_peer + [f"naive:{config}"] * with_naive
         reference = [method.replace("ours", "reference", 1) for method in references if method not in group]
         listed.append(reference + group + peers)
     return listed
@@ -448,6 +448,7 @@ def main() -> None:
         return work(arguments)
     if arguments.table:
         return print(tables(read_result(Path(arguments.table))))
+    arguments.peer |= arguments.naive
     wanted = ("transformers", "peft") if arguments.peer else ()
     if missing := [name for name in wanted if not importlib.util.find_spec(name)]:
         raise ValueError(f"--peer: {', '.join(missing)} not installed; pip install -r requirements-dev.txt has both")
@@ -459,7 +460,9 @@ def main() -> None:
     options = {key: getattr(arguments, key) for key in ("turns", "lengths", "rounds", "epochs", "precision", "threads")}
     options |= {"device": str(device), "peer": arguments.peer, "configs": [path.stem for path in arguments.configs]}
     options["backbone"] = arguments.backbone or "random weights of wav2vec2-base"
-    groups = make_groups(arguments.configs, arguments.peer)  # reads the configs: an error in one comes before the hours
+    groups = make_groups(
+        arguments.configs, arguments.peer, arguments.naive
+    )  # reads the configs: an error in one comes before the hours
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments.folder = folder
         if arguments.backbone is None:
@@ -498,6 +501,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line; `backbone`, `worker` and `folder` are for workers and tests."""
     parser = argparse.ArgumentParser(description="Speed and memory of every method, side by side.")
     parser.add_argument("--peer", action="store_true", help="transformers + PEFT as well (both must be installed)")
+    parser.add_argument("--naive", action="store_true", help="and as it is often copied: much slower, and 10 GB")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, type=Path, help="default: all but those for AMP")
     parser.add_argument("--turns", type=at_least(2), default=8, help="utterances in the batch")
     parser.add_argument("--lengths", choices=("mixed", "equal"), default="mixed", help="2.75 to 11 s, or 5.7 s each")
@@ -550,7 +554,7 @@ def tables(result: dict) -> str:
         "what it needs: nothing for padding, nor for gradients that nothing trains on."
     ]
     if options["peer"]:
-        lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}; naive: all at its default."
+        lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}."
     columns = ["method", "s a step (min to max)", "audio s/s", "vs our full", "vs peer"]
     columns += ["of the matmul rate", "peak memory", "vs peer", "trainable"]
     lines += ["", *rows(columns, [step_cells(*row, result["audio_seconds"]) for row in compared(result)])]

@@ -148,8 +148,9 @@ class Prefix:
 
     def encode(self, numbers: Sequence[int], waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         start = time.perf_counter()
+        on_device = torch.cat(waveforms).to(self.device).split([len(waveform) for waveform in waveforms])  # one copy
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            x, lengths = self.model.encode([waveform.to(self.device) for waveform in waveforms], self.depth)
+            x, lengths = self.model.encode(on_device, self.depth)
         if self.cache is not None:
             x = self.cache.write(numbers, x, lengths)
             self.build_seconds += time.perf_counter() - start

@@ -548,6 +548,19 @@ def test_fp32_on_a_gpu_is_fp32_on_the_cpu(backbone):
     assert torch.allclose(model.pool(x.cuda(), lengths).cpu(), model.pool(x, lengths), rtol=0, atol=1e-6)
 
 
+def test_batches_come_in_few_sizes():
+    """Never smaller, at most 6% larger; 16 sizes from one power of two to the next; nothing of it in the result."""
+    for frames in range(1, 3000):
+        assert frames <= model.round_up(frames) <= frames + frames // 16
+    assert len({model.round_up(frames) for frames in range(2049, 4097)}) == 16
+    backbone = build(SMALL)
+    seen = []
+    backbone.layers[0].register_forward_hook(lambda _, inputs, __: seen.append((len(inputs[0]), inputs[1])))
+    x = packed(SMALL, [100, 33])
+    assert backbone(x, [100, 33], 0, 1).shape == x.shape
+    assert seen == [(136, [100, 33, 3])]
+
+
 @pytest.mark.parametrize("kernel", [128, 19])
 def test_the_positional_convolution_by_spectra_is_the_convolution(kernel):
     """Values and every gradient, for lengths around those of the blocks."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import train
 from config import TYPES, load_config
 from freeze import count, freeze, layer_numbers
@@ -128,6 +129,11 @@ def test_the_method_table_is_that_of_the_configs():
                 numbers = layer_numbers(layers, 12)
                 inject(model, config.lora_rank, config.lora_alpha, config.lora_targets, numbers)
         assert f"{count(model)[1] / 1e6:.2f} M" == said, name
+
+
+def test_the_speed_tables_are_made_from_the_figures():
+    """Word for word what `python bench.py --table docs/bench_cpu.json` prints."""
+    assert bench.tables(bench.read_result(ROOT / "docs" / "bench_cpu.json")) in README
 
 
 def test_relative_links_resolve():
