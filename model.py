@@ -68,8 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 class OneDNNLinear(torch.autograd.Function):
     """`linear` by oneDNN, keeping only what a gradient needs; of `GELU(x)` that is x, which its own gradient needs too.
 
-    PyTorch hands fp32 matrix products to MKL, which on AMD processors reaches half of oneDNN's speed; on Intel's the
-    two are equal.
+    PyTorch hands fp32 matrix products to MKL, which on an AMD processor reached half of oneDNN's speed.
     """
 
     @staticmethod
