@@ -28,25 +28,94 @@ def ccc_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return 1 - ccc(prediction.float(), target.float()).mean()
 
 
+def bootstrap(
+    predictions: np.ndarray, target: np.ndarray, groups: Sequence, draws: int = 10_000, seed: int = 0
+) -> np.ndarray:
+    """CCC of each of R runs in each bootstrap draw: predictions `(R, N)`, target and groups `(N,)` -> `(draws, R)`.
+
+    A draw takes as many groups as there are, whole and with replacement. All runs see the same draws, so a difference
+    of columns is a paired one. CCC needs sums alone, and a draw is a weighted sum over groups.
+    """
+    names, of = np.unique(np.asarray(groups), return_inverse=True)
+    y = np.asarray(target, float)
+    x, y = np.asarray(predictions, float) - y.mean(), y - y.mean()  # moments of small numbers keep their digits
+    terms = np.concatenate([np.ones((1, len(y))), [y, y * y], x, x * x, x * y]).T
+    sums = np.zeros((len(names), terms.shape[1]))
+    np.add.at(sums, of, terms)
+    rounding = 1e-12 * (np.mean(y * y) + np.mean(x * x, 1)) + np.finfo(float).tiny
+    values, random = np.empty((draws, len(x))), np.random.default_rng(seed)
+    for start in range(0, draws, step := max(1, 2**22 // len(names))):  # in parts, of 32 MB whatever the corpus
+        count = min(step, draws - start)
+        drawn = random.integers(len(names), size=(count, len(names))) + len(names) * np.arange(count)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
+        n, y_sum, yy, *of_runs = np.split(weights @ sums, [1, 2, 3, 3 + len(x), 3 + 2 * len(x)], axis=1)
+        y_mean, (x_mean, xx, xy) = y_sum / n, (part / n for part in of_runs)
+        spread = (xx - x_mean**2) + (yy / n - y_mean**2) + (x_mean - y_mean) ** 2
+        # 0, not noise over noise, for a constant draw
+        values[start : start + count] = 2 * (xy - x_mean * y_mean) / np.maximum(spread, rounding)
+    return values
+
+
+def interval(values: np.ndarray, groups: int) -> list[float] | None:
+    """95% interval of a statistic from its bootstrap draws `(draws,)` of this many groups; None for fewer than two.
+
+    The expanded percentile interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3):
+    percentiles at `Phi(sqrt(n / (n - 1)) t(0.025, n - 1))`, so that for a mean it is as wide as the t interval. On
+    simulated speakers with offsets of their own in labels and errors it held the true CCC, or difference, in 92 to 95%
+    of corpora for 8 to 64 speakers and in 87 to 91% for 4 (plain percentiles: 86 to 95%, and 77 to 81%).
+    """
+    if groups < 2:
+        return None
+    from scipy.special import ndtr, stdtrit
+
+    tail = ndtr(np.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.025))
+    return np.quantile(values, [tail, 1 - tail]).tolist()
+
+
 def bootstrap_ci(
-    prediction: np.ndarray, target: np.ndarray, speakers: Sequence[str], draws: int = 2000, seed: int = 0
+    prediction: np.ndarray, target: np.ndarray, speakers: Sequence, draws: int = 10_000, seed: int = 0
 ) -> list[float] | None:
-    """95% percentile interval of the CCC of `(N,), (N,)`, drawing whole speakers with replacement.
+    """95% interval of the CCC of `(N,), (N,)`, or of its mean over the runs of `(S, N)`, drawing whole speakers.
 
     Utterances of a speaker are alike, so drawing utterances would give too narrow an interval. None for one speaker.
     """
-    names, of = np.unique(np.asarray(speakers), return_inverse=True)
-    if len(names) < 2:
+    values = bootstrap(np.atleast_2d(prediction), target, speakers, draws, seed)
+    return interval(values.mean(1), len(set(speakers)))
+
+
+def bootstrap_p(differences: np.ndarray, groups: int) -> float | None:
+    """Two-sided p of a difference being zero, from its bootstrap draws `(draws,)` of this many groups.
+
+    Twice the share of draws on the rarer side of zero, taken back through the expansion of `interval`: p is below 0.05
+    where the interval excludes zero. The estimate itself counts as one of the draws (Davison and Hinkley 1997, section
+    4.4), so p is never 0. None for fewer than two groups.
+    """
+    if groups < 2:
         return None
-    x, y = np.asarray(prediction, float), np.asarray(target, float)
-    x, y = x - y.mean(), y - y.mean()  # moments of small numbers keep their digits
-    terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1)
-    sums = np.zeros((len(names), terms.shape[1]))
-    np.add.at(sums, of, terms)  # CCC needs sums alone, so a draw is a weighted sum over speakers
-    weights = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    n, x, y, xx, yy, xy = (weights @ sums).T
-    x, y = x / n, y / n
-    spread = (xx / n - x**2) + (yy / n - y**2) + (x - y) ** 2
-    rounding = 1e-12 * (sums[:, 3] + sums[:, 4]).sum() / len(terms) + np.finfo(float).tiny
-    values = 2 * (xy / n - x * y) / np.maximum(spread, rounding)  # 0, not noise over noise, for a constant draw
-    return np.percentile(values, [2.5, 97.5]).tolist()
+    from scipy.special import ndtri, stdtr
+
+    rarer = min((differences <= 0).sum(), (differences >= 0).sum())
+    share = min(0.5, (rarer + 1) / (len(differences) + 1))
+    return float(2 * stdtr(groups - 1, np.sqrt((groups - 1) / groups) * ndtri(share)))
+
+
+def paired_t_test(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Two-sided p of Student's t-test over pairs, `(S,), (S,)`; None for one pair, or where all differ by the same."""
+    if len(one) < 2 or np.ptp(np.subtract(one, other)) < 1e-12:
+        return None
+    from scipy.stats import ttest_rel
+
+    return float(ttest_rel(one, other).pvalue)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values corrected so that one false finding in the whole family is as rare as in one test (Holm 1979).
+
+    The i-th smallest of m, counted from 0, is multiplied by m - i; none may then be below a smaller one's. None is no
+    member of the family, and stays.
+    """
+    order = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected, least = list(p_values), 0.0
+    for rank, (p, place) in enumerate(order):
+        corrected[place] = least = max(least, min(1.0, p * (len(order) - rank)))
+    return corrected
