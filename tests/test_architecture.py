@@ -17,6 +17,7 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 LIBRARY = {  # what of ours a module may import: at its top, and inside a function where a cycle would be the price
     "config": (set(), {}),
     "metrics": (set(), {}),
+    "results": ({"metrics"}, {}),
     "data": (set(), {}),
     "lora": ({"model"}, {}),
     "model": (set(), {"data": "predict"}),
@@ -30,6 +31,7 @@ TIMED = {  # lazily: what is measured, and what draws the figures
     *(("bench", "transformers", function) for function in ("peer", "peer_model", "naive_model")),
     *(("bench", "peft", function) for function in ("peer_model", "naive_model")),
     ("bench", "matplotlib", "draw"),
+    ("compare", "plots", "draw"),
 }
 OTHERS_FRAMEWORKS = "transformers peft fairseq lightning pytorch_lightning hydra omegaconf accelerate datasets "
 OTHERS_FRAMEWORKS += "speechbrain s3prl torchaudio librosa sklearn pandas wandb tensorboard"

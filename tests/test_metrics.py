@@ -246,7 +246,7 @@ def test_p_is_below_a_twentieth_where_the_interval_excludes_zero():
     values = np.sort(np.random.default_rng(0).standard_normal(100_000))
     for groups in (6, 10, 1000):
         low, _ = interval(values, groups)
-        assert bootstrap_p(values - low + 0.05, groups) > 0.05 > bootstrap_p(values - low - 0.05, groups)
+        assert bootstrap_p(values - low + 0.05, groups) < 0.05 < bootstrap_p(values - low - 0.05, groups)
         assert bootstrap_p(values - low, groups) == pytest.approx(0.05, rel=0.02)
 
 
