@@ -272,10 +272,13 @@ def draw(methods: dict[str, Config], runs: Runs, records: Sequence[dict], out: P
     plots.cost(names, gigabytes / 1e9, scores, targets, "peak memory in GB", note, out / "ccc_against_memory")
     curves = [[curve(r, each, targets) for each in runs[r["method"]].values()] for r in shown]
     plots.curves(names, curves, targets, note, out / "curves")
-    counts = [trained_layers(methods[name], run_directory(out, name, min(runs[name])), methods) for name in names]
-    if len({count for count in counts if count is not None}) > 1:
-        drawn = [m for m, count in enumerate(counts) if count is not None]
-        plots.depth([counts[m] for m in drawn], scores[drawn], targets, note, out / "ccc_against_depth")
+    depths: dict[int, int] = {}  # number of trained layers: the first method with it
+    for m, name in enumerate(names):
+        count = trained_layers(methods[name], run_directory(out, name, min(runs[name])), methods)
+        if count is not None:
+            depths.setdefault(count, m)
+    if len(depths) > 1:
+        plots.depth(list(depths), scores[list(depths.values())], targets, note, out / "ccc_against_depth")
     chosen = [runs[name][min(runs[name])] for name in names]
     for k, target in enumerate(targets):
         of_chosen = [each.result["test"][target]["ccc"] for each in chosen]

@@ -1,0 +1,364 @@
+"""What `compare.py` promises: nothing runs that cannot be compared, nothing finished is lost, nothing runs twice."""
+
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import tiny_settings
+from test_results import TARGETS, fabricate
+
+import compare
+import run
+from config import load_config
+from freeze import trained_state
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """A function that writes `name.yaml` files with these keys into the working directory of the test."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**methods: dict) -> list[str]:
+        for name, keys in methods.items():
+            Path(f"{name}.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+        return [f"{name}.yaml" for name in methods]
+
+    return write
+
+
+def command_line(monkeypatch, *arguments: object) -> object:
+    """`python compare.py ...` in this process: what it exits with, a message or 0, 1 or 2."""
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "compare.py"), run_name="__main__")
+    return end.value.code
+
+
+def main(monkeypatch, *arguments: object) -> object:
+    """The same in the imported module, in which a test may have put something in another's place."""
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        compare.main()
+    return end.value.code
+
+
+# ---------------------------------------------------------------- through the real command line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_checkpoint, tiny_manifest):
+    """A comparison of a cached method and one that must fail, two seeds each; its folder and the process."""
+    folder = tmp_path_factory.mktemp("compared")
+    keys = tiny_settings(folder, tiny_checkpoint, tiny_manifest, epochs=2)
+    keys.pop("output_dir")
+    for name, more in {"heads": {"cache": True}, "nine": {"trainable_layers": 9}}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**keys, **more}), encoding="utf-8")
+    arguments = [sys.executable, str(ROOT / "compare.py"), "heads.yaml", "nine.yaml", "lr=1e-3", "--seeds", "2"]
+    done = subprocess.run([*arguments, "--out", "out"], cwd=folder, capture_output=True, text=True, timeout=300)
+    return folder, done
+
+
+def test_a_failing_method_stays_in_the_notes_and_the_others_in_the_table(finished):
+    """Exit status 1, its last lines in the table, a row for it, and all that was promised of the other."""
+    folder, done = finished
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    table = (folder / "out" / "table.md").read_text(encoding="utf-8")
+    assert table.strip() in done.stdout
+    assert table.count("error: trainable_layers: the model has 3 layers, found 9") == 2
+    assert "nine seed 1 failed (exit code 1)" in table
+    with open(folder / "out" / "table.csv", newline="", encoding="utf-8") as file:
+        heads, nine = csv.DictReader(file)
+    assert (heads["method"], heads["seeds"], nine["method"], nine["seeds"]) == ("heads", "2", "nine", "0")
+    scores = []
+    for seed in range(2):
+        directory = folder / "out" / f"heads-seed{seed}"
+        result = json.loads((directory / "result.json").read_text())
+        assert (result["config"]["seed"], result["config"]["lr"], result["epochs"]) == (seed, 1e-3, 2)
+        assert (folder / "out" / "logs" / f"heads-seed{seed}.txt").is_file()
+        scores.append(result["test"]["valence"]["ccc"])
+    assert len(set(scores)) == 2
+    assert float(heads["valence_ccc"]) == pytest.approx(np.mean(scores))
+    assert nine["valence_ccc"] == heads["note"] == ""
+    assert load_config(folder / "out" / "configs" / "heads.yaml").cache
+
+
+def test_every_run_has_a_line_of_progress(finished):
+    """Number, method, seed, seconds and what came of it, seed after seed."""
+    lines = [line for line in finished[1].stdout.splitlines() if line.startswith("[")]
+    begins = ["[1/4] heads seed 0: ", "[2/4] nine seed 0: ", "[3/4] heads seed 1: ", "[4/4] nine seed 1: "]
+    assert [line[: len(begin)] for line, begin in zip(lines, begins, strict=True)] == begins
+    assert " s, test CCC activation " in lines[0]
+    assert "failed after" in lines[1]
+
+
+def test_the_same_command_again_runs_only_what_is_not_finished(finished, monkeypatch, capsys):
+    """The failed method is tried again; of the finished one not even a process is started, nor its cache filled."""
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    started = []
+    monkeypatch.setattr(compare, "logged", lambda arguments, log: started.append(arguments))
+    arguments = ("heads.yaml", "nine.yaml", "lr=1e-3", "--seeds", "2", "--out", "out")
+    assert main(monkeypatch, *arguments) == 1
+    assert [Path(words[1]).stem for words in started] == ["nine", "nine"]
+    assert "[3/4] heads seed 1: finished before, test CCC" in capsys.readouterr().out
+    started.clear()
+    assert main(monkeypatch, *arguments, "--table") == 0
+    assert started == []
+    assert "| heads " in capsys.readouterr().out
+
+
+def test_a_directory_with_another_configuration_or_test_set_is_an_error(finished, monkeypatch):
+    """The keys are named with both values; a corpus that has changed since is noticed by its labels."""
+    monkeypatch.chdir(finished[0])
+    message = command_line(monkeypatch, "heads.yaml", "lr=1e-3", "head_lr=0.5", "--seeds", "1", "--out", "out")
+    assert "heads-seed0 holds another run (head_lr 0.001, now 0.5); choose another --out" in message
+    manifest = Path(yaml.safe_load(Path("heads.yaml").read_text())["manifest"])
+    utterances = run.data.read_manifest(manifest)
+    next(u for u in utterances if u.split == "test").labels["valence"] = 1.0
+    monkeypatch.setattr(run.data, "load_corpus", lambda *_: utterances)
+    message = command_line(monkeypatch, "heads.yaml", "lr=1e-3", "--seeds", "1", "--out", "out")
+    assert "heads-seed0 was tested on other utterances or labels than there are now; choose another --out" in message
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def test_methods_are_configs_times_the_values_of_every_sweep(configs):
+    """Values are YAML, so lists and null work; names are fit for directories."""
+    paths, wrong = configs(a={"trainable_layers": 1}, b={"lora_rank": 4}), []
+    sweeps = ["lr=1e-3,0.5", "micro_batch_size=null,4"]
+    methods = compare.make_methods(paths, ["epochs=7"], sweeps, wrong)
+    assert wrong == []
+    assert [name.split("-", 1) for name in methods if name.startswith("a")] == [
+        ["a", "lr=1e-3-micro_batch_size=null"],
+        ["a", "lr=1e-3-micro_batch_size=4"],
+        ["a", "lr=0.5-micro_batch_size=null"],
+        ["a", "lr=0.5-micro_batch_size=4"],
+    ]
+    config = methods["b-lr=1e-3-micro_batch_size=4"]
+    assert (config.lr, config.micro_batch_size, config.lora_rank, config.epochs) == (1e-3, 4, 4, 7)
+    layers = compare.make_methods(paths[:1], [], ["trainable_layers=all,[0, 2],1"], wrong)
+    assert list(layers) == ["a-trainable_layers=all", "a-trainable_layers=0_2", "a-trainable_layers=1"]
+    folder = compare.make_methods(paths[:1], [], ['cache_dir="C:\\\\x: *?"'], wrong)
+    assert list(folder) == ["a-cache_dir=C_x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.yaml", "a.yaml"], "a.yaml: a second method is called a; rename the file"),
+        (["a.yaml", "A/a.yaml"], "no such config"),
+        (["a.yaml", "same.yaml"], "same and a are the same configuration; leave one out"),
+        (["a.yaml", "--sweep", "lr=1,1"], "a second method is called a-lr=1"),
+        (
+            ["a.yaml", "--sweep", "lr"],
+            "--sweep: expected key=value,value,..., as in trainable_layers=0,1,2; found 'lr'",
+        ),
+        (["a.yaml", "--sweep", "lr=[1"], "--sweep: expected key=value,value"),
+        (["a.yaml", "--sweep", "lrr=1,2"], "unknown key 'lrr', did you mean 'lr'?"),
+        (["a.yaml", "--sweep", "lr=1,2", "lr=3"], "lr: is given more than once"),
+        (["a.yaml", "seed=1"], "seed: is set by compare.py; give it as --seeds"),
+        (["a.yaml", "--sweep", "name=x,y"], "name: is set by compare.py; give it as the name of the YAML file"),
+        (["a.yaml", "epochs=0"], "epochs: expected at least 1, found 0"),
+        (["epochs=1"], "expected at least one config"),
+        (["a.yaml", "other.yaml"], "other: targets is ['valence'], that of a ('activation', 'valence')"),
+        (["a.yaml", "corpus=manifest", "manifest=no.csv", "label_range=[1,7]"], "no such manifest"),
+    ],
+)
+def test_bad_input_is_said_before_anything_runs(configs, monkeypatch, arguments, message):
+    """One error, and not a file is written."""
+    configs(a={}, same={"seed": 3}, other={"targets": ["valence"]})
+    monkeypatch.setattr(subprocess, "run", None)
+    said = command_line(monkeypatch, *arguments)
+    assert said.startswith("error: ")
+    assert message in said
+    assert not Path("runs").exists()
+
+
+def test_all_that_is_wrong_is_said_at_once(configs, monkeypatch):
+    """Each config with its own; the same manifest under two names is no difference."""
+    Path("m.csv").write_text("")
+    corpus = {"corpus": "manifest", "label_range": [1, 7]}
+    paths = configs(
+        a={**corpus, "manifest": "m.csv"},
+        b={**corpus, "manifest": os.path.abspath("m.csv"), "lr": 1.0},
+        c={**corpus, "manifest": "n.csv", "allow_speaker_overlap": True},
+        d={"lr": "fast"},
+    )
+    lines = command_line(monkeypatch, *paths).splitlines()
+    assert lines[0] == "error: nothing was run:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["d.yaml", "c", "c"]
+    assert "manifest" in lines[2]
+    assert "allow_speaker_overlap is True, that of a False" in lines[3]
+
+
+def test_fewer_than_one_seed_is_refused(configs, monkeypatch, capsys):
+    """By the parser, as any number of no use."""
+    assert command_line(monkeypatch, *configs(a={}), "--seeds", "0") == 2
+    assert "--seeds: expected at least 1, found 0" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_caches_are_filled_by_one_command_and_what_they_cost_is_kept(configs, monkeypatch, tmp_path):
+    """Only for methods that have runs to go. A cache found complete was built once, and that is what it cost."""
+    methods = compare.make_methods(
+        configs(a={"cache": True}, b={}, c={"cache": True, "trainable_layers": 1}), [], [], []
+    )
+    report, commands = tmp_path / "builds.json", []
+    answers = iter([{"a": (3.0, 10), "c": (4.0, 20)}, {"c": (None, 20)}])
+
+    def build(arguments: list[str], log: Path) -> int:
+        commands.append([Path(word).stem for word in arguments[2:-2]])
+        assert arguments[-2:] == ["--report", str(report)]
+        answer = {str(compare.config_path(tmp_path, name)): cost for name, cost in next(answers).items()}
+        report.write_text(json.dumps({key: {"seconds": s, "bytes": b} for key, (s, b) in answer.items()}))
+        return 0
+
+    monkeypatch.setattr(compare, "logged", build)
+    compare.build_caches(methods, range(2), tmp_path)
+    for seed in range(2):
+        fabricate(tmp_path, "a", seed, cache=True)
+    compare.build_caches(methods, range(2), tmp_path)
+    assert commands == [["a", "c"], ["c"]]
+    kept = {Path(key).stem: build["seconds"] for key, build in json.loads(report.read_text()).items()}
+    assert kept == {"a": 3.0, "c": 4.0}
+    for seed in range(2):
+        fabricate(tmp_path, "c", seed, cache=True)
+    compare.build_caches(methods, range(2), tmp_path)
+    assert len(commands) == 2
+
+
+def test_a_log_ends_with_how_its_process_did_and_reads_as_on_a_terminal(tmp_path):
+    """Of a bar that was drawn over and over its last state is left; one that ended well has no last lines."""
+    log, program = tmp_path / "logs" / "a.txt", tmp_path / "program.py"
+    program.write_text("import sys\nprint('1%\\r50%\\r100%\\n\\nerror: é', file=sys.stderr)\nsys.exit(3)")
+    assert compare.logged([str(program)], log) == 3
+    assert compare.last_lines(log)[0] == "100%"
+    assert compare.last_lines(log)[-1] == "exit code 3"
+    assert len(compare.last_lines(log)) == 3
+    program.write_text("print('fine')")
+    assert compare.logged([str(program)], log) == 0
+    assert compare.last_lines(log) == compare.last_lines(tmp_path / "none.txt") == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signals")
+def test_a_killed_process_is_said_to_be_one(tmp_path):
+    """What it had said until then is there."""
+    (tmp_path / "program.py").write_text("import os\nprint('epoch 1')\nos.kill(os.getpid(), 9)")
+    assert compare.logged([str(tmp_path / "program.py")], tmp_path / "log.txt") == -9
+    assert compare.last_lines(tmp_path / "log.txt") == ["epoch 1", "signal 9, Killed, perhaps for memory"]
+
+
+def test_control_c_leaves_the_table_of_what_is_finished(configs, monkeypatch, capsys, tmp_path):
+    """The second run is stopped; the first is in the table, and the message says how to go on."""
+    paths = configs(a={}, b={"trainable_layers": 1})
+    monkeypatch.setattr(run, "load_utterances", lambda config: ([], (1, 7)))
+
+    def train(arguments: list[str], log: Path) -> int:
+        if log.stem == "b-seed0":
+            raise KeyboardInterrupt
+        fabricate(tmp_path / "out", "a", 0)
+        return 0
+
+    monkeypatch.setattr(compare, "logged", train)
+    message = main(monkeypatch, *paths, "--out", tmp_path / "out", "--seeds", "1")
+    assert message == "stopped; the same command continues with what is not finished"
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "| a      | 0.500" in table
+    assert "Not finished: b seed 0." in table
+    assert table.startswith(run.DEMO_NOTE)
+    assert table.strip() in capsys.readouterr().out
+
+
+def test_a_run_is_a_command_that_anyone_could_give(configs, monkeypatch, tmp_path):
+    """train.py with the method's configuration; every word of it is YAML, whatever the folder is called."""
+    out, commands = tmp_path / 'a "folder": #1', []
+    methods = compare.make_methods(configs(a={"lr": 0.5, "seed": 9}), [], [], [])
+    monkeypatch.setattr(compare, "logged", lambda arguments, log: commands.append(arguments))
+    assert not compare.run_all(methods, range(2), out)
+    config = load_config(commands[1][1], commands[1][2:])
+    assert Path(commands[1][0]) == ROOT / "train.py"
+    assert (config.name, config.seed, config.lr, config.output_dir) == ("a-seed1", 1, 0.5, str(out))
+
+
+# ---------------------------------------------------------------- showing
+
+
+def test_every_form_of_a_demo_table_says_that_it_is_one(configs, monkeypatch, tmp_path, capsys):
+    """Markdown, terminal, CSV in each row, and what the pictures are given."""
+    paths, notes = configs(a={}, b={"trainable_layers": 1}), []
+    for name, keys in (("a", {}), ("b", {"trainable_layers": 1})):
+        fabricate(tmp_path / "out", name, 0, **keys)
+    functions = dict.fromkeys(("cost", "curves", "depth", "scatter"), lambda *given: notes.append(given[-2]))
+    monkeypatch.setitem(sys.modules, "plots", types.SimpleNamespace(**functions))
+    assert main(monkeypatch, *paths, "--out", tmp_path / "out", "--table", "--seeds", "1") == 0
+    assert notes == [run.DEMO_NOTE] * 6  # time, memory, curves, depth, and a scatter for each target
+    assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8").startswith(run.DEMO_NOTE)
+    assert run.DEMO_NOTE in capsys.readouterr().out
+    with open(tmp_path / "out" / "table.csv", newline="", encoding="utf-8") as file:
+        assert [row["note"] for row in csv.DictReader(file)] == [run.DEMO_NOTE] * 2
+
+
+def test_pictures_are_given_the_figures_of_the_table(configs, monkeypatch, tmp_path):
+    """NaN for a missing seed; costs with one build; curves that begin after it; depths of whole layers alone."""
+    methods = {"a": {}, "b": {"trainable_layers": 2, "cache": True}, "c": {"lora_rank": 4}, "d": {"head_width": 9}}
+    paths, given, out = configs(**methods), {}, tmp_path / "out"
+    for name, seeds in {"a": (0, 1), "b": (1,), "c": (0,)}.items():
+        for seed in seeds:
+            fabricate(out, name, seed, 0.1 + seed, total=100.0, **methods[name])
+    key = str(compare.config_path(out, "b"))
+    (out / "builds.json").write_text(json.dumps({key: {"seconds": 7.0, "bytes": 1}}))
+    functions = {
+        n: lambda *values: given.update({values[-1].name: values}) for n in ("cost", "curves", "depth", "scatter")
+    }
+    monkeypatch.setitem(sys.modules, "plots", types.SimpleNamespace(**functions))
+    assert main(monkeypatch, *paths, "--out", out, "--table", "--seeds", "2") == 0
+    names, seconds, scores, targets, label, *_ = given["ccc_against_time"]
+    assert (names, list(seconds), tuple(targets)) == (["a", "b", "c"], [100, 107, 100], TARGETS)
+    assert label == "training time in s (with the cache)"
+    nan = float("nan")
+    np.testing.assert_array_equal(scores[:, :, 0], [[0.1, 1.1], [nan, 1.1], [0.1, nan]])
+    assert list(given["ccc_against_memory"][1]) == [2, 2, 2]  # GB
+    curves = given["curves"][1]
+    assert [len(seeds) for seeds in curves] == [2, 1, 1]
+    assert [curve[0][0].tolist() for curve in curves] == [[10, 20], [17, 27], [10, 20]]
+    np.testing.assert_array_equal(curves[1][0][1], [[0.1, 0.1], [0.2, 0.1]])
+    assert given["ccc_against_depth"][0] == [0, 2]
+    names, predictions, labels, target, chosen, *_ = given["scatter_valence"]
+    assert (target, chosen, len(predictions), labels.shape) == ("valence", [0.1, 1.1, 0.1], 3, (40,))
+
+
+def test_all_counts_as_the_number_of_layers(finished, tmp_path):
+    """Which the checkpoint tells; LoRA, a list and another backbone are no count."""
+    (tmp_path / "full-seed0").mkdir()
+    config = load_config(finished[0] / "heads.yaml", ["cache=false", "trainable_layers=all"])
+    model, identity = run.build_model(config, (1, 7))
+    run.save(tmp_path / "full-seed0" / "best.pt", {"trained": trained_state(model), "backbone": identity})
+    methods = {"full": config}
+    assert compare.trained_layers(config, tmp_path / "full-seed0", methods) == 3
+    for words, expected in {"trainable_layers=2": 2, "trainable_layers=[0, 2]": None, "lora_rank=4": None}.items():
+        other = load_config(finished[0] / "heads.yaml", ["cache=false", words])
+        assert compare.trained_layers(other, tmp_path, methods) == expected
+    other = load_config(finished[0] / "heads.yaml", ["backbone=other"])
+    assert compare.trained_layers(other, tmp_path, methods) is None
+
+
+def test_without_matplotlib_there_is_a_table(configs, monkeypatch, tmp_path, capsys):
+    """And one line that says how to get pictures."""
+    fabricate(tmp_path / "out", "a", 0)
+    monkeypatch.setitem(sys.modules, "plots", None)
+    assert main(monkeypatch, *configs(a={}), "--out", tmp_path / "out", "--table", "--seeds", "1") == 0
+    assert capsys.readouterr().out.endswith("no pictures: pip install matplotlib\n")
