@@ -255,8 +255,9 @@ def test_a_log_ends_with_how_its_process_did_and_reads_as_on_a_terminal(tmp_path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no signals")
-def test_a_killed_process_is_said_to_be_one(tmp_path):
+def test_a_killed_process_is_said_to_be_one(tmp_path, monkeypatch):
     """What it had said until then is there."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     (tmp_path / "program.py").write_text("import os\nprint('epoch 1')\nos.kill(os.getpid(), 9)")
     assert compare.logged([str(tmp_path / "program.py")], tmp_path / "log.txt") == -9
     assert compare.last_lines(tmp_path / "log.txt") == ["epoch 1", "signal 9, Killed, perhaps for memory"]

@@ -136,7 +136,7 @@ def test_a_draw_is_the_ccc_of_the_drawn_speakers_utterances():
         chosen = np.concatenate([np.flatnonzero(of == speaker) for speaker in draw])
         expected.append([reference(run[chosen], y[chosen]) for run in x])
     assert bootstrap(x, y, [f"s{s}" for s in of], 300, seed=5) == pytest.approx(np.array(expected), abs=1e-9)
-    assert bootstrap(x + 1e4, y + 1e4, of, 300, seed=5) == pytest.approx(np.array(expected), abs=1e-6)
+    assert bootstrap(x + 1e6, y + 1e6, of, 300, seed=5) == pytest.approx(np.array(expected), abs=1e-6)
 
 
 def test_draws_are_made_in_parts_and_are_the_same_in_whole():

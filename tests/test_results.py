@@ -10,7 +10,7 @@ import pytest
 import results
 import run
 from config import Config
-from metrics import bootstrap_ci, holm, paired_t_test
+from metrics import bootstrap, bootstrap_ci, bootstrap_p, holm, paired_t_test
 
 TARGETS = ("activation", "valence")
 SPEAKERS = [f"s{number // 5}" for number in range(40)]
@@ -43,7 +43,7 @@ def fabricate(out: Path, method: str, seed: int, ccc: float = 0.5, noise: float 
     log = [{"epoch": e, "seconds": 10.0 * e, "dev_ccc_activation": e / 10, "dev_ccc_valence": 0.1} for e in (1, 2)]
     (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     run.write_yaml(directory / "config.yaml", config)
-    predictions = LABELS + noise * np.random.default_rng([7, seed]).standard_normal(LABELS.shape)
+    predictions = LABELS + noise * np.random.default_rng([7, seed, int(100 * noise)]).standard_normal(LABELS.shape)
     with open(directory / "predictions_test.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "speaker", *TARGETS, "activation_label", "valence_label"])
@@ -86,14 +86,22 @@ def test_a_difference_is_over_the_seeds_that_both_methods_have(tmp_path):
     for seed, ccc in enumerate((0.5, 0.6)):
         fabricate(tmp_path, "full", seed, ccc)
     for seed, ccc in enumerate((0.4, 0.7, 0.9)):
-        fabricate(tmp_path, "lora", seed, ccc, noise=4.0)
+        fabricate(tmp_path, "lora", seed, ccc, noise=1.2)
     first, other = analyse(tmp_path, "full", "lora")
     assert "activation_difference" not in first
     assert other["activation_difference"] == pytest.approx(0.0)
     assert other["activation_ccc"] == pytest.approx(2 / 3)
     raw = paired_t_test([0.4, 0.7], [0.5, 0.6])
     assert other["activation_p_seeds"] == pytest.approx(min(1.0, 2 * raw))  # two targets, the same pairs
-    assert other["activation_difference_high"] < 0 < other["activation_p_utterances"] < 0.01
+    assert other["activation_difference_low"] < other["activation_difference_high"]
+    runs = read(tmp_path, "full", "lora")
+    raw = []
+    for k in range(2):
+        columns = np.stack([runs[name][seed].predictions[:, k] for name in ("lora", "full") for seed in (0, 1)])
+        draws = bootstrap(columns, LABELS[:, k], range(40))  # single utterances
+        raw.append(bootstrap_p(draws[:, :2].mean(1) - draws[:, 2:].mean(1), 40))
+    assert [other[f"{target}_p_utterances"] for target in TARGETS] == pytest.approx(holm(raw), rel=1e-6)
+    assert 0.001 < min(raw) < 0.4
 
 
 def test_p_values_are_corrected_over_methods_and_targets(tmp_path):
