@@ -44,7 +44,7 @@ def bootstrap(
     np.add.at(sums, of, terms)
     rounding = 1e-12 * (np.mean(y * y) + np.mean(x * x, 1)) + np.finfo(float).tiny
     values, random = np.empty((draws, len(x))), np.random.default_rng(seed)
-    for start in range(0, draws, step := max(1, 2**22 // len(names))):  # in parts, of 32 MB whatever the corpus
+    for start in range(0, draws, step := max(1, 2**20 // len(names))):  # in parts, of 8 MB whatever the corpus
         count = min(step, draws - start)
         drawn = random.integers(len(names), size=(count, len(names))) + len(names) * np.arange(count)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)

@@ -140,13 +140,13 @@ def test_a_draw_is_the_ccc_of_the_drawn_speakers_utterances():
 
 
 def test_draws_are_made_in_parts_and_are_the_same_in_whole():
-    """100,000 utterances drawn one by one for 10,000 draws would be 8 GB; four parts here, the last of another size."""
+    """100,000 utterances drawn one by one for 10,000 draws would be 8 GB; 14 parts here, the last of another size."""
     rng = np.random.default_rng(0)
     y = rng.standard_normal(30_000)
     x = y + rng.standard_normal(30_000)
     values = bootstrap([x], y, np.arange(len(y)), 450, seed=2)[:, 0]
     for draw, chosen in enumerate(np.random.default_rng(2).integers(len(y), size=(450, len(y)))):
-        if draw in (0, 138, 139, 140, 449):
+        if draw in (0, 33, 34, 35, 449):
             assert values[draw] == pytest.approx(reference(x[chosen], y[chosen]), abs=1e-9)
 
 
