@@ -200,12 +200,11 @@ def header(results: Sequence[dict]) -> list[str]:
     def distinct(values: Iterable[str]) -> str:
         return "; ".join(dict.fromkeys(values))
 
-    corpora = [corpus_of(result) for result in results]
     return [
         *([results[0]["note"], ""] if "note" in results[0] else []),
         f"- machine: {distinct(result['device'] for result in results)}",
         f"- precision: {distinct(result['precision'] for result in results)}",
-        f"- corpus: {distinct(corpora)}",
+        f"- corpus: {distinct(map(corpus_of, results))}",
         f"- backbone: {distinct(result['backbone']['source'] for result in results)}",
         f"- versions: {distinct(map(versions, results))}",
         f"- seeds: {len({result['config']['seed'] for result in results})}",
@@ -240,7 +239,7 @@ def cautions(runs: Runs, records: Sequence[dict]) -> list[str]:
         found[-1] += "".join(f"\n  - {place}: {', '.join(jobs)}" for place, jobs in places.items())
     cached = {name for name, by_seed in runs.items() for each in by_seed.values() if each.result["config"]["cache"]}
     if unknown := [r["method"] for r in records if r["method"] in cached and r["build_seconds"] is None]:
-        found.append(f"A cache was complete before the first run, and its cost is not in the total: {', '.join(unknown)}.")
+        found.append(f"A cache was complete before its first run, what it cost is in no total: {', '.join(unknown)}.")
     speakers = len(set(next(iter(finished.values())).speakers))
     return [*found, *(text.format(speakers=speakers) for text in READING)]
 
@@ -253,6 +252,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def score_cells(record: dict, target: str) -> list[str]:
+    """A record's row in the table of a target; what it has no figure for stays empty."""
     ccc, sd, low, high, difference, d_low, d_high, *p_values = (record.get(f"{target}_{score}") for score in SCORES)
     return [
         record["method"],
@@ -266,6 +266,8 @@ def score_cells(record: dict, target: str) -> list[str]:
 
 
 def cost_cells(record: dict) -> list[str]:
+    """A record's row in the table of costs."""
+
     def cell(key: str, form: Callable[[float], str]) -> str:
         return "" if record.get(key) is None else form(record[key])
 
