@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import train
 import weights
 from config import Config, load_config
 from lora import LoRALinear
-from model import EmotionModel
+from model import EmotionModel, FeatureEncoder, Layer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12 // 4  # an epoch: utterances of `tiny_manifest`, and of a batch
@@ -480,6 +481,24 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(settings, method):
         assert again[2].keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert torch.allclose(again[2][name], gradient, atol=1e-5, rtol=1e-4), name
+
+
+def test_a_run_in_micro_batches_is_the_run_without_and_never_holds_more(settings, monkeypatch):
+    """Nor the prefix nor the evaluation: encoder and layers see three utterances at once at most, to the end."""
+    keys = {"trainable_layers": 2, "hidden_dropout": 0.0, "batch_size": 12, "epochs": 2}
+    whole = train.train(settings(name="whole", **keys))
+    seen, encode, layer = [], FeatureEncoder.forward, Layer.forward
+
+    def record(function: Callable, count: Callable) -> Callable:
+        return lambda self, x, *rest: (seen.append(count(x, *rest)), function(self, x, *rest))[1]
+
+    monkeypatch.setattr(FeatureEncoder, "forward", record(encode, len))
+    fillers = 1  # the utterance of zeros that fills up a batch
+    monkeypatch.setattr(Layer, "forward", record(layer, lambda x, lengths: len(lengths) - fillers))
+    parts = train.train(settings(name="parts", micro_batch_size=3, **keys))
+    assert max(seen) == 3
+    for target, score in whole["test"].items():
+        assert parts["test"][target]["ccc"] == pytest.approx(score["ccc"], abs=1e-4)
 
 
 def test_micro_batches_recompute_with_the_same_dropout(settings):
