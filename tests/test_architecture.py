@@ -22,6 +22,7 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "model": (set(), {"data": "predict"}),
     "logmel": ({"model"}, {}),
     "freeze": ({"model"}, {}),
+    "plots": (set(), {}),
     "weights": ({"model"}, {}),
     "cache": ({"model"}, {"run": "main"}),  # its small command line
     "run": ({"cache", "config", "data", "freeze", "logmel", "lora", "model", "weights"}, {}),
@@ -31,6 +32,7 @@ TIMED = {  # lazily: what is measured, and what draws the figures
     *(("bench", "transformers", function) for function in ("peer", "peer_model", "naive_model")),
     *(("bench", "peft", function) for function in ("peer_model", "naive_model")),
     ("bench", "matplotlib", "draw"),
+    ("plots", "matplotlib", None),
 }
 OTHERS_FRAMEWORKS = "transformers peft fairseq lightning pytorch_lightning hydra omegaconf accelerate datasets "
 OTHERS_FRAMEWORKS += "speechbrain s3prl torchaudio librosa sklearn pandas wandb tensorboard"
