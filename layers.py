@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import data
 import run
-import weights
 from config import Config, make_config
 from freeze import load_trained
 from lora import merge
@@ -108,14 +107,13 @@ def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: run.Prefix, 
     return same + [cka.value() for cka in found], frames
 
 
-def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Vec2, EmotionModel, bool]:
-    """A run's backbone as it was and its best model, LoRA not merged; and whether the backbone had random weights."""
+def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Vec2, EmotionModel, str]:
+    """A run's backbone as it was and its best model, LoRA not merged; and where the backbone came from."""
     pretrained, identity = run.find_backbone(config)
     run.require_backbone(directory / "best.pt", checkpoint, identity)
-    random = config.corpus == "demo" and weights.sha256_of(pretrained) == identity["sha256"]
     model = run.assemble(config, copy.deepcopy(pretrained), tuple(checkpoint["label_range"]))
     load_trained(model, checkpoint["trained"])
-    return pretrained, model, random
+    return pretrained, model, identity["source"]
 
 
 def choose(utterances: Sequence[data.Utterance], split: str, count: int) -> list[data.Utterance]:
@@ -202,7 +200,7 @@ def main() -> None:
     chosen = choose(run.load_utterances(config)[0], arguments.split, arguments.utterances)
     data.check_audio(chosen)
 
-    pretrained, model, random = load_pair(directory, checkpoint, config)
+    pretrained, model, source = load_pair(directory, checkpoint, config)
     prefix = run.Prefix(model, [utterance.path for utterance in chosen], device, "fp32")  # ends before the first LoRA
     merge(model)
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
@@ -212,7 +210,7 @@ def main() -> None:
         row["similarity"] = value
 
     note = run.DEMO_NOTE if config.corpus == "demo" else ""
-    note += "; the pretrained weights are random ones" if random else ""
+    note += f"; the pretrained weights are {source}" if source.startswith("random") else ""
     noise = pretrained.config.width / (pretrained.config.width + frames)
     heard = (
         f"{directory}, epoch {checkpoint['epoch']}. Similarity to the pretrained model: linear CKA over {frames:,} "

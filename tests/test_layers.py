@@ -262,7 +262,7 @@ def test_a_demo_run_says_that_it_is_one_and_that_its_weights_were_random(tmp_pat
     config = Config(name="demo", output_dir=str(tmp_path), trainable_layers=1, epochs=1, device="cpu")
     train.train(config)
     assert command_line(monkeypatch, tmp_path / "demo") is None
-    note = f"{run.DEMO_NOTE}; the pretrained weights are random ones"
+    note = f"{run.DEMO_NOTE}; the pretrained weights are random, as facebook/wav2vec2-base"
     assert capsys.readouterr().out.count(note) == 1
     assert (tmp_path / "demo" / "layers.md").read_text(encoding="utf-8").startswith(note + "\n")
     assert {row["note"] for row in read_rows(tmp_path / "demo").values()} == {note}
@@ -315,7 +315,7 @@ def test_missing_audio_is_named(trained, monkeypatch, tmp_path, tiny_manifest, t
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("config", {"backbone": "logmel"}, "found backbone logmel"),
+        ("config", {"backbone": "logmel", "trainable_layers": 0}, "found backbone logmel"),
         ("backbone", {"sha256": "0"}, "trained on other weights"),
     ],
 )
