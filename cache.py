@@ -8,7 +8,7 @@ change) and is checked against its CRC-32 the first time it is read: a wrong act
 
 A complete cache may be read from another tier than the disk: a `Tier` keeps it in memory or on the GPU.
 
-    python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses
+    python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses, or those of several
     python cache.py verify cache/1f0c3a...                 read everything, name what is damaged
 """
 
@@ -194,10 +194,10 @@ class ActivationCache:
             self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
         return self.readers[shard]
 
-    def check_space(self, seconds: float, pooled: bool = False) -> None:
-        """Raise OSError if what is missing of `seconds` of audio, or of pooled rows, will not fit on the disk."""
+    def check_space(self, seconds: float, rows_each: int | None = None) -> None:
+        """Raise OSError if what is missing of `seconds` of audio, or of so many rows each, will not fit on the disk."""
         missing = int((self.entries["frames"] == 0).sum())
-        rows = missing if pooled else seconds * 50 * missing / max(len(self.entries), 1)
+        rows = missing * rows_each if rows_each else seconds * 50 * missing / max(len(self.entries), 1)
         rows += missing * self.scale_rows
         needed, free = int(rows * self.row_bytes), shutil.disk_usage(self.directory).free
         if needed > free:
@@ -374,18 +374,23 @@ def verify(directory: str | Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fill or check activation caches.")
     commands = parser.add_subparsers(dest="command", required=True)
-    build_parser = commands.add_parser("build", help="fill the cache that a config uses")
-    build_parser.add_argument("config")
-    build_parser.add_argument("overrides", nargs="*", metavar="key=value")
+    build = commands.add_parser("build", help="fill the caches that configs use, in one pass over the audio")
+    build.add_argument("words", nargs="+", metavar="config | key=value", help="keys are for all of the configs")
+    build.add_argument("--report", help="JSON file to write: directory, bytes and seconds of each config's cache")
     commands.add_parser("verify", help="name damaged activations").add_argument("directory")
     arguments = parser.parse_args()
     if arguments.command == "verify":
         damaged = verify(arguments.directory)
         print("\n".join(damaged) or "every activation is as it was written")
         sys.exit(bool(damaged))
-    from run import build_cache
+    from run import build_caches, write_text
 
-    build_cache(arguments.config, arguments.overrides)
+    built = build_caches(arguments.words)
+    for path, report in built.items():
+        how = "was complete" if report["seconds"] is None else f"built in {report['seconds']:.1f} s"
+        print(f"{path}: {report['directory']}, {report['bytes'] / 1e6:.1f} MB, {how}")
+    if arguments.report:
+        write_text(Path(arguments.report), json.dumps(built, indent=2) + "\n")
 
 
 if __name__ == "__main__":

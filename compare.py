@@ -29,7 +29,7 @@ import numpy as np
 import yaml
 
 import run
-from config import Config, load_config
+from config import Config, load_config, split_words
 from results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
 
 HERE = Path(__file__).parent
@@ -53,7 +53,10 @@ def make_methods(
         values = [(key, json.dumps(value, default=str)) for key, value in chosen]
         name = "-".join([Path(path).stem, *(f"{key}={file_name(value)}" for key, value in values)])
         try:
-            config = load_config(path, [*overrides, *(f"{key}={value}" for key, value in values)])
+            words = overrides
+            if load_config(path).backbone == "logmel":  # with another backbone it would not be that baseline
+                words = [word for word in overrides if not word.startswith("backbone=")]
+            config = load_config(path, [*words, *(f"{key}={value}" for key, value in values)])
         except (OSError, ValueError) as error:
             wrong.append(str(error))
             continue
@@ -311,8 +314,7 @@ def trained_layers(config: Config, directory: Path, methods: dict[str, Config]) 
 def main() -> None:
     arguments = parse_arguments()
     out, seeds = Path(arguments.out), range(arguments.seeds)
-    overrides = [word for word in arguments.words if "=" in word]
-    configs = [word for word in arguments.words if "=" not in word]
+    configs, overrides = split_words(arguments.words)
     if not configs:
         raise ValueError("expected at least one config, as in configs/")
     wrong: list[str] = []
@@ -350,7 +352,12 @@ def run_all(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> bool
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The methods of several configs side by side.")
-    parser.add_argument("words", nargs="+", metavar="CONFIG or key=value", help="YAML files, and keys to set in all")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="CONFIG or key=value",
+        help="YAML files, and keys to set in all; backbone= is not for the log-mel baseline",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to one less than this (default 3)")
     parser.add_argument("--sweep", action="append", default=[], metavar="key=v1,v2,...", help="may be given repeatedly")
     parser.add_argument("--out", default="runs/compare", help="a folder (default runs/compare)")

@@ -27,14 +27,15 @@ class Config:
     targets: list[str] = ("activation", "valence")
     allow_speaker_overlap: bool = False  # a speaker in two splits makes scores too good
 
-    backbone: str = "facebook/wav2vec2-base"  # a directory, a file, or a name on the Hugging Face hub
+    backbone: str = "facebook/wav2vec2-base"  # a directory, a file, a name on the Hugging Face hub, or "logmel"
     trainable_layers: int | list[int] | Literal["all"] = 0  # the last k, a list, or all with the projection below them
     lora_rank: int = 0  # 0: no LoRA. 8 is where the published comparisons level off
     lora_alpha: float = 16.0  # the update counts alpha / rank times
     lora_targets: list[str] = ("q", "v")  # among q k v o fc1 fc2
     lora_layers: int | list[int] | Literal["all"] | None = None  # null: every layer that is not trainable
     lora_dropout: float = 0.0
-    head_width: int = 256
+    pooling: Literal["mean", "mean_std", "attentive", "layers"] = "mean"  # layers: learnt weights of all hidden states
+    head_width: int = 256  # of the head's hidden layer; 0: a linear head
     head_dropout: float = 0.0
     hidden_dropout: float = 0.1  # dropout, layer drop and masking act on what trains, never on the frozen prefix
     attention_dropout: float = 0.0  # above 0 a GPU cannot use its kernel for packed sequences
@@ -68,9 +69,9 @@ class Config:
 
     def __post_init__(self) -> None:
         self.require("batch_size", self.batch_size >= 2, "at least 2: the CCC of one utterance is 0/0")
-        for key in ("epochs", "patience", "head_width", "mask_time_length", "mask_feature_length"):
+        for key in ("epochs", "patience", "mask_time_length", "mask_feature_length"):
             self.require(key, getattr(self, key) >= 1, "at least 1")
-        for key in ("lora_rank", "warmup", "seed", "weight_decay"):
+        for key in ("head_width", "lora_rank", "warmup", "seed", "weight_decay"):
             self.require(key, getattr(self, key) >= 0, "at least 0")
         self.require("seed", self.seed < 2**63, "below 2^63")
         for key in ("lr", "head_lr", "clip", "lora_alpha"):
@@ -89,11 +90,14 @@ class Config:
     def require_effect(self) -> None:
         """Refuse a key that is set but would do nothing: whoever set it believes that it acts."""
         everything, nothing = self.trainable_layers == "all", self.trainable_layers in (0, []) and not self.lora_rank
-        pooled = nothing and self.cache_dtype == "int8"
-        self.require("cache_dtype", not pooled, "float16, as no layer trains: of one row each, int8 would be larger")
+        self.require("pooling", self.pooling != "layers" or nothing, "mean, mean_std or attentive, since layers train")
+        pooled = nothing and self.pooling != "attentive" and self.cache_dtype == "int8"
+        self.require("cache_dtype", not pooled, "float16, as no layer trains: of a few rows each, int8 would be larger")
+        self.require("backbone", self.backbone != "logmel" or nothing, "one with layers, since some shall train")
         self.require("lora_rank", not (everything and self.lora_rank), "0, since trainable_layers: all leaves no layer")
         below = "as it acts below layer 0, which is frozen unless trainable_layers is all"
         idle = dict.fromkeys(("projection_dropout", "mask_time_prob", "mask_feature_prob"), (not everything, below))
+        idle["head_dropout"] = self.head_width == 0, "as head_width is 0"
         layers = ("attention_dropout", "activation_dropout", "layer_drop", "gradient_checkpointing")
         idle |= dict.fromkeys(layers, (nothing, "as it acts in layers that train, and none does"))
         lora = ("lora_alpha", "lora_targets", "lora_layers", "lora_dropout")
@@ -136,6 +140,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values[key] = parse(value, override)
     config = make_config(values, str(path))
     return config if config.name else make_config({**values, "name": path.stem}, str(path))
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words of a command line that are paths, and those that are `key=value`; a path may hold an equals sign too."""
+    overrides = [word for word in words if "=" in word and word.partition("=")[0].isidentifier()]
+    return [word for word in words if word not in overrides], overrides
 
 
 def parse(text: str, where: str) -> object:

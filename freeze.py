@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from model import EmotionModel, Wav2Vec2
 
+PARTS = {"feature_encoder": "feature encoder", "projection": "feature projection"}
+PARTS |= {"position": "positional convolution", "norm": "norm"}
+
 
 def layer_numbers(value: int | Sequence[int] | str, count: int, key: str = "trainable_layers") -> list[int]:
     """The layers that a count (the last k), a list of numbers or "all" stands for, of `count` layers."""
@@ -48,13 +51,15 @@ def freeze(model: EmotionModel | Wav2Vec2, trainable_layers: int | Sequence[int]
 
 
 def prefix_depth(model: EmotionModel | Wav2Vec2) -> int:
-    """The hidden state at which the frozen prefix ends: -1 (features), 0..L-1, or L+1 (pooled) if no layer trains."""
+    """The hidden state at which the frozen prefix ends: -1 (features), 0..L-1, or if no layer trains the deepest.
+
+    That is L+1 (pooled), or L where the pooling trains on frames.
+    """
     backbone = getattr(model, "backbone", model)
-    for depth, part in enumerate([[backbone.projection, backbone.position], *backbone.layers], start=-1):
-        modules = part if isinstance(part, list) else [part]
-        if any(parameter.requires_grad for module in modules for parameter in module.parameters()):
+    for depth in range(-1, len(backbone.layers)):
+        if any(parameter.requires_grad for module in backbone.before(depth + 1) for parameter in module.parameters()):
             return depth
-    return len(backbone.layers) + 1
+    return getattr(model, "deepest", len(backbone.layers) + 1)
 
 
 def train_mode(model: EmotionModel, depth: int) -> None:
@@ -99,12 +104,11 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
 def table(model: EmotionModel) -> str:
     """What trains and how many parameters, one line a part."""
     backbone = model.backbone
-    parts = [("feature encoder", backbone.feature_encoder), ("feature projection", backbone.projection)]
-    parts += [("positional convolution", backbone.position), ("norm", backbone.norm)]
-    parts += [(f"layer {i}", layer) for i, layer in enumerate(backbone.layers)] + [("head", model.head)]
+    parts = [(PARTS[name], count(part)) for name, part in backbone.named_children() if name in PARTS]
+    parts += [(f"layer {i}", count(layer)) for i, layer in enumerate(backbone.layers)]
+    parts.append(("head", tuple(all_ - below for all_, below in zip(count(model), count(backbone), strict=True))))
     rows: list[list] = []
-    for name, module in parts:
-        total, trainable = count(module)
+    for name, (total, trainable) in parts:
         alike = rows and name.startswith("layer ") and rows[-1][0].startswith("layer ")
         if alike and rows[-1][1:3] == [total, trainable]:  # one line for a run of layers alike
             rows[-1][3:] = [rows[-1][3] + 1]

@@ -13,9 +13,10 @@ layer 0, i the output of layer i-1, L the final output. Here -1 is the feature e
 and L+1 the pooled utterance. A number of this kind is called a *depth*.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -436,48 +437,103 @@ class Wav2Vec2(nn.Module):
 
 
 class EmotionModel(nn.Module):
-    """Backbone, mean over the frames, and a head with one hidden layer that predicts all targets.
+    """Backbone, pooling over the frames, and a head that predicts all targets.
 
-    The head works on labels scaled to 0..1; `label_range` is their range in the corpus.
+    Pooling "mean" takes the mean over the frames, "mean_std" their standard deviation as well, "attentive" a mean with
+    weights that a learnt linear map of each frame decides, "layers" the mean of a sum of all hidden states with learnt
+    weights, for a backbone in which nothing trains. The head has one hidden layer, or none for `head_width` 0. It works
+    on labels scaled to 0..1; `label_range` is their range in the corpus.
     """
 
     def __init__(
         self,
-        backbone: Wav2Vec2,
+        backbone: nn.Module,
         targets: Sequence[str],
         label_range: tuple[float, float],
         head_width: int = 256,
         head_dropout: float = 0.0,
+        pooling: str = "mean",
     ):
         super().__init__()
         self.backbone, self.targets, self.label_range = backbone, tuple(targets), tuple(label_range)
-        self.head = nn.Sequential(
-            nn.Linear(backbone.config.width, head_width),
-            nn.GELU(),
-            nn.Dropout(head_dropout),
-            nn.Linear(head_width, len(targets)),
-        )
+        self.pooling, width, layers = pooling, backbone.config.width, backbone.config.layers
+        self.deepest = layers if pooling == "attentive" else layers + 1  # depth that can come out of a frozen backbone
+        if pooling == "attentive":
+            self.score = nn.Linear(width, 1, bias=False)  # a softmax knows no offset
+            nn.init.zeros_(self.score.weight)  # training starts at the mean
+        if pooling == "layers":
+            self.layer_weights = nn.Parameter(torch.zeros(layers + 1))  # before a softmax
+        inputs = 2 * width if pooling == "mean_std" else width
+        hidden = [nn.Linear(inputs, head_width), nn.GELU(), nn.Dropout(head_dropout)] if head_width else []
+        self.head = nn.Sequential(*hidden, nn.Linear(head_width or inputs, len(targets)))
         nn.init.constant_(self.head[-1].bias, 0.5)  # the middle of the range
 
     @torch.no_grad()
     def encode(self, waveforms: Sequence[Tensor], depth: int) -> tuple[Tensor, list[int]]:
         """Waveforms `(S,)` each, 16 kHz -> packed hidden state `depth` and its lengths.
 
-        At depth L+1 the result is the pooled utterances, `(B, D)`: packed too, one row each.
+        At depth L+1 the result is the pooled utterances, packed too: a row `(D,)` each, two with "mean_std", one for
+        each hidden state with "layers".
         """
+        parts = []
+        for x, lengths in self.states(waveforms, self.sources(depth)):
+            parts.append(self.part(x, lengths, depth))
+        return self.join(parts, lengths)
+
+    def sources(self, depth: int) -> list[int]:
+        """The hidden states of which `encode` makes its result."""
+        layers = self.backbone.config.layers
+        return list(range(layers + 1)) if depth > layers and self.pooling == "layers" else [min(depth, layers)]
+
+    @torch.no_grad()
+    def states(self, waveforms: Sequence[Tensor], depths: Sequence[int]) -> Iterator[tuple[Tensor, list[int]]]:
+        """Packed hidden states at rising depths, each computed from the one before it, and their lengths."""
         if self.backbone.config.normalize_waveform:
             waveforms = [normalize(waveform) for waveform in waveforms]
         x, lengths = self.backbone.feature_encoder(waveforms)
-        layers = self.backbone.config.layers
-        x = self.backbone(x, lengths, -1, min(depth, layers))
-        return (pool(x, lengths), [1] * len(lengths)) if depth > layers else (x, lengths)
+        for first, last in pairwise([-1, *depths]):
+            x = self.backbone(x, lengths, first, last)
+            yield x, lengths
+
+    def part(self, x: Tensor, lengths: Sequence[int], depth: int) -> Tensor:
+        """What one source gives to `encode` at this depth: its frames `(N, D)`, or rows `(B, R, D)`."""
+        return x if depth <= self.backbone.config.layers else self.statistics(x, lengths)
+
+    def join(self, parts: Sequence[Tensor], lengths: list[int]) -> tuple[Tensor, list[int]]:
+        """The result of `encode` from the parts of all its sources."""
+        if parts[0].ndim == 2:
+            return parts[0], lengths
+        rows = torch.cat(parts, 1)
+        return rows.flatten(0, 1), [rows.shape[1]] * len(lengths)
+
+    def statistics(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Packed frames `(N, D)` -> `(B, R, D)` in fp32, R rows for each utterance."""
+        if self.pooling == "attentive":
+            return attentive_pool(x, self.score(x.float()), lengths)[:, None]
+        mean = pool(x, lengths)
+        if self.pooling != "mean_std":
+            return mean[:, None]
+        utterance = torch.arange(len(lengths), device=x.device).repeat_interleave(
+            boundaries(tuple(lengths), x.device).diff(), output_size=len(x)
+        )
+        variance = pool((x.float() - mean[utterance]) ** 2, lengths)
+        return torch.stack([mean, variance.clamp_min(1e-10).sqrt()], 1)  # a root has no gradient at 0
 
     def forward(self, x: Tensor, lengths: Sequence[int], depth: int = -1) -> Tensor:
         """Packed hidden state `depth` -> predictions `(B, K)`, 0..1 for labels at the ends of their range."""
-        if depth <= self.backbone.config.layers:
-            x = pool(self.backbone(x, lengths, depth), lengths)
+        pooled = depth > self.backbone.config.layers
+        assert pooled or self.pooling != "layers", "the hidden states below have been left behind"
+        x = x if pooled else self.backbone(x, lengths, depth)
         with torch.autocast(x.device.type, enabled=False):  # 16 bits would round what the head says
-            return self.head(x)
+            x = x.unflatten(0, (len(lengths), -1)) if pooled else self.statistics(x, lengths)  # (B, R, D)
+            if self.pooling == "layers":
+                x = (x * self.layer_weights.softmax(0)[:, None]).sum(1)
+            return self.head(x.flatten(1))
+
+    @torch.no_grad()
+    def infer(self, waveforms: Sequence[Tensor]) -> Tensor:
+        """Predictions `(B, K)`, scaled as in `forward`, of waveforms `(S,)` at 16 kHz on the model's device."""
+        return self(*self.encode(waveforms, self.deepest), self.deepest)
 
     @torch.no_grad()
     def predict(self, waveform: Tensor, sample_rate: int) -> dict[str, float]:
@@ -485,8 +541,7 @@ class EmotionModel(nn.Module):
         from data import resample
 
         self.eval()
-        device = self.head[0].weight.device
-        predictions = self(*self.encode([resample(waveform, sample_rate).to(device)], -1))[0]
+        predictions = self.infer([resample(waveform, sample_rate).to(self.head[-1].weight.device)])[0]
         low, high = self.label_range
         return {name: low + (high - low) * y for name, y in zip(self.targets, predictions.tolist(), strict=True)}
 
@@ -512,3 +567,18 @@ def pool(x: Tensor, lengths: Sequence[int]) -> Tensor:
     if x.device.type == "cpu":
         return torch.stack([part.float().mean(0) for part in x.split(lengths)])
     return pad(x.float(), lengths).sum(1) / boundaries(tuple(lengths), x.device).diff()[:, None]  # three calls
+
+
+def attentive_pool(x: Tensor, scores: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean over each utterance's frames in fp32, `(N, D)` -> `(B, D)`, weighted by the softmax of scores `(N, 1)`."""
+    if x.device.type != "cpu":
+        return attentive_pool_padded(x, scores, lengths)
+    parts = zip(x.split(lengths), scores.split(lengths), strict=True)
+    return torch.stack([(part.float() * score.softmax(0)).sum(0) for part, score in parts])
+
+
+def attentive_pool_padded(x: Tensor, scores: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The same in a few calls for the whole batch."""
+    valid = pad(torch.ones_like(scores), lengths) > 0  # (B, T, 1)
+    weights = pad(scores, lengths).masked_fill(~valid, -torch.inf).softmax(1)
+    return (pad(x.float(), lengths) * weights).sum(1)

@@ -60,7 +60,7 @@ def predict_file(model: EmotionModel, path: Path, window: float) -> Iterator[lis
     pieces = cut(data.read_audio(str(path)), window)
     for first in range(0, len(pieces), TOGETHER):
         group = pieces[first : first + TOGETHER]
-        predictions = model(*model.encode([samples.to(device) for *_, samples in group], -1))
+        predictions = model.infer([samples.to(device) for *_, samples in group])
         for (start, end, _), row in zip(group, predictions.tolist(), strict=True):
             values = [f"{low + (high - low) * value:.4f}" for value in row]
             yield [str(path), f"{start:.3f}", f"{end:.3f}", *values]

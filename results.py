@@ -79,7 +79,7 @@ def read_method(out: Path, method: str, seeds: Iterable[int]) -> dict[int, Run]:
 def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> list[dict]:
     """A record for each method, whatever of `SCORES` (after `<target>_`) and `COSTS` its finished runs allow.
 
-    `builds` has by method what its cache cost: {"seconds": float or None, "bytes": int}. p-values are corrected over
+    `builds` has by method the "seconds" that its cache cost, None where that is not known. p-values are corrected over
     methods and targets. Raises ValueError if two runs were tested on different utterances.
     """
     records = {name: {"method": name, "seeds": len(by_seed)} for name, by_seed in runs.items()}
@@ -149,7 +149,7 @@ def costs(runs: Sequence[Run], build: Mapping) -> dict:
         "build_seconds": build_seconds,
         "total_seconds": median(lambda r: r["seconds"]["total"] - r["seconds"]["cache_build"]) + (build_seconds or 0.0),
         "peak_memory_bytes": median(lambda r: r["peak_memory_bytes"]),
-        "cache_bytes": build.get("bytes") if result["config"]["cache"] else None,
+        "cache_bytes": result["cache_bytes"] or None,
         "note": result.get("note", ""),
     }
 

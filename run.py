@@ -5,23 +5,28 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import data
 import weights
 from cache import ActivationCache, Tier, pick_tier
-from config import Config, load_config, make_config
+from config import Config, load_config, make_config, split_words
 from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
+from logmel import LogMel
 from lora import inject, merge
-from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
+from model import EmotionModel, Wav2Vec2Config
 
+Item = TypeVar("Item")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
@@ -67,8 +72,11 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
     return assemble(config, backbone, label_range), identity
 
 
-def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
+def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
     """The pretrained backbone and its identity. The demo corpus alone makes do with random weights."""
+    if config.backbone == "logmel":
+        backbone = LogMel()
+        return backbone, {"source": "logmel", "sha256": weights.sha256_of(backbone)}
     regularisation = {key: getattr(config, key) for key in REGULARISATION}
     try:
         files = weights.locate(config.backbone)
@@ -79,14 +87,15 @@ def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
             raise
         print(f"warning: {error}\nwarning: the demo goes on with RANDOM weights of wav2vec2-base", file=sys.stderr)
         backbone = weights.random_backbone(Wav2Vec2Config(**regularisation))
-        return backbone, {"source": config.backbone, "sha256": weights.sha256_of(backbone)}
+        return backbone, {"source": f"random, as {config.backbone}", "sha256": weights.sha256_of(backbone)}
 
 
-def assemble(config: Config, backbone: Wav2Vec2, label_range: tuple[float, float]) -> EmotionModel:
+def assemble(config: Config, backbone: nn.Module, label_range: tuple[float, float]) -> EmotionModel:
     """Backbone and head with what trains as configured."""
     backbone.gradient_checkpointing = config.gradient_checkpointing
-    torch.manual_seed(config.seed)  # of the head and of LoRA
-    model = EmotionModel(backbone, config.targets, label_range, config.head_width, config.head_dropout)
+    torch.manual_seed(config.seed)  # of pooling, head and LoRA
+    head = config.head_width, config.head_dropout, config.pooling
+    model = EmotionModel(backbone, config.targets, label_range, *head)
     freeze(model, config.trainable_layers)
     if config.lora_rank:
         count = backbone.config.layers
@@ -103,8 +112,16 @@ def assemble(config: Config, backbone: Wav2Vec2, label_range: tuple[float, float
 class Prefix:
     """The frozen prefix's output for numbered utterances: computed, or read from a cache that it fills as it goes."""
 
-    def __init__(self, model: EmotionModel, paths: Sequence[str], device: torch.device, precision: str):
-        self.model, self.paths, self.device = model, paths, device
+    def __init__(
+        self,
+        model: EmotionModel,
+        paths: Sequence[str],
+        device: torch.device,
+        precision: str,
+        at_once: int | None = None,
+    ):
+        """`at_once` bounds how many utterances the prefix computes together."""
+        self.model, self.paths, self.device, self.at_once = model, paths, device, at_once
         self.depth, self.dtype = prefix_depth(model), DTYPES[precision]
         self.precision = precision
         self.cache: ActivationCache | None = None
@@ -122,8 +139,11 @@ class Prefix:
         width = config.conv_channels[-1] if self.depth < 0 else config.width
         kind = {"backbone": identity["sha256"], "depth": self.depth, "precision": self.precision}
         kind["normalize_waveform"] = config.normalize_waveform
+        pooled = self.depth > config.layers
+        kind |= {"pooling": self.model.pooling} if pooled else {}
         self.cache = ActivationCache(root, kind, self.paths, width, getattr(torch, dtype))
-        self.cache.check_space(seconds, pooled=self.depth > config.layers)
+        rows = len(self.model.sources(self.depth)) * (2 if self.model.pooling == "mean_std" else 1)
+        self.cache.check_space(seconds, rows if pooled else None)
         self.tier, self.tier_when_complete = Tier(self.cache, self.device), tier
         return self.cache
 
@@ -147,19 +167,29 @@ class Prefix:
         return [data.read_audio(self.paths[number]) for number in numbers]
 
     def encode(self, numbers: Sequence[int], waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        start = time.perf_counter()
-        on_device = torch.cat(waveforms).to(self.device).split([len(waveform) for waveform in waveforms])  # one copy
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            x, lengths = self.model.encode(on_device, self.depth)
+        start, packed, lengths = time.perf_counter(), [], []
+        for part in in_order(waveforms, self.at_once or len(waveforms)):
+            with self.autocast():
+                x, frames = self.model.encode(self.send(part), self.depth)
+            packed.append(x)
+            lengths += frames
+        x = torch.cat(packed) if len(packed) > 1 else packed[0]
         if self.cache is not None:
             x = self.cache.write(numbers, x, lengths)
             self.build_seconds += time.perf_counter() - start
         return x, lengths
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-def in_order(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches in the given order, for evaluation."""
-    return [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
+    def send(self, waveforms: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Waveforms on the device, in one copy."""
+        return torch.cat(list(waveforms)).to(self.device).split([len(waveform) for waveform in waveforms])
+
+
+def in_order(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Groups of `size` in the given order; the last has the remainder."""
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def prepare(
@@ -171,9 +201,9 @@ def prepare(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
     if precision != "fp32":
         cast_frozen(model, DTYPES[precision])
-    for parameter in model.parameters():
-        if not parameter.is_meta:
-            parameter.data = parameter.data.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
     for layer in model.backbone.layers if compiled else ():
         layer.finish = torch.compile(layer.finish, dynamic=True)
 
@@ -186,24 +216,89 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
 
 
-def build_cache(path: str, overrides: Sequence[str]) -> None:
-    """Compute every activation that a config's cache should hold and does not."""
-    from tqdm import tqdm
+def build_caches(words: Sequence[str]) -> dict[str, dict]:
+    """Compute what the caches of configs lack; those alike in corpus and backbone share one pass over the audio.
 
-    config = load_config(path, overrides)
-    device = pick_device(config.device)
-    utterances, label_range = load_utterances(config)
-    seconds = data.check_audio(utterances)
-    model, identity = build_model(config, label_range)
-    precision = pick_precision(config.precision, device)
-    prepare(model, device, precision, config.tf32)
-    prefix = Prefix(model, [utterance.path for utterance in utterances], device, precision)
-    cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity, sum(seconds))
-    missing = [batch for batch in in_order(range(len(utterances)), config.batch_size) if not cache.has(batch)]
-    for _ in prefix(tqdm(missing, desc=f"cache {cache.directory}", unit="batch", disable=None)):
-        pass
-    cache.close()
-    print(f"{cache.directory}: {len(utterances)} utterances, complete")
+    `words` are paths of configs, and `key=value` for all of them. For each path the cache's "directory", its "bytes",
+    and the "seconds" that building it alone would have taken, None if it was complete.
+    """
+    groups: dict[tuple, dict[Path, Prefix]] = {}  # by what must be alike, and there by the cache's directory
+    directories: dict[str, Path] = {}
+    paths, overrides = split_words(words)
+    if not paths:
+        raise ValueError("build: expected at least one config")
+    seconds_of = lru_cache(lambda paths: sum(data.check_audio([data.Utterance(path, "", "", {}) for path in paths])))
+    for path in paths:
+        config = load_config(path, overrides)
+        device = pick_device(config.device)
+        precision = pick_precision(config.precision, device)
+        utterances, label_range = load_utterances(config)
+        audio = tuple(utterance.path for utterance in utterances)
+        seconds = seconds_of(audio)  # before the model, as it names what is wrong with the corpus
+        model, identity = build_model(config, label_range)
+        prefix = Prefix(model, audio, device, precision, config.micro_batch_size or config.batch_size)
+        prefix.open_cache(config.cache_dir, config.cache_dtype, identity, seconds)
+        kind = (audio, identity["sha256"], model.backbone.config.normalize_waveform, device, precision, config.tf32)
+        group = groups.setdefault(kind, {})
+        group.setdefault(prefix.cache.directory, prefix)
+        directories[path] = prefix.cache.directory
+        for other in set(group.values()) - {deepest(group.values())}:
+            other.model.to("meta")  # the deepest computes for all
+    built = {}
+    for (*_, device, precision, tf32), group in groups.items():
+        prepare(deepest(group.values()).model, device, precision, tf32)
+        built |= dict(zip(group, fill(list(group.values())), strict=True))
+    return {path: built[directory] for path, directory in directories.items()}
+
+
+def deepest(prefixes: Iterable[Prefix]) -> Prefix:
+    return max(prefixes, key=lambda prefix: prefix.depth)
+
+
+def fill(prefixes: Sequence[Prefix]) -> list[dict]:
+    """Complete the caches of prefixes that share backbone and audio: no hidden state is computed twice for a batch."""
+    last = deepest(prefixes)
+    size = min(prefix.at_once for prefix in prefixes)
+    missing = [
+        batch
+        for batch in in_order(range(len(last.paths)), size)
+        if not all(prefix.cache.has(batch) for prefix in prefixes)
+    ]
+    seconds: dict[Prefix, float] = {}
+    start = time.perf_counter()
+    audio = data.prefetch(lambda batch: [data.read_audio(last.paths[number]) for number in batch], missing)
+    for numbers, waveforms in zip(tqdm(missing, desc="cache", unit="batch", disable=None), audio, strict=True):
+        sources = {p: p.model.sources(p.depth) for p in prefixes if not p.cache.has(numbers)}
+        depths = sorted(set().union(*sources.values()))
+        parts: dict[Prefix, list[Tensor]] = {prefix: [] for prefix in sources}
+        own = dict.fromkeys(sources, 0.0)  # of each prefix, beside what all share
+        with last.autocast():
+            states = last.model.states(last.send(waveforms), depths)
+            for depth, (x, lengths) in zip(depths, states, strict=True):
+                synchronize(last.device)
+                common = time.perf_counter() - start - sum(own.values())
+                for prefix in (p for p in sources if depth in sources[p]):
+                    begin = time.perf_counter()
+                    parts[prefix].append(prefix.model.part(x, lengths, prefix.depth))
+                    if depth == sources[prefix][-1]:
+                        prefix.cache.write(numbers, *prefix.model.join(parts.pop(prefix), lengths))
+                        seconds[prefix] = seconds.get(prefix, 0.0) + common
+                    own[prefix] += time.perf_counter() - begin
+        for prefix in own:
+            seconds[prefix] += own[prefix]
+        start = time.perf_counter()
+    for prefix in prefixes:
+        prefix.cache.close()
+    return [
+        {"directory": str(p.cache.directory), "seconds": seconds.get(p), "bytes": p.cache.stored_bytes()}
+        for p in prefixes
+    ]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def load_run(directory: str | Path, device: str = "cpu") -> EmotionModel:

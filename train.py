@@ -65,11 +65,11 @@ def step(
 
 
 def make_optimizer(model: EmotionModel, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with `head_lr` for the head, `lr` for the rest, and weight decay for matrices alone."""
+    """AdamW with `lr` for the backbone, `head_lr` for what is behind it, and weight decay for matrices alone."""
     groups = {(part, decays): [] for part in ("backbone", "head") for decays in (True, False)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups["head" if name.startswith("head.") else "backbone", parameter.ndim > 1].append(parameter)
+            groups["backbone" if name.startswith("backbone.") else "head", parameter.ndim > 1].append(parameter)
     rates = {"backbone": lr, "head": head_lr}
     return torch.optim.AdamW(
         [
@@ -127,11 +127,13 @@ def train(config: Config) -> dict:
     labels = torch.tensor([[utterance.labels[target] for target in config.targets] for utterance in utterances])
     labels = data.scale_labels(labels, label_range)
     split = {name: [i for i, u in enumerate(utterances) if u.split == name] for name in data.SPLITS}
-    print(describe(config, utterances, seconds))
+    corpus = describe(config.corpus, utterances, seconds)
+    print(report_corpus(corpus))
 
     # Model, and its frozen prefix: computed, or read from the cache and then not even in memory
     model, backbone = run.build_model(config, label_range)
-    prefix = run.Prefix(model, [utterance.path for utterance in utterances], device, precision)
+    paths = [utterance.path for utterance in utterances]
+    prefix = run.Prefix(model, paths, device, precision, config.micro_batch_size)
     total_parameters, trainable_parameters = count(model)
     print(f"{table(model)}\n{run.device_name(device)}, {precision}")
     if config.cache:
@@ -142,7 +144,7 @@ def train(config: Config) -> dict:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     # State: all that the loop changes beside parameters and optimizer
-    state = {"epoch": 0, "best": -2.0, "best_epoch": 0, "seconds": 0.0, "cache_build": 0.0, "log": []}
+    state = {"epoch": 0, "best": -2.0, "best_epoch": 0, "seconds": 0.0, "cache_build": 0.0, "peak": 0, "log": []}
     state |= {"trainable_parameters": trainable_parameters, "total_parameters": total_parameters}
     torch.manual_seed(config.seed)
     if (directory / "last.pt").is_file():
@@ -156,6 +158,7 @@ def train(config: Config) -> dict:
     began -= state["seconds"]
     prefix.build_seconds = state["cache_build"]
 
+    together = config.micro_batch_size or config.batch_size  # utterances in memory at once, also where nothing trains
     steps = len(data.batches(len(split["train"]), config.batch_size, config.seed, 0))
     bar = tqdm(total=steps * config.epochs, initial=steps * state["epoch"], unit="step", disable=None)
     while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < config.patience:
@@ -179,18 +182,19 @@ def train(config: Config) -> dict:
                 bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {rate:.0f} s of audio/s")
         train_loss = torch.stack(losses).mean().item()
         train_seconds = time.perf_counter() - start
-        dev = ccc(evaluate(model, prefix, split["dev"], config.batch_size), labels[split["dev"]]).tolist()
+        dev = ccc(evaluate(model, prefix, split["dev"], together), labels[split["dev"]]).tolist()
         if not all(map(math.isfinite, [train_loss, *dev])):  # dev: the last step may have been the one too many
             raise ValueError(
                 f"epoch {epoch}: loss {train_loss:.3g}, dev CCC {dev}: not finite, and not saved; lower lr or head_lr, "
                 "or set precision: fp32, under another name"
             )
         if prefix.cache is not None and not prefix.cache.has(split["test"]):
-            evaluate(model, prefix, split["test"], config.batch_size)  # so that the cache is whole
+            evaluate(model, prefix, split["test"], together)  # so that the cache is whole
         prefix.drop_if_cached()
 
         mean = sum(dev) / len(dev)
         state |= {"epoch": epoch, "seconds": time.perf_counter() - began, "cache_build": prefix.build_seconds}
+        state["peak"] = max(state["peak"], run.peak_memory(device))  # of every process that worked on this run
         row = {"epoch": epoch, "train_loss": train_loss, "train_seconds": train_seconds}
         row |= {f"dev_ccc_{target}": value for target, value in zip(config.targets, dev, strict=True)}
         row |= {"dev_ccc": mean, "audio_seconds_per_second": done / train_seconds, "seconds": state["seconds"]}
@@ -209,26 +213,34 @@ def train(config: Config) -> dict:
 
     # Test
     load_trained(model, run.load_checkpoint(directory / "best.pt", backbone)["trained"])
-    predictions = data.unscale_labels(evaluate(model, prefix, split["test"], config.batch_size), label_range).numpy()
+    predictions = data.unscale_labels(evaluate(model, prefix, split["test"], together), label_range).numpy()
     if prefix.cache is not None:
         prefix.cache.close()
     tested = [utterances[i] for i in split["test"]]
     write_predictions(directory / "predictions_test.csv", config.targets, tested, predictions)
     result = summarise(config, state, tested, predictions, time.perf_counter() - began)
-    result |= {"device": run.device_name(device), "precision": precision, "backbone": backbone}
-    result["peak_memory_bytes"] = run.peak_memory(device)
+    result |= {"device": run.device_name(device), "precision": precision, "backbone": backbone, "corpus": corpus}
+    result["peak_memory_bytes"] = max(state["peak"], run.peak_memory(device))
+    result["cache_bytes"] = prefix.cache.stored_bytes() if prefix.cache else 0
     run.write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
-def describe(config: Config, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> str:
-    """The corpus in a line a split."""
-    lines = [run.DEMO_NOTE] if config.corpus == "demo" else []
-    for name in data.SPLITS:
-        chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == name]
-        speakers, hours = len({speaker for speaker, _ in chosen}), sum(s for _, s in chosen) / 3600
-        lines.append(f"{name:6}{len(chosen):8,} utterances{speakers:6} speakers{hours:9.3f} h")
-    return "\n".join(lines)
+def describe(name: str, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> dict:
+    """The corpus in numbers: utterances, speakers and hours of each split."""
+    corpus: dict = {"name": name}
+    for split in data.SPLITS:
+        chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == split]
+        hours = sum(s for _, s in chosen) / 3600
+        corpus[split] = {"utterances": len(chosen), "speakers": len({speaker for speaker, _ in chosen}), "hours": hours}
+    return corpus
+
+
+def report_corpus(corpus: dict) -> str:
+    """The same in a line a split."""
+    lines = [run.DEMO_NOTE] if corpus["name"] == "demo" else []
+    line = "{:6}{utterances:8,} utterances{speakers:6} speakers{hours:9.3f} h"
+    return "\n".join([*lines, *(line.format(split, **corpus[split]) for split in data.SPLITS)])
 
 
 def summarise(

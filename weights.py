@@ -297,10 +297,10 @@ def sha256(files: Iterable[Path]) -> str:
 
 
 def sha256_of(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters, for weights that are in no file."""
+    """SHA-256 of a module's parameters and buffers, for weights that are in no file."""
     digest = hashlib.sha256()
-    for parameter in module.parameters():
-        digest.update(parameter.detach().numpy())
+    for tensor in module.state_dict().values():
+        digest.update(tensor.numpy())
     return digest.hexdigest()
 
 

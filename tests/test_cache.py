@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
+from conftest import tiny_settings
 
 import cache as cache_module
 import data
@@ -24,8 +26,9 @@ import lora
 import run
 import train
 import weights
-from cache import ActivationCache, Staging, Tier, pick_tier, verify
-from model import EmotionModel, Wav2Vec2Config
+from cache import ActivationCache, Staging, Tier, main, pick_tier, verify
+from config import load_config
+from model import EmotionModel, Layer, Wav2Vec2Config
 
 ROOT = Path(__file__).parents[1]
 WIDTH = 8
@@ -446,7 +449,7 @@ def test_a_cache_that_will_not_fit_is_refused_before_it_is_begun(tmp_path, monke
     cache = open_cache(tmp_path, paths)
     with pytest.raises(OSError, match=r"needs 1600000\.0 GB, the disk has [\d.]+ GB; free space, or set cache_dir"):
         cache.check_space(1e12)
-    cache.check_space(1e12, pooled=True)
+    cache.check_space(1e12, rows_each=1)
     row = WIDTH * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100 * 50 * row))
     cache.check_space(100.0)
@@ -458,7 +461,7 @@ def test_a_cache_that_will_not_fit_is_refused_before_it_is_begun(tmp_path, monke
     cache.check_space(1e12)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 4 * row - 1))
     with pytest.raises(OSError, match=r"needs 0\.0 GB"):
-        open_cache(tmp_path, paths, depth=9).check_space(1.0, pooled=True)
+        open_cache(tmp_path, paths, depth=9).check_space(1.0, rows_each=1)
 
 
 # ---------------------------------------------------------------- killed
@@ -818,3 +821,98 @@ def test_a_cache_of_pooled_utterances_has_one_row_each(tmp_path, corpus):
     _, _, prefix = fit(corpus, HEADS_ONLY, tmp_path, "float16")
     assert prefix.cache.entries["frames"].tolist() == [1] * len(corpus)
     assert sum(path.stat().st_size for path in prefix.cache.directory.glob("*.bin")) == len(corpus) * 64 * 2
+
+
+# ---------------------------------------------------------------- several caches in one pass
+
+
+@pytest.fixture
+def several(tmp_path, tiny_checkpoint, tiny_manifest) -> dict[str, Path]:
+    """Configs of one corpus and backbone whose prefixes end at different depths; the last two share a cache."""
+    kinds = {
+        "lora": {"lora_rank": 2},
+        "last2": {"trainable_layers": 2, "cache_dtype": "float32"},
+        "heads": {},
+        "spread": {"pooling": "mean_std"},
+        "layers": {"pooling": "layers"},
+        "attentive": {"pooling": "attentive", "cache_dtype": "int8"},
+        "lora again": {"lora_rank": 4},
+    }
+    paths = {}
+    for name, keys in kinds.items():
+        paths[name] = tmp_path / f"lr=1e-4 {name}.yaml"  # a path may hold an equals sign
+        settings = tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, cache=True, **keys)
+        paths[name].write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return paths
+
+
+def activations(path: Path) -> tuple[Path, torch.Tensor, list[int]]:
+    """Directory, stored rows and lengths of a complete cache of a config."""
+    config = load_config(path)
+    utterances, label_range = run.load_utterances(config)
+    model, identity = run.build_model(config, label_range)
+    prefix = run.Prefix(model, [utterance.path for utterance in utterances], torch.device("cpu"), "fp32")
+    cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity)
+    numbers = range(len(utterances))
+    assert cache.has(numbers)
+    stored, lengths = cache.read_stored(numbers), cache.lengths(numbers)
+    cache.close()
+    return cache.directory, stored, lengths
+
+
+def test_caches_of_several_configs_are_built_in_one_pass(several, tmp_path, monkeypatch):
+    """Bit for bit what each has when built alone; every audio file is read once, every layer run once a batch."""
+    read, layers = [], []
+    real_read, real_layer = data.read_audio, Layer.forward
+    monkeypatch.setattr(data, "read_audio", lambda path: (read.append(path), real_read(path))[1])
+    monkeypatch.setattr(Layer, "forward", lambda self, *inputs: (layers.append(1), real_layer(self, *inputs))[1])
+    built = run.build_caches([*map(str, several.values()), "batch_size=10"])
+    assert len(read) == 20
+    assert len(layers) == 2 * 3  # two batches, three layers
+    assert list(built) == [str(path) for path in several.values()]
+    assert len({report["directory"] for report in built.values()}) == 6
+    together = {name: activations(path) for name, path in several.items()}
+    shutil.rmtree(tmp_path / "cache")
+    for name, path in several.items():
+        run.build_caches([str(path)])
+        directory, stored, lengths = activations(path)
+        assert directory == Path(built[str(path)]["directory"]) == together[name][0]
+        assert lengths == together[name][2]
+        assert torch.equal(stored, together[name][1]), name
+        assert built[str(path)]["bytes"] == stored.numel() * stored.element_size()
+    rows = {name: set(lengths) for name, (_, _, lengths) in together.items()}
+    assert (rows["heads"], rows["spread"], rows["layers"]) == ({1}, {2}, {4})
+
+
+def test_a_build_tells_what_each_cache_would_have_cost(several, monkeypatch):
+    """A deeper prefix costs more than a shallower one; what is complete costs nothing, which is told apart from 0."""
+    clock = [0.0]
+    real_layer = Layer.forward
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+
+    def layer(self: torch.nn.Module, *inputs) -> torch.Tensor:
+        clock[0] += 1.0  # the only thing that takes time
+        return real_layer(self, *inputs)
+
+    monkeypatch.setattr(Layer, "forward", layer)
+    words = [str(several[name]) for name in ("lora", "last2")]
+    assert [report["seconds"] for report in run.build_caches([*words, "batch_size=10"]).values()] == [0.0, 2.0]
+    words.append(str(several["heads"]))
+    seconds = [report["seconds"] for report in run.build_caches([*words, "batch_size=10"]).values()]
+    assert seconds == [None, None, 6.0]
+
+
+def test_the_build_command_reports_to_a_file(several, tmp_path, monkeypatch, capsys):
+    """`cache.py build CONFIG CONFIG key=value --report FILE`, and a run then reads and computes nothing."""
+    report = tmp_path / "report.json"
+    words = [str(several["last2"]), str(several["heads"]), "epochs=1"]
+    monkeypatch.setattr(sys, "argv", ["cache.py", "build", *words, "--report", str(report)])
+    main()
+    assert "built in" in capsys.readouterr().out
+    assert json.loads(report.read_text()).keys() == set(words[:2])
+    monkeypatch.setattr(data, "read_audio", None)
+    result = train.train(load_config(several["last2"], ["epochs=1", "name=reads"]))
+    assert result["seconds"]["cache_build"] == 0
+    monkeypatch.setattr(sys, "argv", ["cache.py", "build", "epochs=1"])
+    with pytest.raises(ValueError, match="build: expected at least one config"):
+        main()

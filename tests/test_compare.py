@@ -154,6 +154,13 @@ def test_methods_are_configs_times_the_values_of_every_sweep(configs):
     assert list(folder) == ["a-cache_dir=C_x"]
 
 
+def test_a_backbone_for_all_leaves_the_baseline_without_one_as_it_is(configs):
+    """It would be called logmel and be something else."""
+    paths = configs(a={}, logmel={"backbone": "logmel"})
+    methods = compare.make_methods(paths, ["backbone=mine", "epochs=2"], [], [])
+    assert [(config.backbone, config.epochs) for config in methods.values()] == [("mine", 2), ("logmel", 2)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -226,7 +226,8 @@ def test_each_form_of_layers_is_taken(tmp_path):
         ("batch_size=1", "batch_size: expected at least 2: the CCC of one utterance is 0/0, found 1"),
         ("epochs=0", "epochs: expected at least 1, found 0"),
         ("patience=0", "patience: expected at least 1, found 0"),
-        ("head_width=0", "head_width: expected at least 1"),
+        ("head_width=-1", "head_width: expected at least 0"),
+        ("pooling=max", "pooling: expected mean or mean_std or attentive or layers, found 'max'"),
         ("micro_batch_size=0", "micro_batch_size: expected at least 1 or null, found 0"),
         ("lora_rank=-1", "lora_rank: expected at least 0, found -1"),
         ("warmup=-1", "warmup: expected at least 0"),
@@ -257,6 +258,10 @@ def test_a_value_outside_its_range_is_an_error(tmp_path, override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["head_width=0", "head_dropout=0.1"], "head_dropout: expected 0.0, as head_width is 0"),
+        (["trainable_layers=3", "pooling=layers"], "pooling: expected mean, mean_std or attentive, since layers train"),
+        (["lora_rank=8", "pooling=layers"], "pooling: expected mean, mean_std or attentive, since layers train"),
+        (["lora_rank=8", "backbone=logmel"], "backbone: expected one with layers, since some shall train"),
         (["trainable_layers=3", "mask_time_prob=0.1"], "mask_time_prob: expected 0.0, as it acts below layer 0"),
         (["trainable_layers=[0]", "mask_feature_prob=0.1"], "mask_feature_prob: expected 0.0, as it acts below"),
         (["lora_rank=8", "projection_dropout=0.1"], "projection_dropout: expected 0.0, as it acts below layer 0"),
@@ -272,7 +277,7 @@ def test_a_value_outside_its_range_is_an_error(tmp_path, override, message):
         (["trainable_layers=[]", "activation_dropout=0.1"], "activation_dropout: expected 0.0, as it acts in layers"),
         (
             ["cache_dtype=int8"],
-            "cache_dtype: expected float16, as no layer trains: of one row each, int8 would be larger",
+            "cache_dtype: expected float16, as no layer trains: of a few rows each, int8 would be larger",
         ),
         (["gradient_checkpointing=true"], "gradient_checkpointing: expected False, as it acts in layers that train"),
     ],

@@ -22,6 +22,7 @@ FIT = {"partial3": ["trainable_layers=2"], "lora_last3": ["lora_layers=2"]}
 EXPECTED = {  # depth of the prefix, whether it is cached, names of the parts that train beside the head
     "full": (-1, False, "projection position norm layers.0 layers.1 layers.2"),
     "full_amp": (-1, False, "projection position norm layers.0 layers.1 layers.2"),
+    "full_microbatches": (-1, False, "projection position norm layers.0 layers.1 layers.2"),
     "full_checkpointing": (-1, False, "projection position norm layers.0 layers.1 layers.2"),
     "partial3": (1, False, "layers.1 layers.2"),
     "partial3_amp": (1, False, "layers.1 layers.2"),
@@ -29,6 +30,7 @@ EXPECTED = {  # depth of the prefix, whether it is cached, names of the parts th
     "lora_r8": (0, True, "layers.0 layers.1 layers.2"),
     "lora_last3_cached": (1, True, "layers.1 layers.2"),
     "heads_only": (LAYERS + 1, True, ""),
+    "logmel": (1, True, ""),
 }
 
 
@@ -51,6 +53,8 @@ def test_a_config_trains_end_to_end(path, tmp_path, tiny_checkpoint, tiny_manife
     """What trains, where the prefix ends, what is cached, the precision, and that the run comes back from disk."""
     depth, cached, parts = EXPECTED[path.stem]
     keys = tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, epochs=1)
+    keys |= {"micro_batch_size": 3} if path.stem == "full_microbatches" else {}  # of four
+    keys = {key: value for key, value in keys.items() if path.stem != "logmel" or key != "backbone"}
     overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
     overrides += next((fit for start, fit in FIT.items() if path.stem.startswith(start)), [])
     if path.stem.endswith("_amp"):  # which `auto` is on a GPU

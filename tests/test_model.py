@@ -668,7 +668,8 @@ def test_compiled_layers_are_the_same_and_compiled_once_for_all_lengths(backbone
 
 def emotion_model(backbone: Wav2Vec2, targets: tuple[str, ...] = ("activation", "valence"), **settings) -> EmotionModel:
     torch.manual_seed(0)
-    return EmotionModel(backbone, targets, settings.pop("label_range", (1, 7)), head_width=16, **settings).eval()
+    settings = {"label_range": (1, 7), "head_width": 16, **settings}
+    return EmotionModel(backbone, targets, **settings).eval()
 
 
 def test_predictions_are_named_and_in_the_scale_of_the_corpus(backbone):
@@ -750,3 +751,76 @@ def test_pooling_is_the_mean_over_frames_in_fp32():
     pooled = model.pool(x, [3, 1, 5])
     assert pooled.dtype == torch.float32
     assert torch.allclose(pooled, torch.stack([x[:3].float().mean(0), x[3].float(), x[4:].float().mean(0)]))
+
+
+POOLINGS = ("mean", "mean_std", "attentive", "layers")
+
+
+def pooled(backbone: Wav2Vec2, pooling: str, **settings) -> EmotionModel:
+    """With every parameter of the pooling filled, as they begin at zero."""
+    emotion = emotion_model(backbone, pooling=pooling, **settings)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in emotion.named_parameters():
+        if not name.startswith(("backbone.", "head.")):
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return emotion
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_each_pooling_is_its_definition(backbone, pooling):
+    """Against the hidden states, utterance by utterance and in float64; with one frame, and alone as in a batch."""
+    emotion = pooled(backbone, pooling, head_width=0)
+    waveforms = [speech_like(n) for n in (400, 7331, 4000)]
+    states = backbone.hidden_states([model.normalize(waveform) for waveform in waveforms])
+    found = emotion.infer(waveforms)
+    assert torch.allclose(torch.cat([emotion.infer([waveform]) for waveform in waveforms]), found, rtol=0, atol=1e-5)
+    for number, prediction in enumerate(found):
+        frames = [state[number].double() for state in states]
+        x = frames[-1].mean(0)
+        if pooling == "mean_std":
+            x = torch.cat([x, frames[-1].std(0, correction=0)])
+        if pooling == "attentive":
+            x = (torch.softmax(frames[-1] @ emotion.score.weight[0].double(), 0)[:, None] * frames[-1]).sum(0)
+        if pooling == "layers":
+            shares = emotion.layer_weights.double().softmax(0)
+            x = sum(share * state.mean(0) for share, state in zip(shares, frames, strict=True))
+        expected = emotion.head[0].weight.double() @ x + emotion.head[0].bias.double()
+        assert torch.allclose(prediction.double(), expected, rtol=0, atol=1e-5), number
+
+
+@pytest.mark.parametrize("pooling", ["attentive", "layers"])
+def test_a_learnt_pooling_starts_at_the_plain_mean_and_has_a_gradient(backbone, pooling):
+    """Over the frames, and over the layers; from there it can move."""
+    emotion = emotion_model(backbone, pooling=pooling, head_width=0)
+    waveforms = [speech_like(n) for n in (7331, 4000)]
+    means = [
+        [state.mean(0) for state in part] for part in backbone.hidden_states(list(map(model.normalize, waveforms)))
+    ]
+    layers = torch.stack([torch.stack(part) for part in means])  # (L+1, B, D)
+    expected = emotion.head(layers.mean(0) if pooling == "layers" else layers[-1])
+    x, lengths = emotion.encode(waveforms, emotion.deepest)
+    predictions = emotion(x, lengths, emotion.deepest)
+    assert torch.allclose(predictions, expected, rtol=0, atol=1e-5)
+    predictions.square().sum().backward()
+    parameter = emotion.score.weight if pooling == "attentive" else emotion.layer_weights
+    assert parameter.grad.norm() > 1e-4
+
+
+def test_poolings_differ_and_a_constant_channel_has_a_gradient(backbone):
+    """Four poolings, four predictions; the root in the standard deviation is finite at 0 and so is its gradient."""
+    waveforms = [speech_like(n) for n in (7331, 4000)]
+    torch.manual_seed(0)
+    found = [pooled(backbone, pooling, head_width=width).infer(waveforms) for pooling in POOLINGS for width in (0, 16)]
+    for i, one in enumerate(found):
+        assert all(not torch.allclose(one, other, atol=1e-4) for other in found[:i])
+    x = torch.ones(5, 64, requires_grad=True)
+    emotion_model(backbone, pooling="mean_std").statistics(x, [4, 1])[:, 1].sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_attention_over_padded_frames_is_that_of_each_utterance(monkeypatch):
+    """The path for a GPU, which pads and masks, against the one utterance by utterance."""
+    x, scores, lengths = torch.randn(9, 8), torch.randn(9, 1), [3, 1, 5]
+    expected = model.attentive_pool(x, scores, lengths)
+    padded = model.attentive_pool_padded(x, scores, lengths)
+    assert torch.allclose(padded, expected, rtol=0, atol=1e-6)

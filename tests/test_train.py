@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import train
 import weights
 from config import Config, load_config
 from lora import LoRALinear
-from model import EmotionModel
+from model import EmotionModel, FeatureEncoder, Layer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12 // 4  # an epoch: utterances of `tiny_manifest`, and of a batch
@@ -40,6 +41,8 @@ METHODS = {
     "last 2": {"trainable_layers": 2},
     "LoRA": {"lora_rank": 4, "lora_dropout": 0.1, "lr": 1e-2},
     "heads": {"head_dropout": 0.1},
+    "attentive heads": {"pooling": "attentive", "head_width": 0},
+    "heads on all layers": {"pooling": "layers", "head_width": 0},
 }
 WALL_TIME = {"train_seconds", "audio_seconds_per_second", "seconds"}
 
@@ -274,6 +277,7 @@ RESUMED = {
     "cached": {**METHODS["last 2"], "cache": True},
     "LoRA, cached": {**METHODS["LoRA"], "cache": True},
     "heads, cached": {**METHODS["heads"], "cache": True},
+    "attentive heads, cached": {**METHODS["attentive heads"], "cache": True},
     "fp16": {**METHODS["LoRA"], "precision": "fp16", "micro_batch_size": 2},
 }
 
@@ -477,6 +481,24 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(settings, method):
         assert again[2].keys() == gradients.keys()
         for name, gradient in gradients.items():
             assert torch.allclose(again[2][name], gradient, atol=1e-5, rtol=1e-4), name
+
+
+def test_a_run_in_micro_batches_is_the_run_without_and_never_holds_more(settings, monkeypatch):
+    """Nor the prefix nor the evaluation: encoder and layers see three utterances at once at most, to the end."""
+    keys = {"trainable_layers": 2, "hidden_dropout": 0.0, "batch_size": 12, "epochs": 2}
+    whole = train.train(settings(name="whole", **keys))
+    seen, encode, layer = [], FeatureEncoder.forward, Layer.forward
+
+    def record(function: Callable, count: Callable) -> Callable:
+        return lambda self, x, *rest: (seen.append(count(x, *rest)), function(self, x, *rest))[1]
+
+    monkeypatch.setattr(FeatureEncoder, "forward", record(encode, len))
+    fillers = 1  # the utterance of zeros that fills up a batch
+    monkeypatch.setattr(Layer, "forward", record(layer, lambda x, lengths: len(lengths) - fillers))
+    parts = train.train(settings(name="parts", micro_batch_size=3, **keys))
+    assert max(seen) == 3
+    for target, score in whole["test"].items():
+        assert parts["test"][target]["ccc"] == pytest.approx(score["ccc"], abs=1e-4)
 
 
 def test_micro_batches_recompute_with_the_same_dropout(settings):
@@ -851,3 +873,45 @@ def test_without_a_network_the_demo_warns_and_goes_on_with_random_weights(settin
     row = read_csv(directory / "predictions_test.csv")[0]
     predicted = run.load_run(directory).predict(data.read_audio(row["file"]), 16_000)
     assert predicted["valence"] == pytest.approx(float(row["valence"]), abs=1e-3)
+
+
+# ---------------------------------------------------------------- seeds
+
+
+def test_seeds_differ_in_batches_and_initialisation_and_not_in_data(settings, monkeypatch):
+    """Every parameter that is drawn; and the test set has the same utterances, in order, with their labels."""
+    seen: dict[int, list] = {0: [], 1: []}
+    real = data.batches
+
+    def batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+        seen[seed].append(real(count, batch_size, seed, epoch))
+        return seen[seed][-1]
+
+    monkeypatch.setattr(data, "batches", batches)
+    columns = []
+    for seed in seen:
+        config = settings(seed=seed, name=f"seed{seed}", lora_rank=2, pooling="attentive", epochs=2)
+        train.train(config)
+        rows = read_csv(directory_of(config) / "predictions_test.csv")
+        columns.append([[row[key] for key in row if key not in config.targets] for row in rows])
+    assert columns[0] == columns[1]
+    assert all(one != other for one, other in zip(seen[0], seen[1], strict=True))
+    assert seen[0][1] != seen[0][2]  # nor are two epochs the same
+    models = [run.build_model(settings(seed=seed, lora_rank=2), (1.0, 7.0))[0] for seed in (0, 1, 0)]
+    states = [freeze.trained_state(model) for model in models]
+    assert same(states[0], states[2])
+    drawn = [name for name in states[0] if name.endswith((".A", "weight"))]
+    assert len(drawn) == 3 * 2 + 2
+    assert [name for name in drawn if torch.equal(states[0][name], states[1][name])] == []
+
+
+def test_the_result_tells_the_corpus_the_cache_and_the_memory_of_every_process(settings, monkeypatch):
+    """What a comparison shows beside the scores; a resumed run remembers the peak of the process before."""
+    peaks = iter([3_000_000, 1_000_000, 2_000_000])
+    monkeypatch.setattr(run, "peak_memory", lambda device: next(peaks))
+    result = train.train(settings(cache=True, epochs=2))
+    corpus = result["corpus"]
+    assert (corpus["name"], corpus["train"]["utterances"], corpus["dev"]["speakers"]) == ("manifest", 12, 2)
+    assert 12 * 0.3 / 3600 < corpus["train"]["hours"] < 12 * 0.6 / 3600
+    assert result["peak_memory_bytes"] == 3_000_000
+    assert result["cache_bytes"] == 20 * 64 * 2  # a row of 64 in fp16 for each utterance

@@ -1,0 +1,234 @@
+"""Which layers did finetuning change? Representations and weights of a finished run beside the pretrained ones.
+
+    python layers.py runs/full [--out DIR] [--split test|dev] [--utterances 200]
+
+For every hidden state its similarity (linear CKA) to the pretrained one on speech that was not trained on, and for
+every layer the relative change of its weights: `layers.md`, `layers.csv` and a picture, in the run's directory or in
+DIR. What lies below all that trained is the same in both models, so it is computed once.
+"""
+
+import argparse
+import copy
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import run
+from config import Config, make_config
+from freeze import load_trained
+from lora import merge
+from model import EmotionModel, Wav2Vec2
+
+TOGETHER = 8  # utterances in memory at once
+OUTSIDE = {"projection": ("projection.norm", "projection.linear"), "positional convolution": ("position",)}
+OUTSIDE |= {"norm": ("norm",)}
+PARTS = {"attention": ("attention",), "feed-forward": ("feed_forward",)}  # of a layer
+PARTS |= {"norms": ("attention_norm", "feed_forward_norm")}
+COLUMNS = ("part", "similarity", "change", *PARTS)
+Row = dict[str, str | float]
+
+
+class LinearCKA:
+    """Linear CKA of two representations of the same frames, added up batch by batch in memory that does not grow.
+
+    `||Y^T X||^2 / (||X^T X|| ||Y^T Y||)` with centred columns and Frobenius norms (Kornblith et al. 2019, arXiv
+    1905.00414): 1 for the same up to rotation, scale and offset. Two unrelated ones come near 0 only where frames are
+    many more than channels: white noise of D channels on both sides has about `D / (D + frames)`.
+    """
+
+    def __init__(self) -> None:
+        self.frames = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Frames `(N, D)` and `(N, E)`. Channels are shifted by their first mean, so that an offset costs no digits."""
+        if self.frames == 0:
+            self.shifts = x.mean(0), y.mean(0)
+        x, y = x - self.shifts[0], y - self.shifts[1]
+        terms = [term.cpu().double() for term in (x.sum(0), y.sum(0), x.T @ x, y.T @ y, y.T @ x)]
+        self.totals = [a + b for a, b in zip(self.totals, terms, strict=True)] if self.frames else terms
+        self.frames += len(x)
+
+    def value(self) -> float:
+        """Of all frames so far; NaN if one side is constant."""
+        x, y, xx, yy, yx = self.totals
+        xx, yy = xx - torch.outer(x, x) / self.frames, yy - torch.outer(y, y) / self.frames
+        yx = yx - torch.outer(y, x) / self.frames
+        return (yx.square().sum() / (xx.norm() * yy.norm())).item()
+
+
+@torch.no_grad()
+def relative_change(before: nn.Module, after: nn.Module, names: Sequence[str]) -> float:
+    """`||W - W0|| / ||W0||` over all parameters of the submodules with these names together."""
+    moved = size = 0.0
+    for name in names:
+        pair = before.get_submodule(name).parameters(), after.get_submodule(name).parameters()
+        for old, new in zip(*pair, strict=True):
+            moved += (new.double() - old.double()).square().sum().item()
+            size += old.double().square().sum().item()
+    return math.sqrt(moved / size)
+
+
+def changes(before: Wav2Vec2, after: Wav2Vec2, trained: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """Rows of what lies outside the layers, if it is among the parameters that `trained`, and of every layer."""
+    outside, layers = [], []
+    for part, names in OUTSIDE.items():
+        if any(parameter.startswith(tuple(f"backbone.{name}." for name in names)) for parameter in trained):
+            outside.append({"part": part, "change": relative_change(before, after, names)})
+    for number in range(len(before.layers)):
+        layer = f"layers.{number}"
+        row: Row = {"part": f"layer {number}", "change": relative_change(before, after, [layer])}
+        row |= {p: relative_change(before, after, [f"{layer}.{name}" for name in names]) for p, names in PARTS.items()}
+        layers.append(row)
+    return outside, layers
+
+
+@torch.no_grad()
+def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: run.Prefix, count: int) -> tuple[list[float], int]:
+    """CKA of every hidden state, 0 to L, over `count` utterances, and their frames; exactly 1 to where `prefix` ends.
+
+    Both models go on from the prefix's output.
+    """
+    depths = range(prefix.depth + 1, pretrained.config.layers + 1)
+    found, frames = [LinearCKA() for _ in depths], 0
+    batches = run.in_order(range(count), TOGETHER) if depths else []
+    for _, x, lengths in tqdm(prefix(batches), total=len(batches), unit="batch", disable=None, leave=False):
+        y, frames = x, frames + len(x)
+        for depth, cka in zip(depths, found, strict=True):
+            x, y = pretrained(x, lengths, depth - 1, depth), finetuned(y, lengths, depth - 1, depth)
+            cka.add(x, y)
+    same = [1.0] * (pretrained.config.layers + 1 - len(depths))
+    return same + [cka.value() for cka in found], frames
+
+
+def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Vec2, EmotionModel, str]:
+    """A run's backbone as it was and its best model, LoRA not merged; and where the backbone came from."""
+    pretrained, identity = run.find_backbone(config)
+    run.require_backbone(directory / "best.pt", checkpoint, identity)
+    model = run.assemble(config, copy.deepcopy(pretrained), tuple(checkpoint["label_range"]))
+    load_trained(model, checkpoint["trained"])
+    return pretrained, model, identity["source"]
+
+
+def choose(utterances: Sequence[data.Utterance], split: str, count: int) -> list[data.Utterance]:
+    """At most `count` utterances of a split, from all over it."""
+    there = [utterance for utterance in utterances if utterance.split == split]
+    count = min(count, len(there))
+    return [there[i * len(there) // count] for i in range(count)]
+
+
+def reading(layers: Sequence[Row]) -> str:
+    """The layers that changed most, in words."""
+    largest, lost = max(row["change"] for row in layers), max(1 - row["similarity"] for row in layers)
+    if largest == 0:
+        return "No layer trained, so none changed."
+    numbers = [row["part"].removeprefix("layer ") for row in layers]
+    changed = [n for n, row in zip(numbers, layers, strict=True) if row["change"] > largest / 10]
+    unlike = [n for n, row in zip(numbers, layers, strict=True) if 1 - row["similarity"] > lost / 10]
+    return (
+        f"More than a tenth of the largest change: weights of {len(changed)} of {len(layers)} layers "
+        f"({', '.join(changed)}), output of {len(unlike)} ({', '.join(unlike)})."
+    )
+
+
+def markdown(rows: Sequence[Row], text: Sequence[str]) -> str:
+    """Paragraphs, then the table."""
+
+    def cell(row: Row, column: str) -> str:
+        value = row.get(column, "")
+        if column == "similarity" and value not in ("", 1):  # 1 is the very same
+            return f"{value:.4f}"
+        return value if isinstance(value, str) else f"{value:.3g}"
+
+    table = [COLUMNS, ["---"] * len(COLUMNS)]
+    table += [[cell(row, column) for column in COLUMNS] for row in rows]
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    return "\n\n".join([*filter(None, text), "\n".join(lines)]) + "\n"
+
+
+def write_csv(path: Path, rows: Sequence[Row], note: str) -> None:
+    def save(file: Path) -> None:
+        with open(file, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, [*COLUMNS, "note"])
+            writer.writeheader()
+            writer.writerows({**row, "note": note} for row in rows)
+
+    run.replace(path, save)
+
+
+def draw(layers: Sequence[Row], similarity: Sequence[float], note: str, path: Path) -> str:
+    """The picture, and what to say of it."""
+    try:
+        import plots
+    except ImportError:
+        return "no picture: matplotlib is not installed"
+    names = ["input", *(row["part"].split()[1] for row in layers)]
+    plots.layers(names, similarity, [row["change"] for row in layers], note, path)
+    return f"{path.name}.png, {path.name}.pdf"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Which layers did finetuning change?")
+    parser.add_argument("run", help="the directory of a run of train.py")
+    parser.add_argument("--out", help="directory for what is written; otherwise that of the run")
+    parser.add_argument("--split", default="test", help="test or dev: neither was trained on")
+    parser.add_argument("--utterances", type=int, default=200, help="at most that many of the split")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    arguments = parser.parse_args()
+    if arguments.split not in ("test", "dev"):
+        raise ValueError(f"--split: expected test or dev, found {arguments.split}")
+    if arguments.utterances < 2:
+        raise ValueError(f"--utterances: expected at least 2, found {arguments.utterances}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device, directory = run.pick_device(arguments.device), Path(arguments.run)
+    checkpoint = run.load_checkpoint(directory / "best.pt")
+    config = make_config(checkpoint["config"], str(directory))
+    if config.backbone == "logmel":
+        raise ValueError(f"{directory}: found backbone logmel, which has no layers; expected a run of Wav2Vec 2.0")
+    out = Path(arguments.out or directory)
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = choose(run.load_utterances(config)[0], arguments.split, arguments.utterances)
+    data.check_audio(chosen)
+
+    pretrained, model, source = load_pair(directory, checkpoint, config)
+    prefix = run.Prefix(model, [utterance.path for utterance in chosen], device, "fp32")  # ends before the first LoRA
+    merge(model)
+    outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
+    run.prepare(model, device, "fp32")
+    similarity, frames = similarities(pretrained.to(device), model.backbone, prefix, len(chosen))
+    for row, value in zip(layers, similarity[1:], strict=True):
+        row["similarity"] = value
+
+    note = run.DEMO_NOTE if config.corpus == "demo" else ""
+    note += f"; the pretrained weights are {source}" if source.startswith("random") else ""
+    noise = pretrained.config.width / (pretrained.config.width + frames)
+    heard = (
+        f"{directory}, epoch {checkpoint['epoch']}. Similarity to the pretrained model: linear CKA over {frames:,} "
+        f"frames of {len(chosen)} utterances of {arguments.split}, by which white noise would have {noise:.2f}."
+    )
+    changed = (
+        "Change of weights: ||W - W0|| / ||W0||. It grows with learning rate and steps, much alike wherever Adam "
+        "trains; what it amounts to, with all changes below, is in the similarity of the output."
+    )
+    rows = [*outside, {"part": "input of layer 0", "similarity": similarity[0]}, *layers]
+    text = markdown(rows, [note, heard if frames else "", changed, reading(layers)])
+    run.write_text(out / "layers.md", text)
+    write_csv(out / "layers.csv", rows, note)
+    print(f"{text}\n{out}: layers.md, layers.csv, {draw(layers, similarity, note, out / 'layers')}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,254 @@
+"""Pictures for a paper: plain values in, `<path>.png` (200 dpi) and `<path>.pdf` out.
+
+M methods, S seeds, K targets; a score is a CCC, NaN where there is none. A method has the same mark, line and colour in
+every picture; marks and lines alone tell twelve methods apart, so nothing is lost in grey. Widths are those of a column
+and of a page, and letters are of 7 points, so that a picture is put in at its own size. `note` is written into the
+picture, above all else; it may be empty. Every function returns its figure and raises OSError if it cannot be written.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLUMN, PAGE = 3.5, 7.0  # inches
+POINTS = 72  # an inch
+LETTER = 3.6  # points, the mean width of one
+DENSE = 2000  # points in a scatter from which on their density is drawn
+MARKS = ("o", "s", "^", "D", "v", "<")
+LINES = ("-", "--", "-.", ":")
+COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, without yellow
+GREY = "0.6"
+STYLE = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "figure.constrained_layout.h_pad": 0.06,
+    "pdf.fonttype": 42,  # letters as TrueType, as publishers ask for
+}
+
+
+@rc_context(STYLE)
+def cost(
+    names: Sequence[str],
+    costs: np.ndarray,
+    scores: np.ndarray,
+    targets: Sequence[str],
+    label: str,
+    note: str,
+    path: Path,
+) -> Figure:
+    """CCC `(M, S, K)`, mean and standard deviation over seeds, against a cost `(M,)` above 0 that `label` names.
+
+    A panel per target, with the efficient frontier in it. A method without cost or score is left out.
+    """
+    figure, axes = panels(len(targets), note, size=3, named=["efficient frontier", *names])
+    means, deviations = mean_and_deviation(scores)
+    there = [m for m in range(len(names)) if np.isfinite(costs[m]) and np.isfinite(means[m]).all()]
+    for k, (axis, target) in enumerate(zip(axes, targets, strict=True)):
+        log_axis(axis, [costs[m] for m in there], label)
+        best = [there[i] for i in frontier([costs[m] for m in there], [means[m, k] for m in there])]
+        x, y = [costs[m] for m in best], [means[m, k] for m in best]
+        axis.step([*x, axis.get_xlim()[1]], [*y, *y[-1:]], where="post", color=GREY, label="efficient frontier")
+        for m in there:
+            form = {**style(m), "linestyle": "none"}
+            axis.errorbar(costs[m], means[m, k], deviations[m, k], **form, capsize=2, elinewidth=0.8, label=names[m])
+        axis.set(title=target, ylabel="CCC")
+    legend(figure, axes[0])
+    return save(figure, path)
+
+
+@rc_context(STYLE)
+def depth(counts: Sequence[int], scores: np.ndarray, targets: Sequence[str], note: str, path: Path) -> Figure:
+    """CCC `(M, S, K)` against the number of trainable layers `(M,)`: mean and deviation, each run as a small point."""
+    figure, (axis,) = panels(1, note, named=targets)
+    order = np.argsort(counts)
+    x, scores = np.asarray(counts)[order], np.asarray(scores)[order]
+    means, deviations = mean_and_deviation(scores)
+    beside = np.broadcast_to(x[:, None], scores.shape[:2]) + 0.02 * (np.ptp(x) or 1)
+    for k, target in enumerate(targets):
+        axis.plot(beside, scores[:, :, k], ".", color=style(k)["color"], markersize=4, alpha=0.5, markeredgewidth=0)
+        axis.errorbar(x, means[:, k], deviations[:, k], **style(k), capsize=2, elinewidth=0.8, label=target)
+    axis.set(xlabel="trainable layers", ylabel="CCC", xticks=np.unique(x))
+    legend(figure, axis)
+    return save(figure, path)
+
+
+@rc_context(STYLE)
+def curves(
+    names: Sequence[str],
+    curves: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
+    targets: Sequence[str],
+    note: str,
+    path: Path,
+) -> Figure:
+    """Development CCC over training time: for each method and seed, seconds `(E,)` and scores `(E, K)` of its epochs.
+
+    A thin line is a run; the thick one is the mean over seeds as far as all of them went.
+    """
+    figure, axes = panels(len(targets), note, size=2.8, named=names)
+    every_second = [second for runs in curves for seconds, _ in runs for second in seconds]
+    for k, (axis, target) in enumerate(zip(axes, targets, strict=True)):
+        for m, (name, runs) in enumerate(zip(names, curves, strict=True)):
+            for seconds, scores in runs if len(runs) > 1 else ():
+                axis.plot(seconds, np.asarray(scores)[:, k], color=style(m)["color"], linewidth=0.4, alpha=0.4)
+            epochs = min((len(seconds) for seconds, _ in runs), default=0)
+            if epochs:
+                x = np.mean([seconds[:epochs] for seconds, _ in runs], 0)
+                y = np.mean([np.asarray(scores)[:epochs, k] for _, scores in runs], 0)
+                axis.plot(x, y, **style(m), markersize=3.5, label=name)
+        log_axis(axis, every_second, "training time (s)")
+        axis.set(title=target, ylabel="development CCC")
+    legend(figure, axes[0])
+    return save(figure, path)
+
+
+@rc_context(STYLE)
+def scatter(
+    names: Sequence[str],
+    predictions: Sequence[np.ndarray],
+    labels: np.ndarray,
+    target: str,
+    scores: Sequence[float],
+    note: str,
+    path: Path,
+) -> Figure:
+    """Predictions of M methods, `(N,)` each, against labels `(N,)`, a panel a method with its CCC `(M,)` above.
+
+    From 2,000 points on, their density: the darker, the more (logarithmic).
+    """
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = panels(rows * columns, note, columns, size=2, width=columns * PAGE / 4)
+    everything = np.concatenate([labels, *predictions])
+    margin = 0.04 * (np.ptp(everything) or 1)
+    low, high = everything.min() - margin, everything.max() + margin
+    for axis, name, predicted, score in zip(axes, names, predictions, scores, strict=False):
+        if len(labels) < DENSE:
+            axis.plot(labels, predicted, "o", color="black", markersize=2, markeredgewidth=0, alpha=0.35)
+        else:
+            shades = {"cmap": "Greys", "bins": "log", "mincnt": 1, "vmin": 0.3, "linewidths": 0}
+            axis.hexbin(labels, predicted, gridsize=40, extent=(low, high, low, high), **shades)
+        axis.plot([low, high], [low, high], color=COLORS[2], linewidth=0.8)
+        axis.set(title=f"{name}\nCCC {score:.3f}", xlim=(low, high), ylim=(low, high), aspect="equal")
+        axis.locator_params(nbins=5)
+    for axis in axes[len(names) :]:
+        axis.remove()
+    figure.supxlabel(f"{target}, labels", fontsize=7)
+    figure.supylabel(f"{target}, predictions", fontsize=7)
+    return save(figure, path)
+
+
+@rc_context(STYLE)
+def layers(names: Sequence[str], similarity: np.ndarray, change: np.ndarray, note: str, path: Path) -> Figure:
+    """What finetuning changed: similarity `(L + 1,)` of the hidden states, relative change `(L,)` of layers' weights.
+
+    `names` `(L + 1,)` are the hidden states' names, the input of layer 0 first, then one for the output of each layer.
+    """
+    figure, (above, below) = panels(2, note, columns=1, size=1.6, width=COLUMN)
+    x = np.arange(len(names))
+    above.plot(x, similarity, **style(0))
+    below.bar(x[1:], change, color="0.45")
+    low = min(*similarity, 0.99)  # what differs by less than a hundredth should look alike
+    margin = 0.08 * (1 - low)
+    above.set(ylabel="similarity (CKA)", xticks=[], ylim=(low - margin, 1 + margin))
+    shown = x[:: 1 if len(names) <= 16 else 2]
+    below.set(ylabel="change of weights", xlabel="layer", xlim=above.get_xlim(), ylim=(0, None))
+    below.set_xticks(shown, [names[i] for i in shown])
+    return save(figure, path)
+
+
+def frontier(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """The methods, cheapest first, than which no other is better at most as dear, or as good and cheaper."""
+
+    def beats(a: int, b: int) -> bool:
+        no_worse = costs[a] <= costs[b] and scores[a] >= scores[b]
+        return no_worse and (costs[a] < costs[b] or scores[a] > scores[b])
+
+    numbers = range(len(costs))
+    best = [m for m in numbers if not any(beats(other, m) for other in numbers)]
+    return sorted(best, key=lambda m: costs[m])
+
+
+def mean_and_deviation(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over the seeds that are there, `(M, S, K) -> (M, K)` each, NaN below 1 and 2."""
+    present = np.ma.masked_invalid(np.asarray(scores, float))
+    return present.mean(1).filled(np.nan), present.std(1, ddof=1).filled(np.nan)
+
+
+# --- what the pictures share -----------------------------------------------------------------------------------------
+
+
+def style(number: int) -> dict[str, object]:
+    """Mark, line and colour of a method: six full marks, then the same six hollow."""
+    color, hollow = COLORS[number % len(COLORS)], number // len(MARKS) % 2
+    mark = {"marker": MARKS[number % len(MARKS)], "markerfacecolor": "white" if hollow else color}
+    return {**mark, "color": color, "linestyle": LINES[number % len(LINES)]}
+
+
+def panels(
+    count: int, note: str, columns: int = 0, size: float = 2.4, width: float = 0.0, named: Sequence[str] = ()
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels of `size` inches in height, the note above, room for a legend of names below."""
+    columns = columns or count
+    width = width or min(columns * COLUMN, PAGE)
+    rows = -(-count // columns)
+    note = textwrap.fill(note, int(width * POINTS / LETTER))
+    lines = note.count("\n") + 1 + -(-len(named) // legend_columns(named, width))
+    height = rows * size + lines * 10 / POINTS
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if note:
+        figure.suptitle(note, fontsize=7, style="italic")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def log_axis(axis: Axes, values: Sequence[float], label: str) -> None:
+    """A logarithmic x axis from one round number to another, with plain numbers at its ticks."""
+    if not values or min(values) <= 0:
+        raise ValueError(f"{label}: expected values above 0, found {min(values, default='none')}")
+    steps = [digit * 10.0**power for power in range(-9, 12) for digit in (1, 2, 5)]
+    low = max(step for step in steps if step <= min(values) / 1.05)
+    high = min(step for step in steps if step >= max(values) * 1.05)
+    ticks = [step for step in steps if low <= step <= high]
+    if len(ticks) > 8:
+        ticks = [step for step in ticks if step in steps[::3]]  # 1, 10, 100
+    elif len(ticks) < 3:
+        unit = 10 ** np.floor(np.log10(low))
+        ticks = np.arange(low, high + unit / 2, unit)  # 2, 3, 4, 5
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    axis.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel(label)
+
+
+def legend(figure: Figure, axis: Axes) -> None:
+    """The names of what an axis shows, below all panels, in as many columns as fit."""
+    handles, names = axis.get_legend_handles_labels()
+    columns = legend_columns(names, figure.get_figwidth())
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
+
+
+def legend_columns(names: Sequence[str], width: float) -> int:
+    """How many columns of names, each behind its line, fit into a width in inches."""
+    return max(1, int(width * POINTS / (LETTER * max(map(len, names), default=0) + 36)))
+
+
+def save(figure: Figure, path: Path) -> Figure:
+    for file in (path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf")):
+        try:
+            figure.savefig(file, dpi=200)
+        except OSError as error:
+            raise OSError(f"{file}: cannot be written ({error.strerror})") from None
+    return figure

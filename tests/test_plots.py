@@ -1,0 +1,207 @@
+"""What `plots.py` promises: both files, the note in them, what is missing left out, marks that differ in grey."""
+
+import itertools
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+import plots
+
+NOTE = "synthetic sounds"
+TARGETS = ("activation", "valence")
+NAMES = ["full", "full_amp", "full_checkpointing", "partial3", "partial3_amp", "partial3_cached", "partial6_cached"]
+NAMES += ["lora_r8", "lora_last3_cached", "lora_last6_cached", "heads_only", "logmel"]
+RANDOM = np.random.default_rng(0)
+SCORES = RANDOM.uniform(0.3, 0.7, (12, 3, 2))
+SCORES[3, 1:] = np.nan  # two seeds failed
+SCORES[5] = np.nan  # all did
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def seconds_and_scores(epochs: int, start: float = 10.0) -> tuple[np.ndarray, np.ndarray]:
+    return start * np.arange(1, epochs + 1), RANDOM.uniform(0, 1, (epochs, 2))
+
+
+def cost(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE) -> Figure:
+    costs = np.geomspace(3, 5000, count)
+    return plots.cost(NAMES[:count], costs, SCORES[:count, :seeds], TARGETS, "time (s)", note, path)
+
+
+def depth(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE) -> Figure:
+    return plots.depth(range(count), SCORES[:count, :seeds], TARGETS, note, path)
+
+
+def curves(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE) -> Figure:
+    runs = [[seconds_and_scores(4 + seed, 2.0 + m) for seed in range(seeds)] for m in range(count)]
+    return plots.curves(NAMES[:count], runs, TARGETS, note, path)
+
+
+def scatter(path: Path, count: int = 12, size: int = 32, note: str = NOTE) -> Figure:
+    labels = RANDOM.uniform(1, 7, size)
+    predictions = [labels + RANDOM.normal(0, 1, size) for _ in range(count)]
+    return plots.scatter(NAMES[:count], predictions, labels, "valence", [0.5] * count, note, path)
+
+
+def layers(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE) -> Figure:
+    names = ["input", *map(str, range(count))]
+    return plots.layers(names, np.linspace(1, 0.5, count + 1), np.linspace(0, 0.1, count), note, path)
+
+
+def words(figure: Figure) -> list[tuple[str, Bbox]]:
+    """What is drawn and where; ticks beyond an axis's limits exist but are not drawn."""
+    found, draw = [], Text.draw
+
+    def record(text: Text, *arguments) -> None:
+        draw(text, *arguments)
+        if text.get_visible() and text.get_text().strip():
+            found.append((text.get_text(), text.get_window_extent()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Text, "draw", record)
+        FigureCanvasAgg(figure).draw()
+    return found
+
+
+def texts(figure: Figure) -> list[str]:
+    return [word for word, _ in words(figure)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 12])
+@pytest.mark.parametrize("picture", [cost, depth, curves, scatter, layers])
+def test_both_files_appear_with_the_note_and_no_word_is_cut_or_covered(tmp_path, picture, count):
+    """With one method, two and twelve; a point of a name stays in it, as in lora.v2."""
+    figure = picture(tmp_path / "lora.v2", count)
+    assert {path.name for path in tmp_path.iterdir()} == {"lora.v2.png", "lora.v2.pdf"}
+    assert (tmp_path / "lora.v2.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "lora.v2.pdf").read_bytes().startswith(b"%PDF")
+    assert NOTE in texts(figure)
+    check_words(figure)
+
+
+def check_words(figure: Figure) -> None:
+    found, page = words(figure), figure.bbox
+    assert [word for word, box in found if Bbox.intersection(box, page).size.tolist() != box.size.tolist()] == []
+    for (word, box), (other, its) in itertools.combinations(found, 2):
+        assert not box.overlaps(its), f"{word} and {other} lie on each other"
+
+
+@pytest.mark.parametrize("picture", [cost, depth, curves, scatter, layers])
+def test_the_note_may_be_empty(tmp_path, picture):
+    figure = picture(tmp_path / "picture", 2, note="")
+    assert NOTE not in texts(figure)
+    check_words(figure)
+
+
+def test_layers_that_did_not_change_look_alike(tmp_path):
+    """The scale does not blow up what is nothing, nor have values above 1."""
+    figure = plots.layers(["input", "0", "1"], np.ones(3), np.zeros(2), NOTE, tmp_path / "picture")
+    check_words(figure)
+    low, high = figure.axes[0].get_ylim()
+    assert low < 0.99
+    assert 1 < high < 1.001
+
+
+@pytest.mark.parametrize("picture", [cost, depth])
+def test_one_seed_has_no_error_bars(tmp_path, picture):
+    """Three have one each; a method of which one seed alone is left has none either."""
+
+    def bars(figure: Figure) -> int:
+        containers = [container for axis in figure.axes for container in axis.containers]
+        segments = [segment for c in containers for lines in c.lines[2] for segment in lines.get_segments()]
+        return sum(len(segment) > 0 and bool(np.isfinite(segment).all()) for segment in segments)
+
+    assert bars(picture(tmp_path / "one", 3, seeds=1)) == 0
+    assert bars(picture(tmp_path / "three", 3)) == 2 * 3
+    assert bars(picture(tmp_path / "failed", 4)) == 2 * 3
+
+
+def test_a_method_without_scores_is_left_out_of_the_cost(tmp_path):
+    """And keeps no place in the legend; the others keep their marks."""
+    found = texts(cost(tmp_path / "picture"))
+    assert [name for name in NAMES if name not in found] == [NAMES[5]]
+
+
+def test_a_cost_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"time \(s\): expected values above 0, found 0"):
+        plots.cost(["a"], np.array([0.0]), SCORES[:1], TARGETS, "time (s)", NOTE, tmp_path / "picture")
+    with pytest.raises(ValueError, match="found none"):
+        plots.cost(["a"], np.array([1.0]), SCORES[5:6], TARGETS, "time (s)", NOTE, tmp_path / "picture")
+
+
+def test_the_frontier_by_hand():
+    """Cheapest first; the dearer with no better score, the equal at a higher cost and the worse at an equal one go."""
+    costs = [5, 1, 3, 3, 8, 2, 9]
+    scores = [0.6, 0.2, 0.5, 0.4, 0.6, 0.1, 0.9]
+    assert plots.frontier(costs, scores) == [1, 2, 0, 6]
+    assert plots.frontier([1, 1], [0.5, 0.5]) == [0, 1]  # neither beats the other
+    assert plots.frontier([], []) == []
+
+
+def test_mean_and_deviation_are_over_the_seeds_that_are_there():
+    scores = np.array([[[0.2], [0.4], [np.nan]], [[0.3], [np.nan], [np.nan]], [[np.nan]] * 3])
+    mean, deviation = plots.mean_and_deviation(scores)
+    assert mean[:, 0] == pytest.approx([0.3, 0.3, np.nan], nan_ok=True)
+    assert deviation[:, 0] == pytest.approx([0.02**0.5, np.nan, np.nan], nan_ok=True)
+
+
+def test_twelve_methods_differ_without_colour():
+    """By mark and filling, and by the line beside."""
+    styles = [plots.style(number) for number in range(12)]
+    assert len({(s["marker"], s["markerfacecolor"] == "white") for s in styles}) == 12
+    assert len({s["linestyle"] for s in styles[:4]}) == 4
+
+
+def test_curves_end_where_the_first_seed_stopped_and_runs_go_on(tmp_path):
+    """Seeds of 4, 5 and 6 epochs: the mean has four points, of mean seconds; each run its own."""
+    runs = [[seconds_and_scores(4, 10), seconds_and_scores(5, 11), seconds_and_scores(6, 12)], [seconds_and_scores(3)]]
+    figure = plots.curves(NAMES[:2], runs, TARGETS, NOTE, tmp_path / "picture")
+    lines = figure.axes[1].get_lines()
+    mean = next(line for line in lines if line.get_label() == "full")
+    assert mean.get_xdata() == pytest.approx([11, 22, 33, 44])
+    assert mean.get_ydata() == pytest.approx(np.mean([scores[:4, 1] for _, scores in runs[0]], 0))
+    assert sorted(len(line.get_xdata()) for line in lines) == [3, 4, 4, 5, 6]
+
+
+def test_many_predictions_are_drawn_as_density(tmp_path):
+    """30,000 points would make a PDF that no viewer scrolls through."""
+    few, many = scatter(tmp_path / "few", 2), scatter(tmp_path / "many", 2, size=30_000)
+    assert [len(axis.collections) for axis in (*few.axes, *many.axes)] == [0, 0, 1, 1]
+    assert (tmp_path / "many.pdf").stat().st_size < 500_000
+    assert "full_amp\nCCC 0.500" in texts(many)
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.34, 4.6], ["0.2", "0.5", "1", "2", "5"]),
+        ([11, 5457], ["10", "100", "1,000", "10,000"]),
+        ([3100, 4442], ["2,000", "3,000", "4,000", "5,000"]),
+        ([1.13, 1.44], ["1", "2"]),
+        ([1.0], ["0.5", "1", "2"]),
+    ],
+)
+def test_a_logarithmic_axis_has_plain_numbers(values, ticks):
+    """And all values well inside."""
+    axis = Figure().subplots()
+    plots.log_axis(axis, values, "seconds")
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ticks
+    low, high = axis.get_xlim()
+    assert low < min(values) / 1.04
+    assert high > max(values) * 1.04
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"missing.picture\.png: cannot be written"):
+        layers(tmp_path / "missing" / "picture", 2)
