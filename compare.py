@@ -351,6 +351,7 @@ def run_all(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> bool
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line, whose configs, keys and options may come in any order."""
     parser = argparse.ArgumentParser(description="The methods of several configs side by side.")
     parser.add_argument(
         "words",
