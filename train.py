@@ -218,9 +218,10 @@ def train(config: Config) -> dict:
         prefix.cache.close()
     tested = [utterances[i] for i in split["test"]]
     write_predictions(directory / "predictions_test.csv", config.targets, tested, predictions)
+    peak = max(state["peak"], run.peak_memory(device))  # before the statistics, which are no part of the method
     result = summarise(config, state, tested, predictions, time.perf_counter() - began)
     result |= {"device": run.device_name(device), "precision": precision, "backbone": backbone, "corpus": corpus}
-    result["peak_memory_bytes"] = max(state["peak"], run.peak_memory(device))
+    result["peak_memory_bytes"] = peak
     result["cache_bytes"] = prefix.cache.stored_bytes() if prefix.cache else 0
     run.write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
