@@ -274,8 +274,8 @@ def cost_cells(record: dict) -> list[str]:
     return [
         record["method"],
         record.get("precision", ""),
-        cell("trainable_parameters", lambda count: f"{count / 1e6:.2f} M"),
-        cell("trainable_reduction", lambda share: f"{share:.1%}" if share >= 0 else f"{-share:.0%} more"),
+        cell("trainable_parameters", lambda count: f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count:,}"),
+        cell("trainable_reduction", lambda share: f"{share:.1%}" if share >= 0 else f"{1 - share:.3g} times as many"),
         cell("best_epoch", lambda epoch: f"{epoch:g} / {record['epochs']:g}"),
         cell("epoch_seconds", seconds),
         cell("build_seconds", seconds),

@@ -176,7 +176,7 @@ def test_factors_are_against_the_first_and_read_both_ways(tmp_path):
     fabricate(tmp_path, "fast", 0, epoch=4.0, total=50.0, trainable_parameters=250_000)
     fabricate(tmp_path, "slow", 0, epoch=12.4, total=200.0, trainable_parameters=3_000_000)
     shown = [results.cost_cells(record) for record in analyse(tmp_path, "full", "fast", "slow")]
-    assert [row[3] for row in shown] == ["", "75.0%", "200% more"]
+    assert [row[3] for row in shown] == ["", "75.0%", "3 times as many"]
     assert [row[8] for row in shown] == ["", "2.50x, 60% less", "0.81x, 24% more"]
     assert [row[9] for row in shown] == ["", "4.00x, 75% less", "1.00x, 0% less"]
 
