@@ -17,20 +17,25 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 LIBRARY = {  # what of ours a module may import: at its top, and inside a function where a cycle would be the price
     "config": (set(), {}),
     "metrics": (set(), {}),
-    "data": (set(), {}),
+    "demo": (set(), {}),
+    "manifest": (set(), {}),
+    "corpora": ({"demo", "manifest"}, {}),
+    "data": ({"corpora", "demo", "manifest"}, {"run": "main"}),  # its small command line
+    "check": ({"data"}, {}),
     "lora": ({"model"}, {}),
     "model": (set(), {"data": "predict"}),
     "logmel": ({"model"}, {}),
     "freeze": ({"model"}, {}),
     "weights": ({"model"}, {}),
     "cache": ({"model"}, {"run": "main"}),  # its small command line
-    "run": ({"cache", "config", "data", "freeze", "logmel", "lora", "model", "weights"}, {}),
+    "run": ({"cache", "check", "config", "data", "freeze", "logmel", "lora", "model", "weights"}, {}),
 }
 TIMED = {  # lazily: what is measured, and what draws the figures
     ("bench", "train", "ours"),
     *(("bench", "transformers", function) for function in ("peer", "peer_model", "naive_model")),
     *(("bench", "peft", function) for function in ("peer_model", "naive_model")),
     ("bench", "matplotlib", "draw"),
+    ("check", "matplotlib", "draw"),
 }
 OTHERS_FRAMEWORKS = "transformers peft fairseq lightning pytorch_lightning hydra omegaconf accelerate datasets "
 OTHERS_FRAMEWORKS += "speechbrain s3prl torchaudio librosa sklearn pandas wandb tensorboard"
