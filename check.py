@@ -9,16 +9,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from data import SPLITS, Problem, TooShortError, Utterance, read_original
-
-if TYPE_CHECKING:  # not needed to train
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SILENT = 1e-3  # of full scale: no sample is farther from the mean; -60 dB
 CLIPPED = 1e-3  # the share of samples at full scale that is heard
@@ -225,10 +221,8 @@ def draw(
     return [file.name for file in files]
 
 
-def plane(
-    figure: "Figure", axis: "Axes", of_split: dict[str, list[Utterance]], label_range: tuple[float, float]
-) -> None:
-    """Activation over valence: a mark for each utterance, or how many there are where there are many."""
+def plane(figure: Any, axis: Any, of_split: dict[str, list[Utterance]], label_range: tuple[float, float]) -> None:
+    """Activation over valence on an axis of matplotlib: a mark for each utterance, or the density of many."""
     points = {}  # (2, n) of each split
     for split, chosen in of_split.items():
         both = np.array([[u.labels.get(t, math.nan) for t in ("valence", "activation")] for u in chosen], dtype=float)

@@ -271,6 +271,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'stopped; no report is written'}", file=sys.stderr)
         sys.exit(2)
