@@ -51,7 +51,8 @@ def inspect(
 ) -> tuple[str, int]:
     """Listen to a corpus, and write what is found, `problems` known before included, into a folder.
 
-    Returns the report in Markdown, and 2 if there is an error, 1 if there is but a warning, else 0. Raises OSError.
+    Returns the report in Markdown, and 2 if there is an error, 1 if there is but a warning, else 0. What cannot be
+    written is said at its end, and an error. Raises OSError for a folder that cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)  # before anything that takes long
     heard = listen_to(utterances, threads=min(16, os.cpu_count() or 1))
@@ -61,12 +62,15 @@ def inspect(
     report = "\n".join([f"# {title}", "", *table(utterances, seconds, targets), "", *listing(problems)])
     texts = {"report.md": report + "\n", "problems.csv": problems_csv(problems)}
     texts["speakers.csv"] = speakers_csv(utterances, seconds)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    pictures = draw(utterances, seconds, targets, label_range, title, folder / "labels")
-    files = [*texts, *(pictures or ["no picture, since matplotlib is not installed"])]
     severities = {severity(problem.kind) for problem in problems}
-    return f"{report}\n\n{folder}: {', '.join(files)}", 2 if "error" in severities else len(severities)
+    try:
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        pictures = draw(utterances, seconds, targets, label_range, title, folder / "labels")
+        end = ", ".join([*texts, *(pictures or ["no picture, since matplotlib is not installed"])])
+    except OSError as error:  # a full disk does not take the report away
+        severities, end = {"error"}, f"cannot be written: {error}"
+    return f"{report}\n\n{folder}: {end}", 2 if "error" in severities else len(severities)
 
 
 def listen_to(utterances: Sequence[Utterance], threads: int) -> list[Heard]:

@@ -304,7 +304,7 @@ def read_muse(folder: Path) -> tuple[list[Utterance], Notes]:
         raise not_found(folder, "a folder with `Emotion data from crowdsourcing ... .csv`")
     audio = [find(find(folder, kind), "Audio") for kind in ("NotStressed", "Stressed")]
     columns = ("", "Activation_Mean", "Valence_Mean")
-    table = [(line, cells) for line, cells in read_table(sources[0], columns)]
+    table = list(read_table(sources[0], columns))
     speakers = sorted({file[:2] for _, (file, *_) in table})
     split = {speaker: ("train", "train", "train", "dev", "test")[at % 5] for at, speaker in enumerate(speakers)}
 

@@ -530,6 +530,14 @@ def test_the_report_needs_no_matplotlib(good, monkeypatch):
     assert not (good / "out" / "labels.png").exists()
 
 
+def test_a_report_that_cannot_be_written_is_printed(good):
+    """Decoding a corpus takes long; the report says what failed, and the exit code is that of an error."""
+    (good / "out" / "problems.csv").mkdir(parents=True)
+    keys = ["corpus=manifest", f"manifest={good / 'manifest.csv'}", "label_range=[1, 7]"]
+    report, code = run.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(good / "out"))
+    assert code == 2 and "| all | 6 | 6 |" in report and "out: cannot be written: " in report
+
+
 @pytest.mark.parametrize("utterances", [10, 3000])
 def test_pictures_of_few_and_of_many_utterances(tmp_path, utterances):
     """Marks for few, their density for many; splits and labels may be empty, and nothing is cut off at the range."""
