@@ -33,7 +33,8 @@ from config import Config, load_config, split_words
 from results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
 
 HERE = Path(__file__).parent
-CORPUS = ("corpus", "data_root", "manifest", "fold", "label_range", "targets", "allow_speaker_overlap")  # same for all
+CORPUS = ("corpus", "data_root", "manifest", "fold", "test_set", "dev_set", "flip_activation")  # the same for all
+CORPUS += ("label_range", "targets", "allow_speaker_overlap")
 OURS = {"name": "as the name of the YAML file", "seed": "as --seeds", "output_dir": "as --out"}  # what compare.py sets
 FAILED = "compare.py: failed, "  # begins the last line of the log of a process that failed
 

@@ -19,10 +19,13 @@ class Config:
     output_dir: str = "runs"
     seed: int = 0  # of initialisation, batches and dropout; the data splits do not depend on it
 
-    corpus: str = "demo"  # "demo" is synthesised and has nothing to do with emotion; "manifest" is yours
-    data_root: str | None = None  # where the corpus lies; null: its default place
+    corpus: str = "demo"  # synthesised, no emotion; manifest is yours; or msp-podcast, iemocap, msp-improv, muse
+    data_root: str | None = None  # the folder of a published corpus; of the demo null is its default place
     manifest: str | None = None  # CSV with path,split,speaker,activation,valence[,dominance]
-    fold: int | None = None  # for corpora that are split into folds
+    fold: int | None = None  # the session held out: 1 to 5 of iemocap, 1 to 6 of msp-improv
+    test_set: Literal["Test1", "Test2", "Test3"] | None = None  # of msp-podcast; null: Test1, the largest
+    dev_set: Literal["session", "speaker"] | None = None  # of iemocap; null: session, as two speakers test then
+    flip_activation: bool | None = None  # of msp-improv; null: true, as its scale falls; a warning checks it by anger
     label_range: list[float] | None = None  # of the labels, e.g. [1, 7]; null: the corpus's own
     targets: list[str] = ("activation", "valence")
     allow_speaker_overlap: bool = False  # a speaker in two splits makes scores too good

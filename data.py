@@ -1,4 +1,4 @@
-"""From files to tensors: corpora, audio of any kind as 16 kHz mono, random batches, the demo corpus.
+"""From files to tensors: audio of any kind as 16 kHz mono, and random batches. Corpora are read in `corpora.py`.
 
     utterances = load_corpus("manifest", manifest="my/manifest.csv")
     check_labels(utterances, ["activation", "valence"], label_range=(1, 7))
@@ -6,174 +6,54 @@
     waveform = read_audio(utterances[0].path)  # (S,) float32, 16 kHz
 
 Nothing is padded, cropped or normalised here: an utterance is its samples, and its length is its own.
+
+    python data.py check CONFIG [key=value ...] [--out DIR]
+
+reads a corpus without training: its numbers, a picture of its labels, and every problem with its file. It exits with 0
+if there is none, 1 after warnings, 2 after errors, which are what training refuses and sounds that two splits share.
 """
 
-import csv
-import difflib
+import argparse
 import io
 import math
 import numbers
 import os
 import struct
-from collections import defaultdict
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import soundfile
 import torch
 from torch import Tensor
 
+# ruff: noqa: F401 - all that is about data can be had from here
+from corpora import CORPORA, LABEL_RANGE, load_corpus, read_corpus
+from demo import synthesize_demo
+from manifest import (
+    LABEL_COLUMNS,
+    REQUIRED_COLUMNS,
+    SPLITS,
+    Problem,
+    Utterance,
+    check_labels,
+    label_problems,
+    raise_listed,
+    read_manifest,
+)
+
 SAMPLE_RATE = 16_000  # Hz, what every Wav2Vec 2.0 was trained on
 MIN_SAMPLES = 400  # at SAMPLE_RATE: one frame of the CNN, 25 ms
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
-SPLITS = ("train", "dev", "test")
-CORPORA = ("demo", "manifest")
-LABEL_RANGE: dict[str, tuple[float, float]] = {"demo": (1.0, 7.0)}  # a manifest has no range of its own
-REQUIRED_COLUMNS = ("path", "split", "speaker", "activation", "valence")
-LABEL_COLUMNS = ("activation", "valence", "dominance")
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """One turn of one speaker: an audio file and its labels by target name, in the scale of the corpus."""
-
-    path: str
-    split: str
-    speaker: str
-    labels: dict[str, float]
-
-
-# ---------------------------------------------------------------- corpora and manifests
-
-
-def load_corpus(
-    name: str, root: str | None = None, manifest: str | None = None, fold: int | None = None
-) -> list[Utterance]:
-    """The utterances of corpus "demo" (synthesised into `root` if it is not there) or "manifest" (a CSV).
-
-    Raises ValueError for an unknown name or an argument that the corpus has no use for, and what
-    `read_manifest` and `synthesize_demo` raise.
-    """
-    if name not in CORPORA:
-        nearest = difflib.get_close_matches(name, CORPORA, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"corpus: {name!r} is unknown, expected one of {', '.join(CORPORA)}{hint}")
-    if fold is not None:
-        raise ValueError(f"fold: corpus {name!r} has no folds, found {fold!r}; remove the key")
-    if name == "demo":
-        if manifest is not None:
-            raise ValueError(f"manifest: corpus 'demo' has no use for {manifest!r}; set `corpus: manifest`")
-        return read_manifest(synthesize_demo(root or "data/demo"))
-    if manifest is None:
-        raise ValueError("manifest: found nothing, but corpus 'manifest' needs a CSV; set `manifest: FILE`")
-    if root is not None:
-        raise ValueError(f"data_root: found {root!r}, but paths are relative to the manifest; remove the key")
-    return read_manifest(manifest)
-
-
-def read_manifest(path: str | Path) -> list[Utterance]:
-    """Read a CSV `path,split,speaker,activation,valence[,dominance]` in UTF-8; other columns are ignored.
-
-    Relative audio paths are relative to the manifest; an empty label cell means that there is no such label.
-    Raises FileNotFoundError, or one ValueError that lists the bad rows by line.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: Excel writes a byte order mark
-            return _parse_manifest(path, file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such manifest; check the key `manifest`") from None
-    except OSError as error:
-        raise ValueError(f"{path}: the manifest cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: the manifest is not UTF-8 ({error.reason}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}: the manifest is not a CSV file: {error}") from None
-
-
-def _parse_manifest(path: str | Path, file: TextIO) -> list[Utterance]:
-    reader = csv.reader(file)
-    header = [cell.strip() for cell in next(reader, [])]
-    if not any(header):
-        raise ValueError(f"{path}: the manifest is empty, expected a header {','.join(REQUIRED_COLUMNS)}")
-    if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; found {header}, separated by commas")
-    at = {column: header.index(column) for column in header}
-    targets = [(target, at[target]) for target in LABEL_COLUMNS if target in at]
-    folder = os.path.dirname(os.path.abspath(path))
-    utterances, problems = [], []
-    for row in filter(any, reader):  # not the blank lines
-        try:
-            if len(row) != len(header):
-                raise ValueError(f"{len(row)} cells, expected {len(header)}")
-            audio, split, speaker = (row[at[column]].strip() for column in REQUIRED_COLUMNS[:3])
-            if not audio:
-                raise ValueError("path is empty")
-            if split not in SPLITS:
-                raise ValueError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
-            labels = {target: _number(target, row[i]) for target, i in targets if row[i].strip()}
-            utterances.append(Utterance(os.path.join(folder, audio), split, speaker, labels))
-        except ValueError as problem:
-            problems.append(f"line {reader.line_num}: {problem}")
-    _raise_listed(f"{path}: bad rows in the manifest", problems)
-    if not utterances:
-        raise ValueError(f"{path}: the manifest has a header but no rows, expected one for each audio file")
-    return utterances
-
-
-def _number(target: str, cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        raise ValueError(f"{target} {cell!r} is not a number") from None
-
-
-def _raise_listed(heading: str, problems: Sequence[str], limit: int = 20) -> None:
-    """Raise one ValueError for all problems, if there are any, so that a user mends them in one go."""
-    if problems:
-        more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
-        raise ValueError("\n  ".join([f"{heading} ({len(problems)}):", *problems[:limit], *more]))
-
-
-def check_labels(
-    utterances: Sequence[Utterance],
-    targets: Sequence[str],
-    label_range: tuple[float, float],
-    allow_speaker_overlap: bool = False,
-) -> None:
-    """Raise one ValueError that lists all that is wrong with splits, labels and speakers.
-
-    Right is: each split has utterances, each utterance a finite label within `label_range` (inclusive) for
-    each target, and no speaker is in two splits. A speaker "" or "Unknown" is nobody and may be in all.
-    """
-    low, high = label_range
-    present = {utterance.split for utterance in utterances}
-    problems = [f"split {split!r} has no utterances" for split in SPLITS if split not in present]
-    splits_of = defaultdict(set)
-    for utterance in utterances:
-        splits_of[utterance.speaker].add(utterance.split)
-        for target in targets:
-            value = utterance.labels.get(target)
-            if value is None:
-                found = ", ".join(utterance.labels) or "none"
-                problems.append(f"{utterance.path}: no label for target {target!r}, found {found}")
-            elif not math.isfinite(value):
-                problems.append(f"{utterance.path}: {target} is {value}, expected a finite number")
-            elif not low <= value <= high:
-                scale = f"`label_range` {low:g} to {high:g}"
-                problems.append(f"{utterance.path}: {target} is {value:g}, outside {scale}")
-    if not allow_speaker_overlap:
-        for speaker, splits in splits_of.items():
-            if len(splits) > 1 and speaker.lower() not in ("", "unknown"):
-                shared = " and ".join(split for split in SPLITS if split in splits)
-                hint = "part them, or set `allow_speaker_overlap: true`"
-                problems.append(f"speaker {speaker!r} is in {shared}; {hint}")
-    _raise_listed("the corpus cannot be used", problems)
+class TooShortError(ValueError):
+    """Audio with less than one frame of the CNN."""
 
 
 # ---------------------------------------------------------------- audio
@@ -188,7 +68,7 @@ def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float
 
     def check(utterance: Utterance) -> float | str:
         try:
-            _, samples, sample_rate = _load(utterance.path, decode_pcm=False)
+            _, samples, sample_rate = read_original(utterance.path, decode_pcm=False)
             return samples / sample_rate
         except (FileNotFoundError, ValueError) as problem:
             return str(problem)
@@ -198,7 +78,7 @@ def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float
     with ThreadPoolExecutor(threads) as pool:
         checked = [each for part in pool.map(lambda part: [check(u) for u in part], parts) for each in part]
     # The limit is for a wrong folder, where each of 100,000 files is missing.
-    _raise_listed("bad audio files", [problem for problem in checked if isinstance(problem, str)], limit=1000)
+    raise_listed("bad audio files", [problem for problem in checked if isinstance(problem, str)], limit=1000)
     return checked
 
 
@@ -208,7 +88,7 @@ def read_audio(path: str | Path) -> Tensor:
     Raises FileNotFoundError, or ValueError for a file that is empty, not audio, truncated, not finite or
     shorter than MIN_SAMPLES. Truncation is noticed in WAV, FLAC, OGG, Opus, and MP3 that declares its length.
     """
-    waveform, _, sample_rate = _load(str(path), decode_pcm=True)
+    waveform, _, sample_rate = read_original(str(path))
     return resample(waveform, sample_rate)
 
 
@@ -232,8 +112,8 @@ def resample(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
     return torch.from_numpy(resampled.astype(np.float32))
 
 
-def _load(path: str, decode_pcm: bool) -> tuple[np.ndarray | None, int, int]:
-    """The mono waveform (S,) at the file's own rate, S, and the rate; every error names the file.
+def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None, int, int]:
+    """The mono waveform (S,) at the file's own rate, S, and the rate; raises as `read_audio` does.
 
     Without `decode_pcm` the waveform of integer PCM in WAV is left out: None.
     """
@@ -247,11 +127,13 @@ def _load(path: str, decode_pcm: bool) -> tuple[np.ndarray | None, int, int]:
         at_16k = -(-samples * SAMPLE_RATE // sample_rate)  # rounded up, as `resample` does
         if at_16k < MIN_SAMPLES:
             found = f"{at_16k} samples at 16 kHz"
-            raise ValueError(f"too short: {found}, expected at least {MIN_SAMPLES}; leave it out")
+            raise TooShortError(f"too short: {found}, expected at least {MIN_SAMPLES}; leave it out")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such audio file; check the path or leave it out") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except TooShortError as problem:
+        raise TooShortError(f"{path}: {problem}") from None
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from None
     return waveform, samples, sample_rate
@@ -367,97 +249,28 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
             yield ahead.result()
 
 
-# ---------------------------------------------------------------- the demo corpus
-
-DEMO_SEED = 5  # one for which loudness and labels happen to be uncorrelated
-DEMO_SPEAKERS = {"train": 8, "dev": 4, "test": 4}
-VOWELS = np.array(
-    [  # four formants in Hz of an average voice
-        [300, 2300, 3000, 3600],  # i
-        [450, 2000, 2700, 3600],  # e
-        [750, 1250, 2550, 3500],  # a
-        [480, 900, 2500, 3400],  # o
-        [330, 800, 2400, 3400],  # u
-    ]
-)
-BANDWIDTHS = np.array([70, 100, 140, 200])  # Hz, of the four formants
+# ---------------------------------------------------------------- the command line
 
 
-def synthesize_demo(root: str | Path, train: int = 96, dev: int = 32, test: int = 32) -> Path:
-    """Make the demo corpus in `root`, unless it is there already, and return the path of its manifest.
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look at a corpus without training.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="count, draw the labels, and name every problem with its file")
+    check.add_argument("config", help="a YAML file, as in configs/")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
+    check.add_argument("--out", help="folder for the report, its tables and pictures; else one below output_dir")
+    arguments = parser.parse_args()
+    from run import check_corpus
 
-    A synthetic voice (buzz and breath through four resonators) whose labels, 1..7, are the knobs it was made
-    with: it shows that a pipeline learns and **says nothing about emotion**. Each speaker has a pitch and a
-    vocal tract of its own and is in one split. Every run makes the same files. Raises ValueError if `root`
-    holds another manifest.csv.
-    """
-    root = Path(root)
-    manifest = root / "manifest.csv"
-    rows, voices = ["path,split,speaker,activation,valence,dominance\n"], []
-    first_speaker = 0
-    for split, count in zip(SPLITS, (train, dev, test), strict=True):
-        for index in range(count):
-            speaker = first_speaker + index % DEMO_SPEAKERS[split]
-            rng = np.random.default_rng([DEMO_SEED, first_speaker, index])
-            labels = rng.uniform(1, 7, size=3).round(3)
-            path = f"{split}_{index:03d}.wav"
-            rows.append(f"{path},{split},demo{speaker:02d},{','.join(map(str, labels.tolist()))}\n")
-            voices.append((root / path, rng, speaker, (labels - 1) / 6))
-        first_speaker += DEMO_SPEAKERS[split]
-    text = "".join(rows).encode()
-    if manifest.exists():
-        if manifest.read_bytes() != text:
-            raise ValueError(f"{manifest}: not this version's demo; delete it or set another `data_root`")
-        if all(path.exists() for path, *_ in voices):
-            return manifest
-    root.mkdir(parents=True, exist_ok=True)
-    for path, *controls in voices:
-        soundfile.write(path, _voice(*controls), SAMPLE_RATE, subtype="PCM_16")
-    # Last and in one move: where there is a manifest, its audio was written whole.
-    partial = root / "manifest.csv.part"
-    partial.write_bytes(text)
-    os.replace(partial, manifest)
-    return manifest
+    text, severity = check_corpus(arguments.config, arguments.overrides, arguments.out)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe cannot carry every file's name
+    print(text)
+    sys.exit(severity)
 
 
-def _voice(rng: np.random.Generator, speaker: int, knobs: np.ndarray) -> np.ndarray:
-    """One utterance of 0.9 to 1.8 s, (S,) within -1..1; the knobs activation, valence, dominance are 0..1.
-
-    Activation raises pitch, pitch range, syllable rate and treble. Valence turns the pitch from falling to
-    rising, takes breath out of the voice and, as a smile does, lifts the upper formants. Dominance separates
-    the syllables. Loudness is random, since the waveform is normalised before the backbone sees it.
-    """
-    from scipy.signal import lfilter, sosfilt
-
-    activation, valence, dominance = knobs
-    # Multiples of two irrational numbers spread the speakers evenly over the plane of pitch and vocal tract.
-    own_pitch = 95 * 2 ** (1.1 * (0.7549 * speaker % 1))  # Hz
-    own_tract = 0.92 + 0.18 * (0.5698 * speaker % 1)  # factor on all formants
-    count = int(SAMPLE_RATE * rng.triangular(0.9, 1.05, 1.8))
-    time = np.arange(count) / SAMPLE_RATE  # s
-    syllable = (2.5 + 3.5 * activation) * rng.uniform(0.9, 1.1) * time + rng.uniform()  # one more for each
-    openness = np.sin(np.pi * syllable) ** 2  # 0 between two syllables, 1 amid one
-
-    octaves = 0.8 * (activation - 0.5) + (0.05 + 0.25 * activation) * openness
-    octaves += (valence - 0.5) * (time / time[-1] - 0.5)
-    buzz = np.diff(np.floor(np.cumsum(own_pitch * 2**octaves / SAMPLE_RATE)), prepend=0)  # a pulse a period
-    breath = rng.standard_normal(count) * 10 ** (-(10 + 25 * valence) / 20)
-    pole = 0.97 - 0.25 * activation  # of the low-pass that tilts the spectrum
-    source = lfilter([1 - pole], [1, -pole], buzz + breath)
-    source *= 0.05 + 0.95 * openness ** (0.4 + 1.6 * dominance)
-
-    vowels = VOWELS[rng.integers(len(VOWELS), size=int(syllable[-1]) + 2)] * own_tract
-    vowels[:, 1:] *= 1 + 0.25 * (valence - 0.5)
-    radius = np.exp(-np.pi * BANDWIDTHS / SAMPLE_RATE)
-    speech, state = np.empty(count), np.zeros((4, 2))
-    step = SAMPLE_RATE // 100  # the formants glide in steps of 10 ms
-    for start in range(0, count, step):
-        index, glide = divmod(syllable[start], 1)
-        formants = (1 - glide) * vowels[int(index)] + glide * vowels[int(index) + 1]  # (4,) Hz
-        sections = np.zeros((4, 6))  # one resonator a row: b0 b1 b2 a0 a1 a2
-        sections[:, 3] = 1
-        sections[:, 4] = -2 * radius * np.cos(2 * np.pi * formants / SAMPLE_RATE)
-        sections[:, 5] = radius**2
-        sections[:, 0] = sections[:, 3:].sum(axis=1)  # gain 1 at 0 Hz
-        speech[start : start + step], state = sosfilt(sections, source[start : start + step], zi=state)
-    return rng.uniform(0.02, 0.1) * speech / np.sqrt(np.mean(speech**2))
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'stopped; no report is written'}", file=sys.stderr)
+        sys.exit(2)

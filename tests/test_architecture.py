@@ -18,7 +18,11 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "config": (set(), {}),
     "metrics": (set(), {}),
     "results": ({"metrics"}, {}),
-    "data": (set(), {}),
+    "demo": (set(), {}),
+    "manifest": (set(), {}),
+    "corpora": ({"demo", "manifest"}, {}),
+    "data": ({"corpora", "demo", "manifest"}, {"run": "main"}),  # its small command line
+    "check": ({"data"}, {}),
     "lora": ({"model"}, {}),
     "model": (set(), {"data": "predict"}),
     "logmel": ({"model"}, {}),
@@ -26,7 +30,7 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "plots": (set(), {}),
     "weights": ({"model"}, {}),
     "cache": ({"model"}, {"run": "main"}),  # its small command line
-    "run": ({"cache", "config", "data", "freeze", "logmel", "lora", "model", "weights"}, {}),
+    "run": ({"cache", "check", "config", "data", "freeze", "logmel", "lora", "model", "weights"}, {}),
 }
 TIMED = {  # lazily: what is measured, and what draws the figures
     ("bench", "train", "ours"),
@@ -34,6 +38,7 @@ TIMED = {  # lazily: what is measured, and what draws the figures
     *(("bench", "peft", function) for function in ("peer_model", "naive_model")),
     ("bench", "matplotlib", "draw"),
     ("plots", "matplotlib", None),
+    ("check", "matplotlib", "draw"),
 }
 OTHERS_FRAMEWORKS = "transformers peft fairseq lightning pytorch_lightning hydra omegaconf accelerate datasets "
 OTHERS_FRAMEWORKS += "speechbrain s3prl torchaudio librosa sklearn pandas wandb tensorboard"

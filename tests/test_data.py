@@ -43,9 +43,11 @@ def corpus(**changes) -> list[data.Utterance]:
 
 def test_unknown_corpus_suggests_the_nearest():
     """A mistyped name is an error that lists what there is."""
-    with pytest.raises(ValueError, match=r"'demmo' is unknown, .* demo, manifest; did you mean 'demo'\?"):
+    with pytest.raises(ValueError, match=r"'demmo' is unknown, .* demo, manifest, .*; did you mean 'demo'\?"):
         data.load_corpus("demmo")
-    with pytest.raises(ValueError, match=r"'xyzzy' is unknown, expected one of demo, manifest$"):
+    with pytest.raises(
+        ValueError, match=r"'xyzzy' is unknown, expected one of demo, manifest, msp-podcast, iemocap, msp-improv, muse$"
+    ):
         data.load_corpus("xyzzy")
 
 
@@ -55,11 +57,14 @@ def test_unknown_corpus_suggests_the_nearest():
         ({"name": "manifest"}, "needs a CSV; set `manifest: FILE`"),
         (
             {"name": "manifest", "manifest": "m.csv", "fold": 1},
-            "fold: corpus 'manifest' has no folds, found 1",
+            "fold: corpus 'manifest' has no use for it, found 1; remove the key",
         ),
-        ({"name": "manifest", "manifest": "m.csv", "root": "r"}, "data_root: found 'r', .* remove the key"),
-        ({"name": "demo", "fold": 0}, "fold: corpus 'demo' has no folds, found 0"),
-        ({"name": "demo", "manifest": "m.csv"}, "'demo' has no use for 'm.csv'; set `corpus: manifest`"),
+        (
+            {"name": "manifest", "manifest": "m.csv", "root": "r"},
+            "data_root: corpus 'manifest' has no use for it, found 'r'",
+        ),
+        ({"name": "demo", "fold": 0}, "fold: corpus 'demo' has no use for it, found 0"),
+        ({"name": "demo", "manifest": "m.csv"}, "manifest: corpus 'demo' has no use for it, found 'm.csv'"),
     ],
 )
 def test_a_corpus_refuses_arguments_it_would_ignore(arguments, message):

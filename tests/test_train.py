@@ -24,6 +24,7 @@ from conftest import speech_like, tiny_settings
 from torch import Tensor
 from tqdm import tqdm
 
+import corpora
 import data
 import freeze
 import metrics
@@ -857,9 +858,9 @@ def test_without_a_network_the_demo_warns_and_goes_on_with_random_weights(settin
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     tiny = {"conv_channels": (32,) * 7, "width": 64, "heads": 4, "ffn": 128, "layers": 3}
-    real, synthesize = weights.random_backbone, data.synthesize_demo
+    real, synthesize = weights.random_backbone, corpora.synthesize_demo
     monkeypatch.setattr(weights, "random_backbone", lambda config: real(replace(config, **tiny)))
-    monkeypatch.setattr(data, "synthesize_demo", lambda root: synthesize(root, 12, 4, 4))
+    monkeypatch.setattr(corpora, "synthesize_demo", lambda root: synthesize(root, 12, 4, 4))
     demo = {"corpus": "demo", "manifest": None, "label_range": None, "data_root": str(tmp_path / "demo")}
     config = settings(backbone="facebook/wav2vec2-base", lora_rank=2, epochs=1, **demo)
     assert command_line(monkeypatch, write_config(tmp_path, **run.plain(config))) is None
