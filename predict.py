@@ -246,8 +246,9 @@ def main() -> None:
         results = draw(results, Path(arguments.plot), model, note)
     sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe cannot carry every file's name
     bar = tqdm(total=len(files), unit="file", unit_scale=True, disable=None if out else True)
+    form = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
     try:
-        with bar, open(out, "w", newline="", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+        with bar, open(out, "w", **form) if out else nullcontext(sys.stdout) as file:
             write = row_writer(file, arguments.format, model.targets)
             for group, predictions in results:
                 write(rows(group, predictions, model.targets))
