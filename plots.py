@@ -19,6 +19,7 @@ COLUMN, PAGE = 3.5, 7.0  # inches
 POINTS = 72  # an inch
 LETTER = 3.6  # points, the mean width of one
 DENSE = 2000  # points in a scatter from which on their density is drawn
+DOTS = 1400  # across a page at 200 dpi: as much as can be seen of a waveform
 MARKS = ("o", "s", "^", "D", "v", "<")
 LINES = ("-", "--", "-.", ":")
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, without yellow
@@ -167,6 +168,56 @@ def layers(names: Sequence[str], similarity: np.ndarray, change: np.ndarray, not
     below.set(ylabel="change of weights", xlabel="layer", xlim=above.get_xlim(), ylim=(0, None))
     below.set_xticks(shown, [names[i] for i in shown])
     return save(figure, path)
+
+
+@rc_context(STYLE)
+def timeline(
+    waveform: np.ndarray,
+    spans: np.ndarray,
+    predictions: np.ndarray,
+    targets: Sequence[str],
+    label_range: tuple[float, float],
+    title: str,
+    note: str,
+    path: Path,
+) -> Figure:
+    """A recording `(S,)` and below it the predictions `(W, K)` for windows from and to seconds `(W, 2)`.
+
+    The last window ends with the recording. A window is a step; where windows overlap, a point in the middle of each.
+    """
+    figure, (above, below) = panels(2, note, columns=1, size=1.3, width=PAGE, named=targets)
+    seconds = spans[-1, 1]
+    unit, name = (60, "min") if seconds >= 600 else (1, "s")
+    lows, highs = envelope(waveform, DOTS)
+    above.fill_between(np.linspace(0, seconds / unit, len(lows)), lows, highs, color="0.45", linewidth=0.3)
+    above.set_title(
+        title if len(title) < 72 else f"…{title[-70:]}", parse_math=False
+    )  # letters of 7 points in 7 inches
+    above.set(ylabel="waveform", xlim=(0, seconds / unit), xticks=[])
+    overlap = (spans[1:, 0] < spans[:-1, 1]).any()
+    for k, target in enumerate(targets):
+        form = style(k)
+        if overlap:
+            marker = form["marker"] if len(spans) <= 100 else ""
+            x = spans.mean(1) / unit
+            below.plot(x, predictions[:, k], **{**form, "marker": marker}, markersize=3, label=target)
+        else:
+            line = {"color": form["color"], "linestyle": form["linestyle"]}
+            below.stairs(predictions[:, k], [*spans[:, 0] / unit, seconds / unit], baseline=None, **line, label=target)
+    low, high = min(label_range[0], predictions.min()), max(label_range[1], predictions.max())
+    margin = 0.04 * (high - low)
+    below.set(xlabel=f"time ({name})", ylabel="prediction", xlim=above.get_xlim(), ylim=(low - margin, high + margin))
+    below.set_yticks(np.linspace(*label_range, 3))
+    figure.align_ylabels()
+    legend(figure, below)
+    return save(figure, path)
+
+
+def envelope(waveform: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Least and greatest sample of `(S,)` in each of that many parts, at most S: no peak is lost."""
+    parts = min(parts, len(waveform))
+    starts = np.arange(parts) * len(waveform) // parts
+    return np.minimum.reduceat(waveform, starts), np.maximum.reduceat(waveform, starts)
 
 
 def frontier(costs: Sequence[float], scores: Sequence[float]) -> list[int]:

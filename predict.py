@@ -1,20 +1,29 @@
-"""Predict activation and valence of audio files with a finished run.
+"""Predict activation and valence of audio files.
 
-    python predict.py runs/lora_r8 speech.wav recordings/ --out predictions.csv
+    python predict.py runs/lora_r8 speech.wav recordings/ "talks/**/*.mp3" --out predictions.csv
+    python predict.py runs/lora_r8 - --window 5 --hop 1 --plot pictures < list.txt
 
-Folders are searched for audio. A file longer than the window becomes equal windows, a row each. What cannot be read is
-named at the end, after all the rest.
+Folders are searched for audio, patterns work in quotes as well, and - is a list of paths on standard input, one a line.
+What is named twice is predicted once; rows have the order of the inputs. A file longer than the window becomes equal
+windows, a row each; with --hop windows slide, and the last one ends with the file. What cannot be read is named at the
+end, after all the rest.
 """
 
 import argparse
 import csv
-import math
+import glob
+import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import islice, pairwise, repeat, takewhile
 from pathlib import Path
+from types import ModuleType
+from typing import TextIO
 
+import numpy as np
 import soundfile
 import torch
 from torch import Tensor
@@ -22,77 +31,234 @@ from tqdm import tqdm
 
 import data
 import run
+from config import load_config
 from model import EmotionModel
 
-SUFFIXES = {f".{name.lower()}" for name in (*soundfile.available_formats(), "AIF", "OGA", "OPUS")} - {".raw"}
-TOGETHER = 8  # windows in memory at once
+SUFFIXES = {f".{name.lower()}" for name in (*soundfile.available_formats(), "AIF", "OGA", "OPUS", "SPH")} - {".raw"}
+FORMATS = ("csv", "jsonl")
+Row = dict[str, str | float]
 
 
-def find_audio(paths: Sequence[str]) -> list[Path]:
-    """The files that paths name, folders searched for audio. Raises FileNotFoundError for a folder without any."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not found:
-                raise FileNotFoundError(f"{path}: no audio file in this folder")
-            files += found
-        else:
-            files.append(path)
-    return files
+@dataclass(frozen=True, eq=False, slots=True)
+class Window:
+    """What gets a row: samples `start` to `stop` of a recording's waveform `(S,)`, 16 kHz."""
+
+    number: int  # of the file
+    path: Path
+    waveform: Tensor
+    start: int
+    stop: int
 
 
-def cut(waveform: Tensor, window: float) -> list[tuple[float, float, Tensor]]:
-    """Equal pieces of at most `window` seconds: start and end in seconds, and samples `(S,)`."""
-    seconds = len(waveform) / data.SAMPLE_RATE
-    count = max(1, math.ceil(seconds / window))
-    edges = [round(i * len(waveform) / count) for i in range(count + 1)]
+Results = Iterator[tuple[list[Window], list[list[float]]]]
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def find_audio(words: Sequence[str]) -> list[Path]:
+    """The files that words name, each once: paths, folders (searched), patterns, and - for a list on standard input.
+
+    Raises FileNotFoundError for a folder, a pattern or a list in which there is none. A file that does not exist stays.
+    """
+    files: dict[str, Path] = {}
+    for word in words:
+        for path in map(Path, listed() if word == "-" else expanded(word)):
+            for file in searched(path) if path.is_dir() else [path]:
+                files.setdefault(os.path.normcase(os.path.abspath(file)), file)
+    return list(files.values())
+
+
+def listed() -> list[str]:
+    """The paths on standard input, one a line; those in another encoding too."""
+    sys.stdin.reconfigure(errors="surrogateescape")
+    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    if not any(lines):
+        raise FileNotFoundError("-: no path on standard input")
+    return [line for line in lines if line]
+
+
+def expanded(word: str) -> list[str]:
+    """What a pattern matches, `**` being any number of folders. Any other word, and what exists, is itself."""
+    if os.path.exists(word) or not set(word) & set("*?["):
+        return [word]
+    matches = sorted(glob.glob(word, recursive=True))
+    if not matches:
+        raise FileNotFoundError(f"{word}: nothing matches this pattern")
+    return matches
+
+
+def searched(folder: Path) -> list[Path]:
+    """The audio files in a folder and below it, by their suffix."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    audio = [file for file in files if file.suffix.lower() in SUFFIXES]
+    audio = [file for file in audio if not file.name.startswith("._")]  # what macOS keeps beside a file of that name
+    if not audio:
+        found = ", ".join(sorted({f"*{file.suffix}" for file in files})) or "nothing"
+        raise FileNotFoundError(f"{folder}: no audio file in this folder, found {found}")
+    return sorted(audio)
+
+
+def spans(samples: int, window: float, hop: float | None = None) -> Iterator[tuple[int, int]]:
+    """Where the windows of a recording start and stop, in samples.
+
+    Without `hop` they are equal, at most `window` seconds each, and do not overlap. With it they have that length, one
+    starts every `hop` seconds, and the last ends with the recording.
+    """
+    size = round(min(window * data.SAMPLE_RATE, samples))
+    if hop is None:
+        count = -(-samples // size)
+        yield from pairwise(round(i * samples / count) for i in range(count + 1))
+    else:
+        step = max(1, round(min(hop * data.SAMPLE_RATE, samples)))
+        for start in range(0, samples - size, step):
+            yield start, start + size
+        yield samples - size, samples
+
+
+def windows(paths: Iterable[Path], window: float, hop: float | None, failed: list[str]) -> Iterator[Window]:
+    """The windows of all files; a file is read when its first one is due. Why a file has none is added to `failed`."""
+    for number, path in enumerate(paths):
+        try:
+            waveform = data.read_audio(path)
+        except (OSError, ValueError) as error:
+            failed.append(str(error))
+            continue
+        for start, stop in spans(len(waveform), window, hop):
+            yield Window(number, path, waveform, start, stop)
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def predict(model: EmotionModel, stream: Iterator[Window], batch: int = 8, precision: str = "fp32") -> Results:
+    """Windows, `batch` at a time, and their predictions in the label's scale; a thread reads the next meanwhile."""
+    device = next(model.parameters()).device
+    for group in takewhile(len, data.prefetch(lambda _: list(islice(stream, batch)), repeat(None))):
+        waveforms = [window.waveform[window.start : window.stop].to(device) for window in group]
+        with torch.autocast(device.type, run.DTYPES[precision], enabled=precision != "fp32"):
+            predictions = model.infer(waveforms)
+        yield group, data.unscale_labels(predictions.cpu(), model.label_range).tolist()
+
+
+def rows(group: Sequence[Window], predictions: Sequence[Sequence[float]], targets: Sequence[str]) -> list[Row]:
+    """File, start and end in seconds, and a column for each target."""
     return [
-        (start / data.SAMPLE_RATE, stop / data.SAMPLE_RATE, waveform[start:stop]) for start, stop in pairwise(edges)
+        {"file": str(window.path)}
+        | {"start": round(window.start / data.SAMPLE_RATE, 3), "end": round(window.stop / data.SAMPLE_RATE, 3)}
+        | {target: round(value, 4) for target, value in zip(targets, values, strict=True)}
+        for window, values in zip(group, predictions, strict=True)
     ]
 
 
-@torch.no_grad()
-def predict_file(model: EmotionModel, path: Path, window: float) -> Iterator[list]:
-    """Rows of a file: name, start and end in seconds, predictions in the label's scale."""
-    device = next(model.head.parameters()).device
-    low, high = model.label_range
-    pieces = cut(data.read_audio(str(path)), window)
-    for first in range(0, len(pieces), TOGETHER):
-        group = pieces[first : first + TOGETHER]
-        predictions = model.infer([samples.to(device) for *_, samples in group])
-        for (start, end, _), row in zip(group, predictions.tolist(), strict=True):
-            values = [f"{low + (high - low) * value:.4f}" for value in row]
-            yield [str(path), f"{start:.3f}", f"{end:.3f}", *values]
+def row_writer(stream: TextIO, kind: str, targets: Sequence[str]) -> Callable[[list[Row]], None]:
+    """What writes rows as CSV, whose header it has written, or as JSON, one object a line."""
+    if kind == "jsonl":
+        return lambda rows: stream.writelines(f"{json.dumps(row)}\n" for row in rows)
+    writer = csv.DictWriter(stream, ["file", "start", "end", *targets], lineterminator="\n")
+    writer.writeheader()
+    return writer.writerows
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def import_plots() -> ModuleType:
+    try:
+        import plots
+    except ImportError:
+        raise ValueError("--plot: found no matplotlib, expected it; `pip install matplotlib`") from None
+    return plots
+
+
+def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Results:
+    """Pass results on, and draw a file when its last window is through; of two a.wav the second becomes a_2."""
+    plots, taken, shown = import_plots(), set(), []
+    for group, predictions in results:
+        yield group, predictions
+        for window, values in zip(group, predictions, strict=True):
+            shown.append((window.start / data.SAMPLE_RATE, window.stop / data.SAMPLE_RATE, *values))
+            if window.stop == len(window.waveform):
+                name, number = window.path.stem, 1
+                while name.lower() in taken:  # some systems do not tell capitals from small letters
+                    number += 1
+                    name = f"{window.path.stem}_{number}"
+                taken.add(name.lower())
+                curve, waveform = np.array(shown), window.waveform.numpy()
+                shape = curve[:, :2], curve[:, 2:], model.targets, model.label_range
+                plots.timeline(waveform, *shape, window.path.name, note, folder / name)
+                shown = []
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked before anything is read."""
+    parser = argparse.ArgumentParser(description="Predict activation and valence of audio files.")
+    parser.add_argument("model", help="the directory of a run of train.py")
+    parser.add_argument("audio", nargs="+", help="files, folders, patterns, or - for a list on standard input")
+    parser.add_argument("--out", help="file to write; otherwise the rows are printed")
+    parser.add_argument("--format", help="csv or jsonl; otherwise jsonl if that is the suffix of --out, else csv")
+    parser.add_argument("--window", type=float, default=20.0, help="longest stretch in seconds that gets one row")
+    parser.add_argument("--hop", type=float, help="seconds from one window to the next; otherwise they do not overlap")
+    parser.add_argument("--plot", metavar="DIR", help="directory for a picture of each file: predictions over time")
+    parser.add_argument("--batch", type=int, default=8, help="windows in memory at once")
+    parser.add_argument("--precision", default="fp32", help="fp32; bf16 and fp16 are faster on a GPU, and round")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    arguments = parser.parse_args()
+    window, hop = arguments.window, arguments.hop
+    arguments.format = arguments.format or ("jsonl" if str(arguments.out).lower().endswith(".jsonl") else "csv")
+    for name, fulfilled, expected in (
+        ("window", window >= 0.1, "at least 0.1 seconds"),
+        ("hop", hop is None or 0 < hop <= window, f"above 0 and at most the window, {window:g} seconds"),
+        ("batch", arguments.batch >= 1, "at least 1"),
+        ("format", arguments.format in FORMATS, " or ".join(FORMATS)),
+        ("precision", arguments.precision in run.DTYPES, ", ".join(run.DTYPES)),
+    ):
+        if not fulfilled:
+            raise ValueError(f"--{name}: expected {expected}, found {getattr(arguments, name)}")
+    if arguments.plot:
+        import_plots()
+        if Path(arguments.plot).is_file():
+            raise ValueError(f"--plot: {arguments.plot} is a file, expected a directory")
+        Path(arguments.plot).mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def demo_note(model: str) -> str:
+    """What is to be said of a run that was trained on the demo corpus."""
+    config = Path(model) / "config.yaml"
+    return run.DEMO_NOTE if config.is_file() and load_config(config).corpus == "demo" else ""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Predict activation and valence of audio files.")
-    parser.add_argument("model", help="the directory of a run of train.py")
-    parser.add_argument("audio", nargs="+", help="audio files, or folders to search for them")
-    parser.add_argument("--out", help="CSV file to write; otherwise the rows are printed")
-    parser.add_argument("--window", type=float, default=20.0, help="longest stretch in seconds that gets one row")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    arguments = parser.parse_args()
-    if not arguments.window >= 0.1:
-        raise ValueError(f"--window: expected at least 0.1 seconds, found {arguments.window:g}")
-    files = find_audio(arguments.audio)
-    model = run.load_run(arguments.model, arguments.device)
+    arguments = parse_arguments()
+    files, failed, out = find_audio(arguments.audio), [], arguments.out
+    device = run.pick_device(arguments.device)
+    model = run.load_run(arguments.model)
+    run.prepare(model, device, arguments.precision)
+    if note := demo_note(arguments.model):
+        print(note, file=sys.stderr)
+    stream = windows(files, arguments.window, arguments.hop, failed)
+    results = predict(model, stream, arguments.batch, arguments.precision)
+    if arguments.plot:
+        results = draw(results, Path(arguments.plot), model, note)
     sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe cannot carry every file's name
-    out, failed = arguments.out, []
+    bar = tqdm(total=len(files), unit="file", unit_scale=True, disable=None if out else True)
+    form = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
     try:
-        with open(out, "w", newline="", encoding="utf-8") if out else nullcontext(sys.stdout) as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["file", "start", "end", *model.targets])
-            for path in tqdm(files, unit="file", disable=None if out else True):
-                try:
-                    rows = list(predict_file(model, path, arguments.window))
-                except (OSError, ValueError) as error:
-                    failed.append(str(error))
-                    continue
-                writer.writerows(rows)
-                stream.flush()
+        with bar, open(out, "w", **form) if out else nullcontext(sys.stdout) as file:
+            write = row_writer(file, arguments.format, model.targets)
+            for group, predictions in results:
+                write(rows(group, predictions, model.targets))
+                file.flush()
+                last = group[-1]
+                bar.update(last.number + last.stop / len(last.waveform) - bar.n)
+            bar.update(len(files) - bar.n)
     except OSError as error:
+        if error.strerror is None:  # of a picture, which is named
+            raise
         raise OSError(f"{out or 'stdout'}: cannot be written ({error.strerror})") from None
     if failed:
         sys.exit("\n".join([f"error: {len(failed)} of {len(files)} files have no prediction:", *failed]))
@@ -103,3 +269,5 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; every row that is written is whole")

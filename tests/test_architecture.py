@@ -118,6 +118,11 @@ def test_library_functions_take_plain_values_and_never_the_configuration():
         assert "config" not in {imported for imported, _ in imports(name)}
 
 
+def test_matplotlib_is_loaded_only_for_a_picture():
+    """All but pictures works without it: no module imports `plots` at its top."""
+    assert [name for name in TREES if ("plots", None) in imports(name)] == []
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_every_import_is_ours_pythons_or_in_the_requirements(name):
     """And none is a framework: PyTorch and a few small helpers, each with its reason in requirements.txt."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import speech_like
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -59,6 +60,13 @@ def layers(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE) -> Fig
     return plots.layers(names, np.linspace(1, 0.5, count + 1), np.linspace(0, 0.1, count), note, path)
 
 
+def timeline(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE, hop: float = 1.0) -> Figure:
+    starts = hop * np.arange(count)
+    waveform = speech_like(round(16_000 * (starts[-1] + 1))).numpy()
+    spans, predictions = np.stack([starts, starts + 1], 1), RANDOM.uniform(2, 5, (count, 2))
+    return plots.timeline(waveform, spans, predictions, TARGETS, (1, 7), "speech.wav", note, path)
+
+
 def words(figure: Figure) -> list[tuple[str, Bbox]]:
     """What is drawn and where; ticks beyond an axis's limits exist but are not drawn."""
     found, draw = [], Text.draw
@@ -79,7 +87,7 @@ def texts(figure: Figure) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])
-@pytest.mark.parametrize("picture", [cost, depth, curves, scatter, layers])
+@pytest.mark.parametrize("picture", [cost, depth, curves, scatter, layers, timeline])
 def test_both_files_appear_with_the_note_and_no_word_is_cut_or_covered(tmp_path, picture, count):
     """With one method, two and twelve; a point of a name stays in it, as in lora.v2."""
     figure = picture(tmp_path / "lora.v2", count)
@@ -97,7 +105,7 @@ def check_words(figure: Figure) -> None:
         assert not box.overlaps(its), f"{word} and {other} lie on each other"
 
 
-@pytest.mark.parametrize("picture", [cost, depth, curves, scatter, layers])
+@pytest.mark.parametrize("picture", [cost, depth, curves, scatter, layers, timeline])
 def test_the_note_may_be_empty(tmp_path, picture):
     figure = picture(tmp_path / "picture", 2, note="")
     assert NOTE not in texts(figure)
@@ -180,6 +188,63 @@ def test_many_predictions_are_drawn_as_density(tmp_path):
     assert [len(axis.collections) for axis in (*few.axes, *many.axes)] == [0, 0, 1, 1]
     assert (tmp_path / "many.pdf").stat().st_size < 500_000
     assert "full_amp\nCCC 0.500" in texts(many)
+
+
+@pytest.mark.parametrize("hop", [1.0, 0.25])
+def test_predictions_over_time_have_the_scale_of_the_labels(tmp_path, hop):
+    """A step as long as its window, or a point in the middle of each window where they overlap; under the waveform."""
+    figure = timeline(tmp_path / "picture", 5, hop=hop)
+    above, below = figure.axes
+    end = 4 * hop + 1
+    assert above.get_xlim() == below.get_xlim() == (0, end)
+    assert below.get_ylim() == pytest.approx((1 - 0.24, 7 + 0.24))
+    if hop == 1:
+        steps = [patch.get_data() for patch in below.patches]
+        assert [step.edges.tolist() for step in steps] == [[0, 1, 2, 3, 4, 5]] * 2
+        assert [len(step.values) for step in steps] == [5, 5]
+    else:
+        assert [line.get_xdata().tolist() for line in below.lines] == [[0.5, 0.75, 1, 1.25, 1.5]] * 2
+    assert {*TARGETS, "speech.wav", "time (s)"} <= set(texts(figure))
+
+
+def test_no_prediction_lies_outside_of_the_picture(tmp_path):
+    """The head is not bound to the range of the labels."""
+    spans, predictions = np.array([[0, 0.5], [0.5, 1]]), np.array([[0.2, 4], [3, 9]])
+    figure = plots.timeline(np.zeros(16_000), spans, predictions, TARGETS, (1, 7), "a", NOTE, tmp_path / "picture")
+    low, high = figure.axes[1].get_ylim()
+    assert low < 0.2 < 9 < high
+
+
+def test_an_hour_is_a_small_picture_in_which_no_click_is_lost(tmp_path):
+    """58 million samples: one of them is seen; the axis is in minutes."""
+    waveform, starts = np.zeros(3600 * 16_000, np.float32), np.arange(3596)
+    waveform[1_234_567] = -0.7
+    lows, highs = plots.envelope(waveform, 1400)
+    assert (len(lows), lows.min(), highs.max()) == (1400, np.float32(-0.7), 0)
+    assert lows.argmin() == 1_234_567 * 1400 // len(waveform)
+    predictions, spans = RANDOM.uniform(2, 5, (3596, 3)), np.stack([starts, starts + 5], 1)
+    names = (*TARGETS, "dominance")
+    figure = plots.timeline(waveform, spans, predictions, names, (1, 7), "a", NOTE, tmp_path / "picture")
+    assert figure.axes[1].get_xlim() == (0, 60)
+    assert "time (min)" in texts(figure)
+    assert (tmp_path / "picture.pdf").stat().st_size < 300_000
+
+
+def test_the_envelope_by_hand():
+    """Of parts as equal as can be; each sample for itself where there are fewer than parts."""
+    waveform = np.array([1, 5, 2, -3, 0, 4, 6])
+    lows, highs = plots.envelope(waveform, 3)
+    assert (lows.tolist(), highs.tolist()) == ([1, -3, 0], [5, 2, 6])
+    assert [part.tolist() for part in plots.envelope(waveform, 10)] == [waveform.tolist()] * 2
+
+
+@pytest.mark.parametrize("title", ["a$b$.wav", "x^{_$\\frac$.wav", "long" * 60 + ".wav"])
+def test_any_name_of_a_file_is_a_title(tmp_path, title):
+    """No formula, and not beyond the page."""
+    spans, predictions = np.array([[0, 1]]), np.array([[3, 4]])
+    figure = plots.timeline(np.ones(16_000), spans, predictions, TARGETS, (1, 7), title, NOTE, tmp_path / "picture")
+    check_words(figure)
+    assert any(word.endswith(title[-50:]) for word in texts(figure))
 
 
 @pytest.mark.parametrize(

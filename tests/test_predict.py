@@ -2,11 +2,14 @@
 
 import csv
 import io
+import json
+import math
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from conftest import speech_like, tiny_settings
 import data
 import freeze
 import lora
+import plots
 import predict
 import run
 import train
@@ -85,7 +89,10 @@ def values(row: dict[str, str]) -> dict[str, float]:
 
 
 def test_files_and_folders_become_rows_and_what_cannot_be_read_is_named_at_the_end(trained, recordings):
-    """As a real process: every other row is there, status 1, no traceback; each row is the model's own prediction."""
+    """As a real process: every other row is there, status 1, no traceback; each row is the model's own prediction.
+
+    What is named twice has one row.
+    """
     (recordings / "bad.wav").write_bytes(b"RIFF")
     silent = recordings / "more" / "nan.wav"
     soundfile.write(silent, np.full(8000, np.nan, np.float32), 16_000, subtype="FLOAT")
@@ -98,13 +105,13 @@ def test_files_and_folders_become_rows_and_what_cannot_be_read_is_named_at_the_e
     assert done.returncode == 1
     assert done.stdout == ""
     first, *named = done.stderr.splitlines()
-    assert first == "error: 3 of 7 files have no prediction:"
+    assert first == "error: 3 of 6 files have no prediction:"
     assert [line.split(": ")[0] for line in named] == [str(recordings / "bad.wav"), str(silent), "missing.wav"]
     rows = rows_of(out.read_text(encoding="utf-8"))
-    read = [recordings / "a.wav", recordings / "b.flac", extra, extra]
+    read = [recordings / "a.wav", recordings / "b.flac", extra]
     assert [row["file"] for row in rows] == [str(path) for path in read]
     model = run.load_run(trained)
-    for row, path, seconds in zip(rows, read, (0.5, 0.5, 0.5, 0.5), strict=True):
+    for row, path, seconds in zip(rows, read, (0.5, 0.5, 0.5), strict=True):
         assert (float(row["start"]), float(row["end"])) == (0, seconds)
         assert values(row) == pytest.approx(model.predict(data.read_audio(path), 16_000), abs=1e-3)
     assert values(rows[0]) != values(rows[1])
@@ -138,58 +145,255 @@ def test_predictions_are_in_the_scale_of_the_labels(trained, recordings, monkeyp
     assert values(row) == {"activation": 1.0, "valence": 5.5}
 
 
-@pytest.mark.parametrize(("seconds", "window", "count"), [(2.45, 1.0, 3), (2.0, 1.0, 2), (1.0, 1.0, 1), (0.9, 20, 1)])
+# ---------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize(
+    ("seconds", "window", "count"), [(2.45, 1.0, 3), (2.0, 1.0, 2), (1.0, 1.0, 1), (0.7, 0.7, 1), (0.9, math.inf, 1)]
+)
 def test_windows_cover_a_file_without_gap_or_overlap(seconds, window, count):
-    """Equal to a sample, at most `window` long; put together again they are the file."""
-    waveform = torch.arange(round(seconds * 16_000)).float()
-    pieces = predict.cut(waveform, window)
-    assert len(pieces) == count
-    assert torch.equal(torch.cat([samples for *_, samples in pieces]), waveform)
-    assert [start for start, _, _ in pieces[1:]] == [end for _, end, _ in pieces[:-1]]
-    assert (pieces[0][0], pieces[-1][1]) == (0, pytest.approx(seconds))
-    lengths = [len(samples) for *_, samples in pieces]
+    """Equal to a sample, at most `window` long."""
+    spans = list(predict.spans(round(seconds * 16_000), window))
+    assert len(spans) == count
+    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+    assert spans[-1][1] == round(seconds * 16_000)
+    lengths = [stop - start for start, stop in spans]
     assert max(lengths) - min(lengths) <= 1
-    assert max(lengths) <= window * 16_000
-    for start, end, samples in pieces:
-        assert (end - start) * 16_000 == pytest.approx(len(samples))
+    assert max(lengths) <= window * 16_000 + 1e-6
 
 
-def test_no_window_is_too_short_for_the_model():
+@pytest.mark.parametrize(
+    ("samples", "window", "hop", "starts"),
+    [
+        (16_000, 0.5, 0.25, [0, 4000, 8000]),
+        (16_001, 0.5, 0.25, [0, 4000, 8000, 8001]),
+        (16_000, 0.4, 0.4, [0, 6400, 9600]),
+        (8000, 0.5, 0.1, [0]),
+        (5000, 0.5, 0.1, [0]),
+        (5000, math.inf, math.inf, [0]),
+        (1603, 0.1, 1e-9, [0, 1, 2, 3]),
+    ],
+)
+def test_sliding_windows_by_hand(samples, window, hop, starts):
+    """One every `hop`, all of one length, the last one at the end; a file that is shorter is one window."""
+    size = min(window * 16_000, samples)
+    assert list(predict.spans(samples, window, hop)) == [(start, start + size) for start in starts]
+
+
+@pytest.mark.parametrize("hop", [None, 0.1, 0.03])
+def test_no_window_is_too_short_for_the_model(hop):
     """Whatever the length of the file, with the shortest window that is allowed."""
     for samples in (400, 1600, 1601, 3201, 4799, 16_001):
-        assert min(len(piece) for *_, piece in predict.cut(torch.zeros(samples), 0.1)) >= data.MIN_SAMPLES
+        assert min(stop - start for start, stop in predict.spans(samples, 0.1, hop)) >= data.MIN_SAMPLES
 
 
-def test_a_long_file_gets_a_row_for_each_window(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("hop", [None, 0.2])
+def test_a_long_file_gets_a_row_for_each_window(trained, tmp_path, monkeypatch, capsys, hop):
     """More windows than are in memory at once; each row is the prediction for its own stretch."""
     waveform = speech_like(10 * 8000 + 4000).numpy() / 4
     soundfile.write(tmp_path / "long.wav", waveform, 16_000, subtype="FLOAT")
-    assert command_line(monkeypatch, trained, tmp_path / "long.wav", "--window", "0.5") is None
+    slide = ["--hop", hop] if hop else []
+    assert command_line(monkeypatch, trained, tmp_path / "long.wav", "--window", "0.5", *slide) is None
     rows = rows_of(capsys.readouterr().out)
-    assert len(rows) == 11 > predict.TOGETHER
-    edges = [float(row["start"]) for row in rows] + [float(rows[-1]["end"])]
-    assert edges[1:] == [float(row["end"]) for row in rows]
-    assert (edges[0], edges[-1]) == (0, 5.25)
+    spans = list(predict.spans(len(waveform), 0.5, hop))
+    assert len(rows) == len(spans) == (25 if hop else 11)
+    assert rows[-1]["end"] == "5.25"
     model = run.load_run(trained)
-    for row, (_, _, samples) in zip(rows, predict.cut(torch.from_numpy(waveform).float(), 0.5), strict=True):
-        assert values(row) == pytest.approx(model.predict(samples, 16_000), abs=1e-3)
+    for row, (start, stop) in zip(rows, spans, strict=True):
+        assert (float(row["start"]), float(row["end"])) == pytest.approx((start / 16_000, stop / 16_000), abs=5e-4)
+        assert values(row) == pytest.approx(model.predict(torch.tensor(waveform[start:stop]).float(), 16_000), abs=1e-3)
 
 
-def test_a_file_that_fails_half_way_has_no_row_at_all(trained, recordings, monkeypatch, capsys):
-    """Not the windows before the trouble: a file is there or it is named."""
-    real, calls = EmotionModel.encode, []
+def test_predictions_do_not_depend_on_the_batch(trained, tmp_path):
+    """Files of many lengths, cut and whole, together and alone: the same to 1e-5 of the scale, in the same order."""
+    for number, samples in enumerate((400, 4000, 16_123, 8001, 30_000)):
+        soundfile.write(tmp_path / f"{number}.wav", speech_like(samples, number).numpy() / 4, 16_000)
+    model, found = run.load_run(trained), {}
+    for batch in (1, 3, 64):
+        stream = predict.windows(sorted(tmp_path.glob("*.wav")), 0.7, 0.3, [])
+        groups = list(predict.predict(model, stream, batch))
+        assert [len(group) for group, _ in groups[:-1]] == [batch] * (len(groups) - 1)
+        places = [(window.number, window.start, window.stop) for group, _ in groups for window in group]
+        found[batch] = places, torch.tensor([values for _, predictions in groups for values in predictions])
+    for places, predictions in (found[3], found[64]):
+        assert places == found[1][0]
+        assert torch.allclose(predictions, found[1][1], rtol=0, atol=6e-5)
+    assert found[1][1].std(0).min() > 1e-2  # else the comparison would say nothing
 
-    def encode(self, *arguments):
+
+def test_few_windows_are_in_memory_whatever_the_files(trained, recordings, monkeypatch):
+    """A file is read when its first window is due, one batch ahead; its waveform goes with its last window."""
+    paths, waveforms, alive, real = [recordings / "a.wav"] * 40, [], [], data.read_audio
+
+    def read(path):
+        waveform = real(path)
+        waveforms.append(weakref.ref(waveform))
+        alive.append(sum(each() is not None for each in waveforms))
+        return waveform
+
+    monkeypatch.setattr(data, "read_audio", read)
+    for group, _ in predict.predict(run.load_run(trained), predict.windows(paths, 0.1, None, []), batch=2):
+        del group
+    assert len(alive) == 40
+    assert max(alive) <= 4
+
+
+def test_16_bit_moves_predictions_a_little(trained, recordings, monkeypatch, capsys):
+    """By less than a twentieth of the scale, and not by nothing, which would be no 16 bit."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        assert command_line(monkeypatch, trained, recordings, "--precision", precision, "--device", "cpu") is None
+        rows = rows_of(capsys.readouterr().out)
+        found.append(np.array([list(values(row).values()) for row in rows]))
+    assert found[0] == pytest.approx(found[1], abs=0.3)
+    assert not np.array_equal(*found)
+
+
+# ---------------------------------------------------------------- inputs and outputs
+
+
+def test_patterns_and_a_list_on_stdin_name_files(recordings, monkeypatch):
+    """A quoted pattern is expanded here, through folders too; a name that looks like one and is there is a file."""
+    a, b, c = (recordings / name for name in ("a.wav", "b.flac", "more/C.WAV"))
+    strange = recordings / "more" / "x[1].wav"
+    shutil.copy(a, strange)
+    shutil.copy(a, recordings / "._a.wav")  # as macOS leaves it, though that is no audio
+    assert predict.find_audio([str(recordings / "**" / "*.[wf]*")]) == [a, b, strange]
+    assert predict.find_audio([str(strange), str(recordings)]) == [strange, a, b, c]
+    assert predict.find_audio([str(recordings / "m*")]) == [c, strange]  # a folder is searched
+    missing = recordings / "missing.wav"
+    text = f"{b}\n\n{missing}\r\n{recordings / 'more'}\n{b}\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(text))))
+    assert predict.find_audio(["-", str(a)]) == [b, missing, c, strange, a]
+
+
+def test_one_file_under_two_names_is_predicted_once(recordings, monkeypatch):
+    """However its path is written."""
+    monkeypatch.chdir(recordings)
+    assert predict.find_audio(["b.flac", f".{os.sep}b.flac", str(recordings / "more" / ".." / "b.flac")]) == [
+        Path("b.flac")
+    ]
+
+
+def test_rows_as_json_lines(trained, recordings, tmp_path, monkeypatch, capsys):
+    """The numbers of the CSV; asked for, or by the suffix of --out."""
+    path = recordings / 'é, "b".wav'
+    shutil.copy(recordings / "a.wav", path)
+    assert command_line(monkeypatch, trained, recordings) is None
+    expected = rows_of(capsys.readouterr().out)
+    assert command_line(monkeypatch, trained, recordings, "--format", "jsonl") is None
+    printed = capsys.readouterr().out
+    for name, kind in (("out.jsonl", []), ("out.csv", ["--format", "jsonl"])):
+        assert command_line(monkeypatch, trained, recordings, "--out", tmp_path / name, *kind) is None
+        assert (tmp_path / name).read_text(encoding="utf-8") == printed
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert [row["file"] for row in rows] == [row["file"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert list(row) == HEADER
+        assert [row[column] for column in HEADER[1:]] == [float(other[column]) for column in HEADER[1:]]
+
+
+def test_ctrl_c_leaves_the_rows_so_far(trained, recordings, tmp_path, monkeypatch):
+    """In the second batch: what the first gave is in the file, whole, and the message is one line."""
+    real, calls, out = EmotionModel.infer, [], tmp_path / "out.csv"
+
+    def infer(self, waveforms):
         calls.append(None)
         if len(calls) == 2:
-            raise ValueError("a.wav: trouble in its second group of windows")
-        return real(self, *arguments)
+            assert len(rows_of(out.read_text(encoding="utf-8"))) == 2  # not only when the file is closed
+            raise KeyboardInterrupt
+        return real(self, waveforms)
 
-    soundfile.write(recordings / "a.wav", speech_like(16_000).numpy() / 4, 16_000)
-    monkeypatch.setattr(EmotionModel, "encode", encode)
-    code = command_line(monkeypatch, trained, recordings / "a.wav", recordings / "b.flac", "--window", "0.1")
-    assert code == "error: 1 of 2 files have no prediction:\na.wav: trouble in its second group of windows"
-    assert {row["file"] for row in rows_of(capsys.readouterr().out)} == {str(recordings / "b.flac")}
+    monkeypatch.setattr(EmotionModel, "infer", infer)
+    code = command_line(monkeypatch, trained, recordings, "--out", out, "--batch", "2")
+    assert code == "\nstopped; every row that is written is whole"
+    assert len(rows_of(out.read_text(encoding="utf-8"))) == 2
+
+
+def test_a_run_on_the_demo_corpus_says_so(trained, recordings, monkeypatch, capsys):
+    """On stderr, so that the rows stay a table."""
+    config = (trained / "config.yaml").read_text(encoding="utf-8")
+    (trained / "config.yaml").write_text(config.replace("corpus: manifest", "corpus: demo"), encoding="utf-8")
+    try:
+        assert command_line(monkeypatch, trained, recordings / "a.wav") is None
+    finally:
+        (trained / "config.yaml").write_text(config, encoding="utf-8")
+    printed, errors = capsys.readouterr()
+    assert errors == run.DEMO_NOTE + "\n"
+    assert len(rows_of(printed)) == 1
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_every_file_gets_a_picture(trained, recordings, tmp_path, monkeypatch, capsys):
+    """Of all its windows, whatever the batch; two files of one name get one each, a file that is none gets none."""
+    drawn = []
+    monkeypatch.setattr(plots, "timeline", lambda *arguments: drawn.append(arguments))
+    again = recordings / "more" / "A.flac"
+    soundfile.write(again, speech_like(4000, 3).numpy() / 4, 16_000)
+    (recordings / "bad.wav").write_bytes(b"RIFF")
+    arguments = [recordings, "--plot", tmp_path / "some" / "pictures", "--window", "0.2", "--batch", "2"]
+    assert command_line(monkeypatch, trained, *arguments).startswith("error: 1 of 5 files")
+    rows = rows_of(capsys.readouterr().out)
+    files = [recordings / "a.wav", recordings / "b.flac", again, recordings / "more" / "C.WAV"]
+    assert [arguments[-1] for arguments in drawn] == [
+        tmp_path / "some" / "pictures" / n for n in ("a", "b", "A_2", "C")
+    ]
+    for path, (waveform, spans, predictions, targets, label_range, title, note, _) in zip(files, drawn, strict=True):
+        assert waveform == pytest.approx(data.read_audio(path).numpy())
+        own = [row for row in rows if row["file"] == str(path)]
+        assert spans == pytest.approx(np.array([[float(row["start"]), float(row["end"])] for row in own]), abs=6e-4)
+        assert predictions == pytest.approx(np.array([list(values(row).values()) for row in own]), abs=6e-5)
+        assert (targets, label_range, title, note) == (("activation", "valence"), (1.0, 7.0), path.name, "")
+
+
+def test_a_picture_that_cannot_be_written_is_named(trained, recordings, tmp_path, monkeypatch, capsys):
+    """And not taken for the table; the rows are there."""
+
+    def timeline(*arguments) -> None:
+        raise OSError("a.png: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(plots, "timeline", timeline)
+    code = command_line(monkeypatch, trained, recordings, "--plot", tmp_path / "pictures")
+    assert code == "error: a.png: cannot be written (No space left on device)"
+    assert len(rows_of(capsys.readouterr().out)) == 3
+
+
+def test_a_real_picture(trained, recordings, tmp_path, monkeypatch):
+    assert command_line(monkeypatch, trained, recordings / "a.wav", "--plot", tmp_path / "pictures") is None
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"a.png", "a.pdf"}
+
+
+def test_without_matplotlib_there_is_all_but_pictures(trained, recordings, tmp_path, monkeypatch, capsys):
+    """And whoever asks for one is told before anything is computed."""
+    monkeypatch.delitem(sys.modules, "plots")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command_line(monkeypatch, trained, recordings / "a.wav") is None
+    assert len(rows_of(capsys.readouterr().out)) == 1
+    code = command_line(monkeypatch, trained, recordings / "a.wav", "--plot", tmp_path / "pictures")
+    assert code == "error: --plot: found no matplotlib, expected it; `pip install matplotlib`"
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- files that are named
+
+
+def test_what_is_wrong_with_a_file_is_said(trained, recordings, monkeypatch, capsys):
+    """A video container, a header without a rate, and a file of nothing; a row for what is none of these."""
+    header = bytearray((recordings / "a.wav").read_bytes())
+    header[24:28] = bytes(4)
+    bad = {"rate.wav": header, "clip.mp4": b"\0\0\0 ftypisom" + bytes(100), "nothing.wav": b""}
+    for name, content in bad.items():
+        (recordings / name).write_bytes(content)
+    code = command_line(monkeypatch, trained, *(recordings / name for name in ("b.flac", *bad)))
+    assert code.splitlines() == [
+        "error: 3 of 4 files have no prediction:",
+        f"{recordings / 'rate.wav'}: its header declares a sample rate of 0 Hz; convert it again",
+        f"{recordings / 'clip.mp4'}: not audio that soundfile reads; convert it to WAV, FLAC, OGG or MP3",
+        f"{recordings / 'nothing.wav'}: empty file (0 bytes); copy it again or leave it out",
+    ]
+    assert len(rows_of(capsys.readouterr().out)) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system takes no such name")
@@ -276,16 +480,27 @@ def test_what_is_no_run_is_one_clear_message(trained, recordings, tmp_path, monk
 
 
 def test_bad_arguments_are_one_clear_message(trained, recordings, tmp_path, monkeypatch, capsys):
-    """A folder without audio, a window too short for a frame, a device and a place that are not there."""
+    """A folder, pattern or list without audio, a window too short for a frame, a device and a place that are not."""
     empty, out = tmp_path / "empty", tmp_path / "none" / "out.csv"
     empty.mkdir()
-    (empty / "notes.txt").write_text("no audio")
+    notes = empty / "notes.txt"
+    notes.write_text("no audio")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     for arguments, expected in (
-        ([recordings, empty], f"error: {empty}: no audio file in this folder"),
+        ([recordings, empty], f"error: {empty}: no audio file in this folder, found *.txt"),
+        ([recordings, empty / "*.wav"], f"error: {empty / '*.wav'}: nothing matches this pattern"),
+        (["-"], "error: -: no path on standard input"),
         ([recordings, "--window", "0.05"], "error: --window: expected at least 0.1 seconds, found 0.05"),
         ([recordings, "--window", "nan"], "error: --window: expected at least 0.1 seconds, found nan"),
+        ([recordings, "--hop", "0"], "error: --hop: expected above 0 and at most the window, 20 seconds, found 0.0"),
+        ([recordings, "--hop", "nan"], "error: --hop: expected above 0 and at most the window, 20 seconds, found nan"),
+        ([recordings, "--window", "2", "--hop", "2.1"], "error: --hop: expected above 0 and at most the window, 2 s"),
+        ([recordings, "--batch", "0"], "error: --batch: expected at least 1, found 0"),
+        ([recordings, "--format", "xml"], "error: --format: expected csv or jsonl, found xml"),
+        ([recordings, "--precision", "int8"], "error: --precision: expected fp32, bf16, fp16, found int8"),
         ([recordings, "--device", "tpu"], "error: device: 'tpu' is not a device"),
         ([recordings, "--out", out], f"error: {out}: cannot be written (No such file or directory)"),
+        ([recordings, "--plot", notes], f"error: --plot: {notes} is a file, expected a directory"),
     ):
         assert command_line(monkeypatch, trained, *arguments).startswith(expected)
     assert capsys.readouterr() == ("", "")
