@@ -47,6 +47,7 @@ from manifest import (
 
 SAMPLE_RATE = 16_000  # Hz, what every Wav2Vec 2.0 was trained on
 MIN_SAMPLES = 400  # at SAMPLE_RATE: one frame of the CNN, 25 ms
+BLOCK = 1 << 20  # samples decoded at once
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -192,16 +193,19 @@ def _ogg_ends(file: BinaryIO, size: int) -> bool:
 
 
 def _decode(sound: soundfile.SoundFile) -> np.ndarray:
-    """All samples with the channels averaged: (S,) float32 at the file's own rate."""
+    """All samples with the channels averaged: (S,) float32 at the own rate; part by part, for hours of stereo."""
+    parts = [np.empty(0, np.float32)]
     try:
-        samples = sound.read(dtype="float32", always_2d=True)  # (S, channels)
-    except (RuntimeError, MemoryError, ValueError) as error:  # the last two: FLAC without a possible length
+        while len(part := sound.read(BLOCK, dtype="float32", always_2d=True)):  # (BLOCK, channels)
+            parts.append(part.mean(axis=1))
+    except RuntimeError as error:
         raise ValueError(f"truncated or damaged: {error}; copy or convert it again") from None
+    samples = np.concatenate(parts)
     if len(samples) < sound.frames:
         raise ValueError(f"truncated: {len(samples)} of {sound.frames} samples; copy it again")
     if not np.isfinite(samples).all():
         raise ValueError("holds NaN or infinite samples; convert it again or leave it out")
-    return samples.mean(axis=1)
+    return samples
 
 
 # ---------------------------------------------------------------- labels and batches
