@@ -151,7 +151,7 @@ def card(
         "CODE": code(config, form, targets, low, high),
         "TESTED": f"{tested['utterances']:,} utterances of {tested['speakers']:,} speakers",
         "SCORES": table(["target", "CCC", "95% interval"], [score_cells(*item) for item in result["test"].items()]),
-        "CORPUS": f"`{Path(config['manifest']).name}`, a manifest" if config["manifest"] else config["corpus"],
+        "CORPUS": f"manifest `{Path(config['manifest']).name}`" if config["manifest"] else config["corpus"],
         "SPLITS": table(["split", "utterances", "speakers", "hours"], split_cells(result["corpus"])),
         "METHOD": method(result, config),
         "CONFIG": yaml.safe_dump(changed, sort_keys=False),
@@ -203,10 +203,10 @@ def method(result: dict, config: dict) -> str:
         trained.append(f"LoRA of rank {config['lora_rank']} on {', '.join(config['lora_targets'])}")
     adapter = f" after the adapter `{Path(config['adapter']).name}` was merged" if config["adapter"] else ""
     return (
-        f"Trained{adapter}: {', '.join([*trained, 'the head'])}; {result['trainable_parameters']:,} of "
+        f"Trained{adapter}: {' and '.join([*trained, 'the head'])}; {result['trainable_parameters']:,} of "
         f"{result['total_parameters']:,} parameters. The loss is 1 - CCC over a batch. Pooling: {config['pooling']}. "
-        f"Precision: {result['precision']}. Of {result['epochs']} epochs this is number {result['best_epoch']}, the "
-        f"best on the development set (mean CCC {result['dev_ccc']:.3f})."
+        f"Precision: {result['precision']}. Epochs: {result['epochs']}; here are the weights of number "
+        f"{result['best_epoch']}, the best on the development set (mean CCC {result['dev_ccc']:.3f})."
     )
 
 

@@ -344,6 +344,14 @@ def test_weights_beyond_what_one_file_holds_lie_beside_it(runs, tmp_path, monkey
     assert_predicts_as(run.load_run(runs["lora"]), predicted(out, monkeypatch))
 
 
+def test_what_the_graph_does_not_compute_is_not_written(runs, tmp_path, monkeypatch):
+    """Each export compares the graph with the model: here one normalises the waveform and the other does not."""
+    monkeypatch.setattr(export, "normalize", lambda waveform: waveform)
+    with pytest.raises(ValueError, match=r"predictions are .* off; use --format transformers"):
+        export.export(runs["lora"], tmp_path / "out", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_package_is_named(runs, tmp_path, monkeypatch):
     """And nothing is left behind."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "onnxscript"] + ["onnxscript"]:
@@ -368,7 +376,7 @@ def test_the_card_tells_scores_data_method_and_limits(runs, tmp_path):
     for target, score in result["test"].items():
         assert f"| {target} | {score['ccc']:.3f} | {score['ci95'][0]:.3f} to {score['ci95'][1]:.3f} |" in text
     assert "4 utterances of 2 speakers" in text
-    assert "LoRA of rank 4 on q, o, fc1, fc2, the head" in text
+    assert "LoRA of rank 4 on q, o, fc1, fc2 and the head" in text
     assert f"{result['trainable_parameters']:,} of {result['total_parameters']:,} parameters" in text
     assert "lora_rank: 4" in text and "manifest.csv" in text and "from 1 to 7" in text
     assert "Intended use and limits" in text and "Regulation 2024/1689" in text
