@@ -31,6 +31,7 @@ class Config:
     allow_speaker_overlap: bool = False  # a speaker in two splits makes scores too good
 
     backbone: str = "facebook/wav2vec2-base"  # a directory, a file, a name on the Hugging Face hub, or "logmel"
+    adapter: str | None = None  # a directory that PEFT saved: its LoRA becomes part of the backbone before all else
     trainable_layers: int | list[int] | Literal["all"] = 0  # the last k, a list, or all with the projection below them
     lora_rank: int = 0  # 0: no LoRA. 8 is where the published comparisons level off
     lora_alpha: float = 16.0  # the update counts alpha / rank times
@@ -97,6 +98,7 @@ class Config:
         pooled = nothing and self.pooling != "attentive" and self.cache_dtype == "int8"
         self.require("cache_dtype", not pooled, "float16, as no layer trains: of a few rows each, int8 would be larger")
         self.require("backbone", self.backbone != "logmel" or nothing, "one with layers, since some shall train")
+        self.require("adapter", self.backbone != "logmel" or self.adapter is None, "null, as backbone is logmel")
         self.require("lora_rank", not (everything and self.lora_rank), "0, since trainable_layers: all leaves no layer")
         below = "as it acts below layer 0, which is frozen unless trainable_layers is all"
         idle = dict.fromkeys(("projection_dropout", "mask_time_prob", "mask_feature_prob"), (not everything, below))

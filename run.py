@@ -20,6 +20,8 @@ from tqdm import tqdm
 import check
 import data
 import weights
+from adapter import FILES as ADAPTER_FILES
+from adapter import merge_adapter
 from cache import ActivationCache, Tier, pick_tier
 from config import Config, load_config, make_config, split_words
 from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
@@ -104,7 +106,10 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
 
 
 def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
-    """The pretrained backbone and its identity. The demo corpus alone makes do with random weights."""
+    """The pretrained backbone, an adapter merged into it, and the identity of both.
+
+    The demo corpus alone makes do with random weights.
+    """
     if config.backbone == "logmel":
         backbone = LogMel()
         return backbone, {"source": "logmel", "sha256": weights.sha256_of(backbone)}
@@ -112,9 +117,13 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
     try:
         files = weights.locate(config.backbone)
         backbone = weights.load_backbone(config.backbone, **regularisation)
-        return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}
+        if config.adapter is None:
+            return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}
+        merge_adapter(backbone, config.adapter, config.backbone)
+        files += [Path(config.adapter) / name for name in ADAPTER_FILES]
+        return backbone, {"source": f"{config.backbone} with {config.adapter}", "sha256": weights.sha256(files)}
     except weights.UnavailableError as error:
-        if config.corpus != "demo":
+        if config.corpus != "demo" or config.adapter is not None:
             raise
         print(f"warning: {error}\nwarning: the demo goes on with RANDOM weights of wav2vec2-base", file=sys.stderr)
         backbone = weights.random_backbone(Wav2Vec2Config(**regularisation))
@@ -332,15 +341,19 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def load_run(directory: str | Path, device: str = "cpu") -> EmotionModel:
-    """The best model of a finished run, LoRA merged, in eval mode. Raises FileNotFoundError or ValueError."""
+def load_run(directory: str | Path, device: str = "cpu", merged: bool = True) -> EmotionModel:
+    """The best model of a finished run, LoRA merged or still apart, in eval mode.
+
+    Raises FileNotFoundError or ValueError.
+    """
     directory = Path(directory)
     best = load_checkpoint(directory / "best.pt")
     config = make_config(best["config"], str(directory))
     model, identity = build_model(config, tuple(best["label_range"]))
     require_backbone(directory / "best.pt", best, identity)
     load_trained(model, best["trained"])
-    merge(model)
+    if merged:
+        merge(model)
     return model.to(pick_device(device)).eval()
 
 

@@ -61,6 +61,7 @@ HUGGING_FACE = {  # our key -> the key that `save_backbone` writes
     rf"layers\.(\d+)\.feed_forward\.fc2\.{P}": r"encoder.layers.\1.feed_forward.output_dense.\2",
     rf"layers\.(\d+)\.feed_forward_norm\.{P}": r"encoder.layers.\1.final_layer_norm.\2",
 }
+FAMILIES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}  # what transformers calls them
 OTHERS = {  # what gives another architecture away
     "WavLM": r"rel_attn_embed|grep_linear|relative_attention_bias",
     "data2vec": r"pos_conv_embed\.layers\.|pos_conv\.\d+\.0\.",
@@ -120,10 +121,11 @@ def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
     return backbone
 
 
-def save_backbone(backbone: Wav2Vec2, directory: str | Path) -> None:
+def save_backbone(backbone: Wav2Vec2, directory: str | Path, family: str = "wav2vec2") -> None:
     """Write a backbone as a Hugging Face directory that `Wav2Vec2Model.from_pretrained` and `load_backbone` read.
 
-    In fp32. The weight `w` of the positional convolution becomes `v = w` and `g = |v|`, so that `g v / |v|` is `w`.
+    In fp32; `family` "hubert" is for `HubertModel`, the same architecture. The weight `w` of the positional convolution
+    becomes `v = w` and `g = |v|`, so that `g v / |v|` is `w`.
     Raises ValueError for a backbone with LoRA in it or with a dropped prefix.
     """
     state = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
@@ -136,7 +138,7 @@ def save_backbone(backbone: Wav2Vec2, directory: str | Path) -> None:
     state["position.conv.weight_v"] = w.where(norm > 0, 1.0)  # where w is 0, g is, and v must not be: 0/0
     tensors = {}
     for name, tensor in state.items():
-        key = next((m.expand(key) for pattern, key in HUGGING_FACE.items() if (m := re.fullmatch(pattern, name))), None)
+        key = hugging_face_key(name)
         if key is None or tensor.is_meta:
             what = "is not in memory; save it before its prefix is dropped" if key else "has no place; merge LoRA first"
             raise ValueError(f"{directory}: cannot hold the backbone: {name} {what}")
@@ -146,15 +148,20 @@ def save_backbone(backbone: Wav2Vec2, directory: str | Path) -> None:
     beside = directory / f".{WEIGHT_FILES[0]}.tmp"  # the backbone may be mapped from the very file that it replaces
     save_file(tensors, beside, {"format": "pt"})
     os.replace(beside, directory / WEIGHT_FILES[0])
-    for name, settings in zip(SETTINGS_FILES, settings_of(backbone.config), strict=True):
+    for name, settings in zip(SETTINGS_FILES, settings_of(backbone.config, family), strict=True):
         (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def settings_of(config: Wav2Vec2Config) -> tuple[dict, dict]:
+def hugging_face_key(name: str) -> str | None:
+    """The key in a Hugging Face directory of a parameter of ours, None if it has no place there."""
+    return next((m.expand(key) for pattern, key in HUGGING_FACE.items() if (m := re.fullmatch(pattern, name))), None)
+
+
+def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict, dict]:
     """An architecture as `config.json` and `preprocessor_config.json` say it."""
     architecture = {
-        "model_type": "wav2vec2",
-        "architectures": ["Wav2Vec2Model"],
+        "model_type": family,
+        "architectures": [FAMILIES[family]],
         "conv_dim": config.conv_channels,
         "conv_kernel": config.conv_kernels,
         "conv_stride": config.conv_strides,
