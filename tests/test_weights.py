@@ -33,6 +33,8 @@ FAMILIES = {  # model class, width, heads, layer-normed convolutions and pre-nor
     "xlsr_1b": ("Wav2Vec2", 160, 2, True, True),
     "hubert_base": ("Hubert", 96, 12, False, False),
     "hubert_large": ("Hubert", 128, 16, True, False),
+    "wavlm_base": ("WavLM", 96, 12, False, False),
+    "wavlm_large": ("WavLM", 128, 16, True, False),
 }
 
 
@@ -70,10 +72,11 @@ def test_every_family_gives_the_hidden_states_of_transformers(transformers, tmp_
     theirs = peer(transformers, family)
     theirs.save_pretrained(tmp_path)
     ours = weights.load_backbone(tmp_path)
-    _, width, heads, large, bias = FAMILIES[family]
+    name, width, heads, large, bias = FAMILIES[family]
     c = ours.config
     assert (c.width, c.heads, c.layers, c.ffn) == (width, heads, 3, 128)
     assert (c.pre_norm, c.conv_bias, c.conv_norm) == (large, bias, "layer" if large else "group")
+    assert (c.relative_buckets, c.relative_distance) == (320 if name == "WavLM" else 0, 800)
     assert c.normalize_waveform and not ours.training
     assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
     for samples in (400, 7331, 16_000):
@@ -95,6 +98,8 @@ def test_every_family_gives_the_hidden_states_of_transformers(transformers, tmp_
         ("base", "ForXVector", "tdnn.0.kernel.weight"),
         ("hubert_base", "ForCTC", "lm_head.weight"),
         ("hubert_large", "ForSequenceClassification", "projector.weight"),
+        ("wavlm_base", "ForXVector", "tdnn.0.kernel.weight"),
+        ("wavlm_large", "ForCTC", "lm_head.weight"),
     ],
 )
 def test_a_head_on_top_changes_nothing(transformers, tmp_path, family, head, extra):
@@ -401,6 +406,32 @@ def test_fairseq_itself_agrees(tmp_path, large):
         assert torch.allclose(states[depth], expected["layer_results"][depth - 1][0][:, 0], rtol=0, atol=1e-4), depth
 
 
+WAVLM_NAMES = (  # Hugging Face -> the published files of WavLM, beside those of fairseq
+    ("gru_rel_pos_linear", "grep_linear"),
+    ("gru_rel_pos_const", "grep_a"),
+    ("rel_attn_embed", "relative_attention_bias"),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", r"\1.2."),
+)
+
+
+def test_the_published_files_of_wavlm_are_read(transformers, tmp_path):
+    """Microsoft's own layout: a flat `cfg` and fairseq's names; the model is that of the Hugging Face directory."""
+    theirs = peer(transformers, "wavlm_base", num_buckets=64, max_bucket_distance=200)
+    theirs.save_pretrained(tmp_path / "hugging_face")
+    tensors = {}
+    for name, tensor in theirs.state_dict().items():
+        for pattern, replacement in (*FAIRSEQ_NAMES, *WAVLM_NAMES):
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = tensor.clone()
+    assert "encoder.layers.0.self_attn.relative_attention_bias.weight" in tensors
+    cfg = {"encoder_layers": 3, "encoder_attention_heads": 12, "layer_norm_first": False, "normalize": False}
+    cfg |= {"relative_position_embedding": True, "num_buckets": 64, "max_distance": 200, "gru_rel_pos": True}
+    torch.save({"cfg": cfg, "model": tensors}, tmp_path / "WavLM-Base.pt")
+    reference = weights.load_backbone(tmp_path / "hugging_face", normalize_waveform=False)
+    assert reference.config.relative_distance == 200
+    assert_same(weights.load_backbone(tmp_path / "WavLM-Base.pt"), reference)
+
+
 # ---------------------------------------------------------------- strictness
 
 
@@ -421,10 +452,10 @@ UNFIT = {
     "missing norm": (without("encoder.layer_norm.weight"), r"norm\.weight is missing"),
     "missing half of the weight norm": (
         without(f"{POSITION}.parametrizations.weight.original0"),
-        "holds no Wav2Vec 2.0 or HuBERT encoder",
+        r"holds no encoder of Wav2Vec 2\.0, HuBERT or WavLM",
     ),
     "nothing": ({"x.weight": torch.ones(2)}, r"1 tensors of no known place: x\.weight"),
-    "only a head": ({"lm_head.weight": torch.ones(2)}, r"holds no Wav2Vec 2.0 .*found 0 of its tensors"),
+    "only a head": ({"lm_head.weight": torch.ones(2)}, r"holds no encoder of Wav2Vec 2.0.*found 0 of its tensors"),
     "surplus": (tiny_tensors() | {"encoder.surprise.weight": torch.ones(2)}, r"encoder\.surprise\.weight"),
     "surplus layer": (
         tiny_tensors() | {Q.replace("1", "3"): torch.ones(64, 64)},
@@ -459,8 +490,8 @@ def test_every_parameter_is_filled_and_every_tensor_used(tmp_path, name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "wavlm"}, "is a wavlm checkpoint; expected wav2vec2 or hubert"),
-        ({"model_type": "data2vec-audio"}, "is a data2vec-audio checkpoint"),
+        ({"model_type": "wavlm"}, "is a wavlm checkpoint by its settings, but has no relative position bias"),
+        ({"model_type": "data2vec-audio"}, "is a data2vec-audio checkpoint; expected wav2vec2, hubert, wavlm"),
         ({"model_type": "bert"}, "is a bert checkpoint"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu' in its settings; only 'gelu' is known"),
         ({"adapter_attn_dim": 16}, "adapter_attn_dim is 16"),
@@ -478,8 +509,6 @@ def test_settings_for_another_architecture_are_refused(tmp_path, settings, messa
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("wavlm.encoder.layers.0.attention.rel_attn_embed.weight", "WavLM"),
-        ("encoder.layers.0.self_attn.grep_linear.weight", "WavLM"),
         ("data2vec_audio.encoder.pos_conv_embed.layers.0.conv.weight", "data2vec"),
         ("encoder.pos_conv.0.0.weight", "data2vec"),
         ("encoder.layers.0.conv_module.batch_norm.weight", "Conformer"),
@@ -492,15 +521,38 @@ def test_other_architectures_are_known_by_their_tensors(tmp_path, key, name):
         weights.load_backbone(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize(("name", "message"), [("WavLM", "WavLM"), ("Data2VecAudio", "data2vec")])
-def test_real_files_of_other_architectures_are_refused(transformers, tmp_path, name, message):
+@pytest.mark.parametrize(
+    ("name", "head", "message"),
+    [
+        ("Data2VecAudio", "Model", "data2vec"),
+        ("Data2VecAudio", "ForCTC", "data2vec"),
+        ("UniSpeech", "ForCTC", "UniSpeech"),
+        ("UniSpeechSat", "ForCTC", "UniSpeech-SAT"),
+        ("SEW", "Model", "SEW"),
+        ("SEWD", "ForCTC", "SEW"),
+        ("Wav2Vec2Conformer", "Model", "Conformer"),
+        ("Wav2Vec2Bert", "Model", "w2v-BERT"),
+        ("Whisper", "Model", "Whisper"),
+        ("Whisper", "ForConditionalGeneration", "Whisper"),
+    ],
+)
+def test_real_files_of_other_architectures_are_refused(transformers, tmp_path, name, head, message):
     """As transformers writes them, with their settings and without."""
-    config = getattr(transformers, f"{name}Config")(**SMALL, hidden_size=96, num_attention_heads=12, vocab_size=32)
-    getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"is a {config.model_type} checkpoint"):
+    sizes = {**SMALL, "hidden_size": 96, "num_attention_heads": 12, "vocab_size": 32}
+    if name == "Whisper":
+        sides = {
+            f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads", "ffn_dim")
+        }
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        sizes = {"d_model": 16, "vocab_size": 32, **sides, **tokens}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    getattr(transformers, f"{name}{head}")(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"is a {config.model_type} checkpoint; expected wav2vec2, hubert, wavlm$"):
         weights.load_backbone(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=f"is a {message} checkpoint"):
+    with pytest.raises(
+        ValueError, match=rf"is a {message} checkpoint \(it has \S+\); expected wav2vec2, hubert, wavlm$"
+    ):
         weights.load_backbone(tmp_path)
 
 
@@ -851,6 +903,8 @@ ARCHITECTURES = {
         "norm_eps": 1e-4,
         "normalize_waveform": False,
     },
+    "WavLM": {"relative_buckets": 320},
+    "WavLM large": {"relative_buckets": 64, "relative_distance": 99, "conv_norm": "layer", "pre_norm": True},
 }
 
 
@@ -876,7 +930,8 @@ def test_transformers_reads_what_is_written(transformers, tmp_path, settings):
     """Without a missing or unexpected key; every hidden state within 1e-4, and its feature extractor normalises so."""
     backbone = small_backbone(**settings)
     weights.save_backbone(backbone, tmp_path)
-    theirs, loading = transformers.Wav2Vec2Model.from_pretrained(tmp_path, output_loading_info=True)
+    kind = transformers.WavLMModel if "relative_buckets" in settings else transformers.Wav2Vec2Model
+    theirs, loading = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert {key: names for key, names in loading.items() if names} == {}
     for samples in (400, 7331):
         waveform = speech_like(samples)
