@@ -46,8 +46,8 @@ class Wav2Vec2Config:
     position_kernel: int = 128
     position_groups: int = 16
     norm_eps: float = 1e-5
-    relative_buckets: int = 0  # WavLM: of the distances between frames, for which attention has biases; 0: has none
-    relative_distance: int = 800  # frames, from which on distances share a bucket
+    relative_buckets: int = 0  # of distances between frames, each with a bias for attention: WavLM. 0: no bias
+    relative_distance: int = 800  # frames, from which on all distances share a bucket
     normalize_waveform: bool = True  # what the checkpoint was trained on: zero mean, unit variance
 
     hidden_dropout: float = 0.0
@@ -319,7 +319,7 @@ def packed_attention(
     if q.device.type != "cpu":
         return padded_attention(q, k, v, lengths, dropout, gates, bias)
     out = []
-    masks = [None] * len(lengths) if bias is None else (gated(bias, gate[None]) for gate in gates.split(lengths))
+    masks = [None] * len(lengths) if bias is None else (gated(gate[None], bias) for gate in gates.split(lengths))
     for *parts, mask in zip(*(x.split(lengths) for x in (q, k, v)), masks, strict=True):
         qkv = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
         out.append(F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout)[0].transpose(0, 1))
@@ -338,13 +338,13 @@ def padded_attention(
     """`packed_attention` by one call for the padded batch; no frame attends to padding."""
     mask = pad(q.new_ones(len(q), 1), lengths)[:, None, None, :, 0] > 0  # (B, 1, 1, T)
     if bias is not None:
-        mask = gated(bias, pad(gates, lengths)).masked_fill(~mask, -torch.inf)
+        mask = gated(pad(gates, lengths), bias).masked_fill(~mask, -torch.inf)
     qkv = (pad(x, lengths).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
     return unpad(F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout).transpose(1, 2), lengths)
 
 
-def gated(bias: Tensor, gates: Tensor) -> Tensor:
-    """The bias of a longer or equal utterance `(H, T', T')` by the gates `(B, T, H)` of each query: `(B, H, T, T)`."""
+def gated(gates: Tensor, bias: Tensor) -> Tensor:
+    """What is added to the scores `(B, H, T, T)`: gates `(B, T, H)` of each query times the bias, cut to T frames."""
     frames = gates.shape[1]
     return gates.mT[..., None] * bias[:, :frames, :frames]
 

@@ -1,6 +1,7 @@
-"""Predict activation and valence of audio files with a finished run.
+"""Predict activation and valence of audio files with a finished run, or with a published emotion model.
 
     python predict.py runs/lora_r8 speech.wav recordings/ --out predictions.csv
+    python predict.py audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim speech.wav
 
 Folders are searched for audio. A file longer than the window becomes equal windows, a row each. What cannot be read is
 named at the end, after all the rest.
@@ -68,7 +69,7 @@ def predict_file(model: EmotionModel, path: Path, window: float) -> Iterator[lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predict activation and valence of audio files.")
-    parser.add_argument("model", help="the directory of a run of train.py")
+    parser.add_argument("model", help="the directory of a run of train.py, or a published emotion model")
     parser.add_argument("audio", nargs="+", help="audio files, or folders to search for them")
     parser.add_argument("--out", help="CSV file to write; otherwise the rows are printed")
     parser.add_argument("--window", type=float, default=20.0, help="longest stretch in seconds that gets one row")

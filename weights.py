@@ -141,6 +141,8 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
     model.head[1] = nn.Tanh()
     places = {f"{ours}.{kind}": f"{key}.{kind}" for key, ours in EMOTION_HEAD.items() for kind in ("weight", "bias")}
+    if surplus := [key for key in tensors if key.startswith("classifier.") and key not in places.values()]:
+        raise ValueError(f"{path}: {len(surplus)} tensors of no known place in its head: {', '.join(surplus[:8])}")
     for name, parameter in model.head.named_parameters():
         found = tensors.get(places[name], torch.empty(0))
         if found.shape != parameter.shape:
@@ -157,8 +159,7 @@ def is_emotion_head(tensors: Mapping[str, Tensor]) -> bool:
 
 def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
     """The targets of an emotion head by our names, in the order of its outputs: from `id2label` if that names them."""
-    labels = settings.get("id2label") or {}
-    names = [str(labels[key]).lower() for key in sorted(labels, key=int)]
+    names = [str(name).lower() for _, name in sorted(dict(settings.get("id2label") or {}).items())]
     if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
         names = list(PUBLISHED)
     targets = tuple(TARGETS.get(name, "") for name in names)

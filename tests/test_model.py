@@ -3,6 +3,7 @@
 import copy
 import importlib.machinery
 import importlib.util
+import json
 import math
 import sys
 from dataclasses import replace
@@ -12,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, perturb, speech_like
+from conftest import TINY, perturb, speech_like, tiny_settings
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import lora
 import model
 import run
+import train
 import weights
+from config import Config
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 SMALL = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=3, heads=4, ffn=128)
@@ -705,6 +709,43 @@ def test_compiled_layers_are_the_same_and_compiled_once_for_all_lengths(backbone
         found.sum().backward()
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1
+
+
+# ---------------------------------------------------------------- WavLM in use
+
+
+@pytest.mark.parametrize("method", [{"trainable_layers": 1}, {"lora_rank": 2}, {}], ids=["last layer", "LoRA", "heads"])
+def test_wavlm_trains_on_its_cache_as_without(tmp_path, tiny_manifest, method):
+    """Losses to 1e-5 over three epochs, the prefix dropped after the first; the run comes back with its predictions."""
+    weights.save_backbone(build(KINDS["WavLM"]), tmp_path / "wavlm")
+    losses, predictions = [], []
+    for name, cached in (("plain", {}), ("cached", {"cache": True, "cache_dtype": "float32"})):
+        keys = tiny_settings(tmp_path, tmp_path / "wavlm", tiny_manifest, **method, **cached)
+        train.train(Config(name=name, **keys))
+        directory = tmp_path / "runs" / name
+        lines = (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        losses += [json.loads(line)["train_loss"] for line in lines]
+        predictions.append(run.load_run(directory).predict(speech_like(8000), 16_000))
+    assert len(losses) == 6
+    assert losses[:3] == pytest.approx(losses[3:], abs=1e-5)
+    assert predictions[0] == pytest.approx(predictions[1], abs=1e-4)
+
+
+def test_lora_on_wavlm_is_a_change_of_its_weights(transformers, tmp_path):
+    """Merged, written and read by transformers: the outputs of the model with LoRA, within 1e-4."""
+    backbone = build(KINDS["WavLM"])
+    before = backbone.hidden_states([speech_like(4000)])[-1][0]
+    lora.inject(backbone, 2, 4.0, ["q", "k", "v", "o"])
+    perturb(backbone, seed=3)
+    for _, _, adapter in lora.adapters(backbone):
+        torch.nn.init.normal_(adapter.B, std=0.1, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = backbone.hidden_states([speech_like(4000)])[-1][0]
+        lora.merge(backbone)
+        weights.save_backbone(backbone, tmp_path)
+        expected = transformers.WavLMModel.from_pretrained(tmp_path).eval()(speech_like(4000)[None])[0][0]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(found, before, rtol=0, atol=1e-2)
 
 
 # ---------------------------------------------------------------- the emotion model

@@ -10,20 +10,23 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import types
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, perturb, speech_like, tiny_config, tiny_tensors
+from conftest import TINY, perturb, published_recipe, speech_like, tiny_config, tiny_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import run
 import weights
 from lora import inject
-from model import Wav2Vec2, Wav2Vec2Config
+from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 SMALL = {key: value for key, value in TINY.items() if key not in ("hidden_size", "num_attention_heads")}
 FAMILIES = {  # model class, width, heads, layer-normed convolutions and pre-norm, bias in the convolutions
@@ -66,6 +69,13 @@ def write(folder: Path, tensors: dict[str, Tensor], settings: dict | None = None
 
 
 @torch.no_grad()
+def states_of(theirs: torch.nn.Module, waveform: Tensor) -> list[Tensor]:
+    """Every hidden state `(T, D)` of a transformers model; its last is `last_hidden_state`, after the final norm."""
+    output = theirs(waveform[None], output_hidden_states=True)
+    return [state[0] for state in (*output.hidden_states[:-1], output.last_hidden_state)]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_the_hidden_states_of_transformers(transformers, tmp_path, family):
     """Loaded from what `save_pretrained` writes; every hidden state within 1e-4, and all settings as in the file."""
@@ -81,10 +91,53 @@ def test_every_family_gives_the_hidden_states_of_transformers(transformers, tmp_
     assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
     for samples in (400, 7331, 16_000):
         waveform = speech_like(samples)
-        output = theirs(waveform[None], output_hidden_states=True)
-        expected = [*output.hidden_states[:-1], output.last_hidden_state]
-        for depth, (a, b) in enumerate(zip(ours.hidden_states([waveform]), expected, strict=True)):
-            assert torch.allclose(a[0], b[0], rtol=0, atol=1e-4), (samples, depth)
+        for depth, (a, b) in enumerate(zip(ours.hidden_states([waveform]), states_of(theirs, waveform), strict=True)):
+            assert torch.allclose(a[0], b, rtol=0, atol=1e-4), (samples, depth)
+
+
+FULL_SIZE = {  # family, width, heads, layers
+    "wav2vec2-base": ("base", 768, 12, 12),
+    "wav2vec2-large": ("large_ls960", 1024, 16, 24),
+    "wav2vec2-large-lv60, -robust, XLS-R 300M": ("lv60_robust_xlsr", 1024, 16, 24),
+    "XLS-R 1B": ("xlsr_1b", 1280, 16, 48),
+    "XLS-R 2B": ("xlsr_1b", 1920, 16, 48),
+    "HuBERT-base": ("hubert_base", 768, 12, 12),
+    "HuBERT-large": ("hubert_large", 1024, 16, 24),
+    "WavLM-base, -base+": ("wavlm_base", 768, 12, 12),
+    "WavLM-large": ("wavlm_large", 1024, 16, 24),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_every_published_size_gives_the_hidden_states_of_transformers(full_size, transformers, name):
+    """... with random weights; the largest difference is printed. The largest takes 9 GB of memory and of disk."""
+    family, width, heads, layers = FULL_SIZE[name]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+    theirs = peer(transformers, family, **sizes, intermediate_size=4 * width, conv_dim=[512] * 7)
+    waveforms = [speech_like(samples) for samples in (400, 7331, 48_000)]
+    expected = [states_of(theirs, waveform) for waveform in waveforms]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # pytest would keep the file
+        theirs.save_pretrained(folder)
+        del theirs
+        ours = weights.load_backbone(folder)
+        found = [[state[0] for state in ours.hidden_states([waveform])] for waveform in waveforms]
+        del ours
+    pairs = [(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True)]
+    worst, largest = max((a - b).abs().max().item() for a, b in pairs), max(b.abs().max().item() for _, b in pairs)
+    print(f"{name}: hidden states up to {largest:.1f} differ by {worst:.1e}")
+    assert worst <= 1e-4
+
+
+def test_the_published_emotion_model_at_its_size_has_the_outputs_of_its_recipe(full_size, transformers):
+    """... with random weights; the largest difference is printed."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 12, "intermediate_size": 4096}
+    theirs = published_recipe(transformers, **sizes)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        theirs.save_pretrained(folder)
+        worst = assert_published(theirs, weights.load_emotion_model(folder), (400, 7331, 48_000))
+    print(f"emotion model: outputs differ by {worst:.1e}")
 
 
 @pytest.mark.parametrize(
@@ -111,15 +164,6 @@ def test_a_head_on_top_changes_nothing(transformers, tmp_path, family, head, ext
     assert_same(weights.load_backbone(tmp_path / "whole"), weights.load_backbone(tmp_path / "bare"))
 
 
-def test_the_head_of_the_audeering_model_is_left_out(tiny_checkpoint, tmp_path):
-    """`classifier.dense`, `classifier.out_proj` beside a prefixed backbone, `vocab_size` null."""
-    tensors = {f"wav2vec2.{name}": tensor for name, tensor in tiny_tensors().items()}
-    for name, size in (("dense", 64), ("out_proj", 3)):
-        tensors |= {f"classifier.{name}.weight": torch.ones(size, 64), f"classifier.{name}.bias": torch.ones(size)}
-    folder = write(tmp_path, tensors, tiny_config() | {"vocab_size": None, "architectures": ["EmotionModel"]})
-    assert_same(weights.load_backbone(folder), weights.load_backbone(tiny_checkpoint))
-
-
 @pytest.mark.parametrize("spelling", ["weight_g and weight_v", "parametrizations", "folded"])
 def test_three_spellings_of_weight_norm_are_one_weight(tiny_checkpoint, tmp_path, spelling):
     """`w = g v / |v|` with a norm over all but the kernel's dimension, as `torch.nn.utils` computes it."""
@@ -138,6 +182,105 @@ def test_three_spellings_of_weight_norm_are_one_weight(tiny_checkpoint, tmp_path
     ours = weights.load_backbone(write(tmp_path, tensors))
     assert torch.allclose(ours.position.conv.weight, expected, rtol=0, atol=1e-6)
     assert_same(ours, weights.load_backbone(tiny_checkpoint), tolerance=1e-6)
+
+
+# ---------------------------------------------------------------- the published emotion model
+
+
+@torch.no_grad()
+def assert_published(theirs: torch.nn.Module, ours: EmotionModel, samples: Iterable[int]) -> float:
+    """Outputs by name within 1e-4 of those of the published recipe, for waveforms normalised as it does; the worst."""
+    worst = 0.0
+    for waveform in map(speech_like, samples):
+        normalised = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-7).sqrt()
+        expected = dict(zip(("activation", "dominance", "valence"), theirs(normalised[None])[0].tolist(), strict=True))
+        found = ours.predict(waveform, 16_000)
+        assert found == pytest.approx(expected, rel=0, abs=1e-4)
+        worst = max(worst, *(abs(found[name] - expected[name]) for name in expected))
+    return worst
+
+
+def test_the_published_emotion_model_has_the_outputs_of_its_recipe(published_model):
+    """Its head, its mean over frames, its names; labels from 0 to 1; whatever the batch."""
+    folder, theirs = published_model
+    ours = weights.load_emotion_model(folder)
+    assert (ours.targets, ours.label_range) == (("activation", "dominance", "valence"), (0, 1))
+    assert not ours.training
+    assert_published(theirs, ours, (400, 7331, 48_000))
+    waveforms = [speech_like(n) for n in (7331, 400, 4000)]
+    alone = torch.cat([ours.infer([waveform]) for waveform in waveforms])
+    assert torch.allclose(ours.infer(waveforms), alone, rtol=0, atol=1e-5)
+    assert (alone[0] - alone[1]).abs().min() > 1e-3  # else the comparison would say little
+
+
+def rewrite(folder: Path, published: Path, tensors: dict[str, Tensor] | None = None, **settings) -> Path:
+    """A copy of the published directory with other settings and tensors; None: without."""
+    stored = load_file(published / "model.safetensors") | (tensors or {})
+    stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
+    config = json.loads((published / "config.json").read_text()) | settings
+    return write(folder, stored, {key: value for key, value in config.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        (["valence", "Arousal", "dominance"], ("valence", "activation", "dominance")),
+        (["activation", "valence", "dominance"], ("activation", "valence", "dominance")),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ("activation", "dominance", "valence")),
+        (None, ("activation", "dominance", "valence")),
+    ],
+)
+def test_outputs_go_by_the_names_in_the_settings(published_model, tmp_path, names, targets):
+    """In whatever order; the published one where transformers filled in its own or there are none."""
+    labels = names and {str(i): name for i, name in enumerate(names)}
+    ours = weights.load_emotion_model(rewrite(tmp_path, published_model[0], id2label=labels))
+    assert ours.targets == targets
+    waveform = speech_like(4000)
+    assert list(ours.predict(waveform, 16_000).values()) == pytest.approx(ours.infer([waveform])[0].tolist())
+
+
+DENSE, OUT = "classifier.dense", "classifier.out_proj"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        (
+            {},
+            {"id2label": {"0": "anger", "1": "joy", "2": "valence"}},
+            "outputs are anger, joy, valence; expected",
+        ),
+        (
+            {},
+            {"id2label": {"0": "arousal", "1": "activation", "2": "valence"}},
+            "arousal, activation, valence; exp",
+        ),
+        ({}, {"id2label": {"0": "arousal", "1": "valence"}}, "its 3 outputs are arousal, valence; expected"),
+        (
+            {f"{OUT}.weight": torch.ones(2, 64), f"{OUT}.bias": torch.ones(2)},
+            {"id2label": None},
+            "its 2 outputs are activation, dominance, valence; expected",
+        ),
+        ({}, {"pooling_mode": "max"}, "pooling_mode is 'max' in its settings; only 'mean' is known here"),
+        ({f"{OUT}.weight": None}, {}, f"has no emotion head; expected {DENSE} and {OUT} beside the backbone"),
+        ({"classifier.dense2.bias": torch.ones(9)}, {}, r"no known place in its head: classifier\.dense2\.bias"),
+        ({f"{DENSE}.bias": None}, {}, rf"{DENSE}\.bias is \(0,\), expected \(64,\)"),
+        ({f"{DENSE}.weight": torch.ones(64, 63)}, {}, rf"{DENSE}\.weight is \(64, 63\), expected \(64, 64\)"),
+        ({f"{OUT}.weight": torch.ones(3, 63)}, {}, rf"{OUT}\.weight is \(3, 63\), expected \(3, 64\)"),
+    ],
+)
+def test_another_head_is_refused(published_model, tmp_path, tensors, settings, message):
+    """Categories, other targets, another pooling, half a head: never numbers under a wrong name."""
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+        weights.load_emotion_model(rewrite(tmp_path, published_model[0], tensors, **settings))
+
+
+def test_the_published_model_is_a_backbone_without_its_head(published_model, tmp_path):
+    """`classifier.dense`, `classifier.out_proj` beside a prefixed backbone, `vocab_size` null."""
+    folder, theirs = published_model
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] is None
+    theirs.wav2vec2.save_pretrained(tmp_path)
+    assert_same(weights.load_backbone(folder), weights.load_backbone(tmp_path))
 
 
 # ---------------------------------------------------------------- files and dtypes
@@ -787,6 +930,15 @@ def test_repositories_without_a_whole_safetensors_file_work(hub, tmp_path, tiny_
     assert sorted(gets) == sorted(hub.files["some/other"])
     hub.stop()
     weights.load_backbone("some/other")
+
+
+def test_the_published_emotion_model_is_found_by_its_hub_id(hub, published_model):
+    """Through `run.load_run`, as predict.py asks for it."""
+    folder, theirs = published_model
+    hub.files["some/emotion"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert_published(theirs, run.load_run("some/emotion"), [4000])
+    with pytest.raises(FileNotFoundError, match=r"some/typo: no run here; .*is neither a path here nor a repository"):
+        run.load_run("some/typo")
 
 
 def test_a_download_that_was_cut_off_is_continued(hub, tmp_path, tiny_checkpoint):
