@@ -190,11 +190,13 @@ class Graph(nn.Module):
 @torch.no_grad()
 def save_onnx(model: EmotionModel, path: Path) -> None:
     """One file, "waveform" `(S,)` with S from 400 in, targets by name out; above 2 GB the weights lie beside it."""
+    if model.backbone.config.relative_buckets:
+        raise ValueError("--format onnx: cannot hold WavLM's attention bias; use --format transformers")
     graph = Graph(model).eval()
     example = torch.randn(16_000, generator=torch.Generator().manual_seed(0))
     low, high = model.label_range
     difference = (torch.stack(graph(example)) - low - (high - low) * model.infer([example])[0]).abs().max().item()
-    if difference > 1e-4 * (high - low):  # an architecture that `Graph` does not know
+    if difference > 1e-4 * (high - low):
         raise ValueError(f"--format onnx: the graph's predictions are {difference:.2g} off; use --format transformers")
     size = sum(parameter.nbytes for parameter in model.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every optional package that it does not find

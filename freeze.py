@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model import EmotionModel, Wav2Vec2
 
 PARTS = {"feature_encoder": "feature encoder", "projection": "feature projection"}
-PARTS |= {"position": "positional convolution", "norm": "norm"}
+PARTS |= {"position": "positional convolution", "norm": "norm", "relative_bias": "relative position bias"}
 
 
 def layer_numbers(value: int | Sequence[int] | str, count: int, key: str = "trainable_layers") -> list[int]:
@@ -33,8 +33,8 @@ def layer_numbers(value: int | Sequence[int] | str, count: int, key: str = "trai
 def freeze(model: EmotionModel | Wav2Vec2, trainable_layers: int | Sequence[int] | str) -> None:
     """Leave these transformer layers of the backbone trainable and freeze the others.
 
-    A count means the last k, 0 none (heads only). "all" trains the feature projection and the positional convolution as
-    well: everything but the feature encoder. A head stays as it is.
+    A count means the last k, 0 none (heads only). "all" trains the feature projection, the positional convolution and
+    WavLM's relative position bias as well: everything but the feature encoder. A head stays as it is.
     """
     backbone = getattr(model, "backbone", model)
     numbers = layer_numbers(trainable_layers, len(backbone.layers))
@@ -46,6 +46,8 @@ def freeze(model: EmotionModel | Wav2Vec2, trainable_layers: int | Sequence[int]
         backbone.projection.mask_embedding.requires_grad_(backbone.config.mask_time_prob > 0)
         backbone.position.requires_grad_(True)
         backbone.norm.requires_grad_(True)
+        if backbone.config.relative_buckets:
+            backbone.relative_bias.requires_grad_(True)
     if backbone.config.pre_norm and numbers:
         backbone.norm.requires_grad_(True)  # it follows the last layer
 

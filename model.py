@@ -1,4 +1,4 @@
-"""Wav2Vec 2.0 and the emotion model on top of it, without padding.
+"""Wav2Vec 2.0, HuBERT and WavLM, and the emotion model on top of them, without padding.
 
 A batch is its utterances' frames one after the other, `(N, D)`, and their `lengths`. Whatever mixes
 frames (convolutions, normalisation over time, attention, pooling) stays inside an utterance, so an
@@ -13,6 +13,7 @@ layer 0, i the output of layer i-1, L the final output. Here -1 is the feature e
 and L+1 the pooled utterance. A number of this kind is called a *depth*.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +46,8 @@ class Wav2Vec2Config:
     position_kernel: int = 128
     position_groups: int = 16
     norm_eps: float = 1e-5
+    relative_buckets: int = 0  # of distances between frames, each with a bias for attention: WavLM. 0: no bias
+    relative_distance: int = 800  # frames, from which on all distances share a bucket
     normalize_waveform: bool = True  # what the checkpoint was trained on: zero mean, unit variance
 
     hidden_dropout: float = 0.0
@@ -275,39 +278,89 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout = config.heads, config.attention_dropout
         self.q, self.k, self.v, self.o = (Linear(config.width, config.width) for _ in range(4))
+        if config.relative_buckets:
+            self.gate = Linear(config.width // config.heads, 8)
+            self.gate_scale = nn.Parameter(torch.ones(config.heads))
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """`(N, D)` -> `(N, D)`."""
+    def forward(self, x: Tensor, lengths: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        """`(N, D)` -> `(N, D)`. WavLM adds a bias `(H, T, T)` to the scores, times a gate for each frame and head."""
         q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q, self.k, self.v))  # (N, H, D/H)
         dropout = self.dropout if self.training else 0.0
-        return self.o(packed_attention(q, k, v, lengths, dropout).flatten(1))
+        gates = None if bias is None else self.gates(x)
+        return self.o(packed_attention(q, k, v, lengths, dropout, gates, bias).flatten(1))
+
+    def gates(self, x: Tensor) -> Tensor:
+        """`a (b s - 1) + 2` from two sigmoids a and b and the scale s of each head: `(N, D)` -> `(N, H)`."""
+        logits = self.gate(x.reshape(len(x) * self.heads, -1)).float().view(len(x), self.heads, 2, 4).sum(-1)
+        a, b = logits.sigmoid().unbind(-1)
+        return a * (b * self.gate_scale - 1) + 2
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dropout: float = 0.0) -> Tensor:
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    dropout: float = 0.0,
+    gates: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Softmax attention of packed `(N, H, D/H)` within the utterances that `lengths` delimits.
 
-    One call on a GPU: in 16 bit PyTorch has a kernel for packed sequences (it knows no dropout), else the batch is
-    padded and masked. On a CPU utterance by utterance.
+    One call on a GPU: in 16 bit PyTorch has a kernel for packed sequences (it knows no dropout and no bias), else the
+    batch is padded and masked. On a CPU utterance by utterance. `gates` `(N, H)` times `bias` `(H, T, T)`, T frames of
+    the longest utterance or more, is added to the scores.
     """
-    if q.is_cuda and q.dtype != torch.float32 and dropout == 0:
+    if q.is_cuda and q.dtype != torch.float32 and dropout == 0 and bias is None:
         from torch.nn.attention.varlen import varlen_attn
 
         offsets, longest = boundaries(tuple(lengths), q.device), max(lengths)
         return varlen_attn(q, k, v, offsets, offsets, longest, longest)
     if q.device.type != "cpu":
-        return padded_attention(q, k, v, lengths, dropout)
+        return padded_attention(q, k, v, lengths, dropout, gates, bias)
     out = []
-    for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+    masks = [None] * len(lengths) if bias is None else (gated(gate[None], bias) for gate in gates.split(lengths))
+    for *parts, mask in zip(*(x.split(lengths) for x in (q, k, v)), masks, strict=True):
         qkv = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
-        out.append(F.scaled_dot_product_attention(*qkv, dropout_p=dropout)[0].transpose(0, 1))
+        out.append(F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout)[0].transpose(0, 1))
     return torch.cat(out)
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], dropout: float = 0.0) -> Tensor:
+def padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    dropout: float = 0.0,
+    gates: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """`packed_attention` by one call for the padded batch; no frame attends to padding."""
-    valid = pad(q.new_ones(len(q), 1), lengths)[:, None, None, :, 0] > 0  # (B, 1, 1, T)
+    mask = pad(q.new_ones(len(q), 1), lengths)[:, None, None, :, 0] > 0  # (B, 1, 1, T)
+    if bias is not None:
+        mask = gated(pad(gates, lengths), bias).masked_fill(~mask, -torch.inf)
     qkv = (pad(x, lengths).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
-    return unpad(F.scaled_dot_product_attention(*qkv, attn_mask=valid, dropout_p=dropout).transpose(1, 2), lengths)
+    return unpad(F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout).transpose(1, 2), lengths)
+
+
+def gated(gates: Tensor, bias: Tensor) -> Tensor:
+    """What is added to the scores `(B, H, T, T)`: gates `(B, T, H)` of each query times the bias, cut to T frames."""
+    frames = gates.shape[1]
+    return gates.mT[..., None] * bias[:, :frames, :frames]
+
+
+@lru_cache(maxsize=4)
+def distance_buckets(frames: int, buckets: int, longest: int, device: torch.device) -> Tensor:
+    """The bucket of each distance between two frames, from `1 - T` to `T - 1`: int64 `(2T - 1,)`.
+
+    Half of the buckets are for either direction; of these half are for one distance each, and the rest for ranges up
+    to `longest` that grow with the logarithm (Chen et al. 2021, arXiv 2110.13900, WavLM).
+    """
+    distances = torch.arange(1 - frames, frames)
+    size, half, exact = distances.abs(), buckets // 2, buckets // 4
+    wide = torch.log(size.clamp_min(exact) / exact) / math.log(longest / exact) * (half - exact)
+    found = torch.where(size < exact, size, (exact + wide.long()).clamp_max(half - 1))
+    return (found + half * (distances > 0)).to(device)
 
 
 def pad(x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -363,9 +416,9 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """`(N, D)` -> `(N, D)`."""
-        return self.finish(x, self.attention(self.attention_norm(x) if self.pre_norm else x, lengths))
+    def forward(self, x: Tensor, lengths: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        """`(N, D)` -> `(N, D)`; `bias` is for attention."""
+        return self.finish(x, self.attention(self.attention_norm(x) if self.pre_norm else x, lengths, bias))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """All after attention, where no frame sees another: what `compile` compiles, once for every length."""
@@ -391,6 +444,8 @@ class Wav2Vec2(nn.Module):
         self.position = PositionalConvolution(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)  # before the layers, or after them if pre-norm
+        if config.relative_buckets:  # one for all layers, so it belongs to none
+            self.relative_bias = nn.Embedding(config.relative_buckets, config.heads)
 
     def forward(self, x: Tensor, lengths: Sequence[int], first: int = -1, last: int | None = None) -> Tensor:
         """From packed hidden state `first` to hidden state `last` (the final output if None).
@@ -405,21 +460,30 @@ class Wav2Vec2(nn.Module):
             x = self.position(self.projection(x, lengths), lengths)
             x = x if c.pre_norm else self.norm(x)
             x = dropout(x, c.hidden_dropout, self.projection.training)
-        for layer in self.layers[max(first, 0) : max(last, 0)]:
+        layers = self.layers[max(first, 0) : max(last, 0)]
+        bias = self.attention_bias(max(lengths)) if c.relative_buckets and len(layers) else None
+        for layer in layers:
             if layer.training and c.layer_drop > 0 and torch.rand(()) < c.layer_drop:
                 continue
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, lengths, use_reentrant=False)
+                x = checkpoint(layer, x, lengths, bias, use_reentrant=False)
             else:
-                x = layer(x, lengths)
+                x = layer(x, lengths, bias)
         x = self.norm(x) if c.pre_norm and first < last == c.layers else x
         return x[:frames]
+
+    def attention_bias(self, frames: int) -> Tensor:
+        """WavLM's bias for every pair of query and key, shared by all layers: `(H, T, T)`."""
+        c, weight = self.config, self.relative_bias.weight
+        biases = self.relative_bias(distance_buckets(frames, c.relative_buckets, c.relative_distance, weight.device))
+        return biases.T.unfold(1, frames, 1).flip(1)  # (2T - 1, H) -> (H, T, T): query i sees distances -i to T - 1 - i
 
     def before(self, depth: int) -> list[nn.Module]:
         """The modules that only lead up to hidden state `depth`."""
         c = self.config
         embedding = [self.projection, self.position, *([] if c.pre_norm else [self.norm])] if depth >= 0 else []
         final = [self.norm] if c.pre_norm and depth >= c.layers else []
+        final += [self.relative_bias] if c.relative_buckets and depth >= c.layers else []
         return [self.feature_encoder, *embedding, *self.layers[: max(depth, 0)], *final]
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Predict activation and valence of audio files.
+"""Predict activation and valence of audio files with a finished run, or with a published emotion model.
 
     python predict.py runs/lora_r8 speech.wav recordings/ "talks/**/*.mp3" --out predictions.csv
     python predict.py runs/lora_r8 - --window 5 --hop 1 --plot pictures < list.txt
+    python predict.py audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim speech.wav
 
 Folders are searched for audio, patterns work in quotes as well, and - is a list of paths on standard input, one a line.
 What is named twice is predicted once; rows have the order of the inputs. A file longer than the window becomes equal
@@ -196,7 +197,7 @@ def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Resu
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked before anything is read."""
     parser = argparse.ArgumentParser(description="Predict activation and valence of audio files.")
-    parser.add_argument("model", help="the directory of a run of train.py")
+    parser.add_argument("model", help="the directory of a run of train.py, or a published emotion model")
     parser.add_argument("audio", nargs="+", help="files, folders, patterns, or - for a list on standard input")
     parser.add_argument("--out", help="file to write; otherwise the rows are printed")
     parser.add_argument("--format", help="csv or jsonl; otherwise jsonl if that is the suffix of --out, else csv")

@@ -33,6 +33,7 @@ Item = TypeVar("Item")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
+LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
 
 
 def pick_device(name: str) -> torch.device:
@@ -117,6 +118,8 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
     try:
         files = weights.locate(config.backbone)
         backbone = weights.load_backbone(config.backbone, **regularisation)
+        if weights.is_emotion_head(weights.read(files)[0]):
+            note(f"note: {config.backbone}: its emotion head is left out; {LICENCE}")
         if config.adapter is None:
             return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}
         merge_adapter(backbone, config.adapter, config.backbone)
@@ -341,12 +344,27 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def load_run(directory: str | Path, device: str = "cpu", merged: bool = True) -> EmotionModel:
-    """The best model of a finished run, LoRA merged or still apart, in eval mode.
+@lru_cache
+def note(text: str) -> None:
+    """Print a line to stderr, each once."""
+    print(text, file=sys.stderr)
 
+
+def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> EmotionModel:
+    """The best model of a finished run, LoRA merged or still apart, in eval mode; or a published emotion model.
+
+    `source` is a run's directory, or what `weights.load_emotion_model` reads: a Hugging Face directory or a hub id.
     Raises FileNotFoundError or ValueError.
     """
-    directory = Path(directory)
+    directory = Path(source)
+    is_hub_id = len(directory.parts) == 2 and not directory.parent.exists()  # not where a run is just not there yet
+    if is_hub_id or (directory / "config.json").is_file():
+        try:
+            model = weights.load_emotion_model(source)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
+        note(f"note: {LICENCE}")
+        return model.to(pick_device(device))
     best = load_checkpoint(directory / "best.pt")
     config = make_config(best["config"], str(directory))
     model, identity = build_model(config, tuple(best["label_range"]))

@@ -1,5 +1,5 @@
 """Pretrained checkpoints as transformers and fairseq write them, into `model.Wav2Vec2`. Strict; nothing is executed.
-And from there into a directory that transformers reads.
+And from there into a directory that transformers reads. And the published emotion model, with its head.
 
 What can be read off the tensors is (sizes, kinds of normalisation, biases); the settings beside them supply the rest.
 """
@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import Wav2Vec2, Wav2Vec2Config
+from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 # Source key -> our key, first match wins; None: known, and no part of the backbone. Both families at once: no key of
 # the one means something else in the other.
-PREFIX = r"^(wav2vec2|hubert|w2v_encoder\.w2v_model)\."
+PREFIX = r"^(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\."
 P = r"(weight|bias)"
+BIAS = "relative_bias.weight"  # only WavLM has it
 KEYS: dict[str, str | None] = {
     rf"feature_extractor\.conv_layers\.(\d+)\.(?:conv|0)\.{P}": r"feature_encoder.convs.\1.\2",
     rf"feature_extractor\.conv_layers\.(\d+)\.(?:layer_norm|2|2\.1)\.{P}": r"feature_encoder.norms.\1.\2",
@@ -38,6 +39,9 @@ KEYS: dict[str, str | None] = {
     rf"encoder\.layer_norm\.{P}": r"norm.\1",
     rf"encoder\.layers\.(\d+)\.(?:attention|self_attn)\.([qkv])_proj\.{P}": r"layers.\1.attention.\2.\3",
     rf"encoder\.layers\.(\d+)\.(?:attention|self_attn)\.out_proj\.{P}": r"layers.\1.attention.o.\2",
+    rf"encoder\.layers\.(\d+)\.(?:attention\.gru_rel_pos|self_attn\.grep)_linear\.{P}": r"layers.\1.attention.gate.\2",
+    r"encoder\.layers\.(\d+)\.(?:attention\.gru_rel_pos_const|self_attn\.grep_a)": r"layers.\1.attention.gate_scale",
+    r"encoder\.layers\.0\.(?:attention\.rel_attn_embed|self_attn\.relative_attention_bias)\.weight": BIAS,
     rf"encoder\.layers\.(\d+)\.(?:layer_norm|self_attn_layer_norm)\.{P}": r"layers.\1.attention_norm.\2",
     rf"encoder\.layers\.(\d+)\.(?:feed_forward\.intermediate_dense|fc1)\.{P}": r"layers.\1.feed_forward.fc1.\2",
     rf"encoder\.layers\.(\d+)\.(?:feed_forward\.output_dense|fc2)\.{P}": r"layers.\1.feed_forward.fc2.\2",
@@ -56,17 +60,28 @@ HUGGING_FACE = {  # our key -> the key that `save_backbone` writes
     rf"norm\.{P}": r"encoder.layer_norm.\1",
     rf"layers\.(\d+)\.attention\.([qkv])\.{P}": r"encoder.layers.\1.attention.\2_proj.\3",
     rf"layers\.(\d+)\.attention\.o\.{P}": r"encoder.layers.\1.attention.out_proj.\2",
+    rf"layers\.(\d+)\.attention\.gate\.{P}": r"encoder.layers.\1.attention.gru_rel_pos_linear.\2",
+    r"layers\.(\d+)\.attention\.gate_scale": r"encoder.layers.\1.attention.gru_rel_pos_const",
+    re.escape(BIAS): "encoder.layers.0.attention.rel_attn_embed.weight",
     rf"layers\.(\d+)\.attention_norm\.{P}": r"encoder.layers.\1.layer_norm.\2",
     rf"layers\.(\d+)\.feed_forward\.fc1\.{P}": r"encoder.layers.\1.feed_forward.intermediate_dense.\2",
     rf"layers\.(\d+)\.feed_forward\.fc2\.{P}": r"encoder.layers.\1.feed_forward.output_dense.\2",
     rf"layers\.(\d+)\.feed_forward_norm\.{P}": r"encoder.layers.\1.final_layer_norm.\2",
 }
-FAMILIES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel"}  # what transformers calls them
+FAMILIES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}  # what transformers calls them
 OTHERS = {  # what gives another architecture away
-    "WavLM": r"rel_attn_embed|grep_linear|relative_attention_bias",
-    "data2vec": r"pos_conv_embed\.layers\.|pos_conv\.\d+\.0\.",
+    "data2vec": r"^data2vec_audio\.|pos_conv_embed\.layers\.|pos_conv\.\d+\.0\.",
+    "UniSpeech-SAT": r"^unispeech_sat\.",
+    "UniSpeech": r"^unispeech\.",
+    "SEW": r"^sew(_d)?\.|^feature_projection\.(weight|bias)$|^encoder\.upsample\.",
+    "w2v-BERT": r"^wav2vec2_bert\.|distance_embedding",
     "Conformer": r"conv_module|linear_pos|pos_bias_u",
+    "Whisper": r"encoder\.(conv1|embed_positions)\.",
 }
+KNOWN = ("wav2vec2", "hubert", "wavlm")
+EMOTION_HEAD = {"classifier.dense": "0", "classifier.out_proj": "3"}  # -> its place in `EmotionModel.head`
+TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
+PUBLISHED = ("activation", "dominance", "valence")  # their order where a file does not name them
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -89,17 +104,70 @@ def load_backbone(source: str | Path, **regularisation: float) -> Wav2Vec2:
     never used takes no memory. Raises FileNotFoundError or ValueError.
     """
     files = locate(source)
-    tensors, settings = read(files)
-    state, sources = rename(tensors, files[0])
-    config = replace(describe(state, settings, files[0]), **regularisation)
+    return make_backbone(*read(files), files[0], **regularisation)
+
+
+def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, **regularisation: float) -> Wav2Vec2:
+    """The backbone of these tensors and settings, which come from `path`."""
+    state, sources = rename(tensors, path)
+    config = replace(describe(state, settings, path), **regularisation)
     for name, tensor in state.items():
+        if name.endswith(".gate_scale"):
+            state[name] = tensor.flatten()  # (1, H, 1, 1)
         if name.startswith("feature_encoder.convs.") and tensor.ndim == 3:  # (out, in, kernel): a row for each output
             state[name] = tensor.transpose(1, 2).flatten(1)
     with torch.device("meta"):
         backbone = Wav2Vec2(config)
-    check(state, sources, backbone, files[0])
+    check(state, sources, backbone, path)
     backbone.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return backbone.eval()
+
+
+def load_emotion_model(source: str | Path) -> EmotionModel:
+    """A published emotion model, on labels from 0 to 1, in eval mode and fp32: backbone, mean over the frames and head.
+
+    As of `audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim` (Wagner et al. 2023, arXiv 2203.07378), whose head is
+    `out_proj(tanh(dense(x)))`. `source` as in `load_backbone`. Raises FileNotFoundError, or ValueError if there is no
+    such head or if it predicts something else.
+    """
+    files = locate(source)
+    path, (tensors, settings) = files[0], read(files)
+    if not is_emotion_head(tensors):
+        raise ValueError(f"{path}: has no emotion head; expected {' and '.join(EMOTION_HEAD)} beside the backbone")
+    if (pooling := settings.get("pooling_mode", "mean")) != "mean":
+        raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
+    backbone = make_backbone(tensors, settings, path)
+    width = len(tensors["classifier.dense.weight"])
+    targets = name_targets(settings, len(tensors["classifier.out_proj.weight"]), path)
+    model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
+    model.head[1] = nn.Tanh()
+    places = {f"{ours}.{kind}": f"{key}.{kind}" for key, ours in EMOTION_HEAD.items() for kind in ("weight", "bias")}
+    if surplus := [key for key in tensors if key.startswith("classifier.") and key not in places.values()]:
+        raise ValueError(f"{path}: {len(surplus)} tensors of no known place in its head: {', '.join(surplus[:8])}")
+    for name, parameter in model.head.named_parameters():
+        found = tensors.get(places[name], torch.empty(0))
+        if found.shape != parameter.shape:
+            shapes = f"{tuple(found.shape)}, expected {tuple(parameter.shape)}"
+            raise ValueError(f"{path}: does not fit its own architecture: {places[name]} is {shapes}")
+        parameter.data = found.float()
+    return model.eval()
+
+
+def is_emotion_head(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the head of the published emotion models is among tensors by their source keys."""
+    return all(f"{key}.weight" in tensors for key in EMOTION_HEAD)
+
+
+def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
+    """The targets of an emotion head by our names, in the order of its outputs: from `id2label` if that names them."""
+    names = [str(name).lower() for _, name in sorted(dict(settings.get("id2label") or {}).items())]
+    if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
+        names = list(PUBLISHED)
+    targets = tuple(TARGETS.get(name, "") for name in names)
+    if "" in targets or len(set(targets)) != len(targets) or len(targets) != count:
+        expected = "each of arousal, dominance and valence at most once"
+        raise ValueError(f"{path}: its {count} outputs are {', '.join(names)}; expected {expected}")
+    return targets
 
 
 def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
@@ -113,8 +181,10 @@ def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Conv1d) or name.startswith("feature_encoder.convs."):
             nn.init.kaiming_normal_(module.weight, generator=generator)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02, generator=generator)
+        if hasattr(module, "gate_scale"):
+            nn.init.ones_(module.gate_scale)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
     nn.init.uniform_(backbone.projection.mask_embedding, generator=generator)
@@ -122,16 +192,17 @@ def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
 
 
 def save_backbone(backbone: Wav2Vec2, directory: str | Path, family: str = "wav2vec2") -> None:
-    """Write a backbone as a Hugging Face directory that `Wav2Vec2Model.from_pretrained` and `load_backbone` read.
+    """Write a backbone as a Hugging Face directory for `from_pretrained` and `load_backbone`.
 
-    In fp32; `family` "hubert" is for `HubertModel`, the same architecture. The weight `w` of the positional convolution
-    becomes `v = w` and `g = |v|`, so that `g v / |v|` is `w`.
+    In fp32; `family` "hubert" is for `HubertModel`, the same architecture, and what has WavLM's bias for `WavLMModel`.
+    The weight `w` of the positional convolution becomes `v = w` and `g = |v|`, so that `g v / |v|` is `w`.
     Raises ValueError for a backbone with LoRA in it or with a dropped prefix.
     """
     state = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
     for i, kernel in enumerate(backbone.config.conv_kernels):
         name = f"feature_encoder.convs.{i}.weight"
         state[name] = state[name].unflatten(1, (kernel, -1)).transpose(1, 2)  # (out, kernel in) -> (out, in, kernel)
+    state |= {name: scale.view(1, -1, 1, 1) for name, scale in state.items() if name.endswith(".gate_scale")}
     w = state.pop("position.conv.weight").float()
     norm = w.norm(dim=(0, 1), keepdim=True)  # (1, 1, kernel)
     state["position.conv.weight_g"] = norm
@@ -159,6 +230,7 @@ def hugging_face_key(name: str) -> str | None:
 
 def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict, dict]:
     """An architecture as `config.json` and `preprocessor_config.json` say it."""
+    family = "wavlm" if config.relative_buckets else family
     architecture = {
         "model_type": family,
         "architectures": [FAMILIES[family]],
@@ -179,6 +251,8 @@ def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict,
         "num_conv_pos_embedding_groups": config.position_groups,
         "layer_norm_eps": config.norm_eps,
     }
+    if config.relative_buckets:
+        architecture |= {"num_buckets": config.relative_buckets, "max_bucket_distance": config.relative_distance}
     preprocessing = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "do_normalize": config.normalize_waveform,
@@ -342,8 +416,8 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
             content = content["model"] if isinstance(content.get("model"), Mapping) else content
             tensors |= {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     model_type = settings.get("model_type", "wav2vec2")
-    if model_type not in ("wav2vec2", "hubert"):
-        raise ValueError(f"{files[0]}: is a {model_type} checkpoint; expected wav2vec2 or hubert")
+    if model_type not in KNOWN:
+        raise ValueError(f"{files[0]}: is a {model_type} checkpoint; expected {', '.join(KNOWN)}")
     return tensors, settings
 
 
@@ -431,7 +505,7 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
     for architecture, pattern in OTHERS.items():
         if telling := [key for key in unknown if re.search(pattern, key)]:
             raise ValueError(
-                f"{path}: is a {architecture} checkpoint (it has {telling[0]}); expected wav2vec2 or hubert"
+                f"{path}: is a {architecture} checkpoint (it has {telling[0]}); expected {', '.join(KNOWN)}"
             )
     if unknown:
         raise ValueError(f"{path}: {len(unknown)} tensors of no known place: {', '.join(unknown[:8])}")
@@ -460,9 +534,10 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         ffn = state["layers.0.feed_forward.fc1.weight"].shape[0]
         layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
     except (KeyError, IndexError, ValueError):
-        raise ValueError(
-            f"{path}: holds no Wav2Vec 2.0 or HuBERT encoder (found {len(state)} of its tensors)"
-        ) from None
+        message = f"{path}: holds no encoder of Wav2Vec 2.0, HuBERT or WavLM (found {len(state)} of its tensors)"
+        raise ValueError(message) from None
+    if settings.get("model_type") == "wavlm" and BIAS not in state:
+        raise ValueError(f"{path}: is a wavlm checkpoint by its settings, but has no relative position bias")
     conv_norm = "layer" if "feature_encoder.norms.1.weight" in state else "group"
 
     def setting(*names: str, default: object) -> object:
@@ -492,6 +567,8 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         position_kernel=kernel,
         position_groups=width // per_group,
         norm_eps=setting("layer_norm_eps", default=1e-5),
+        relative_buckets=len(state.get(BIAS, ())),
+        relative_distance=setting("max_bucket_distance", "max_distance", default=800),
         normalize_waveform=bool(normalized),
     )
 

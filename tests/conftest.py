@@ -17,6 +17,18 @@ except (ImportError, OSError, RuntimeError):
     # where it is installed for another build of torch, `import transformers` and `import peft` would fail with it
     sys.modules.setdefault("torchaudio", None)
 
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--full-size", action="store_true", help="compare models of the published sizes too: minutes, GB")
+
+
+@pytest.fixture
+def full_size(request) -> None:
+    """A test that asks for this is one on request."""
+    if not request.config.getoption("--full-size"):
+        pytest.skip("on request: pytest --full-size")
+
+
 TINY = {  # as transformers names them
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -134,6 +146,48 @@ def transformers():
     module.logging.set_verbosity_error()
     module.logging.disable_progress_bar()
     return module
+
+
+def published_recipe(transformers, **settings) -> torch.nn.Module:
+    """The emotion model that audeering published, as its card builds it on transformers, with random weights."""
+
+    class Head(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.dense = torch.nn.Linear(config.hidden_size, config.hidden_size)
+            self.dropout = torch.nn.Dropout(config.final_dropout)
+            self.out_proj = torch.nn.Linear(config.hidden_size, config.num_labels)
+
+        def forward(self, x):
+            return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
+
+    class Published(transformers.Wav2Vec2PreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.wav2vec2 = transformers.Wav2Vec2Model(config)
+            self.classifier = Head(config)
+            self.post_init()
+
+        def forward(self, input_values):
+            return self.classifier(self.wav2vec2(input_values)[0].mean(1))
+
+    large = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+    names = {0: "arousal", 1: "dominance", 2: "valence"}
+    given = {"id2label": names, "pooling_mode": "mean", "vocab_size": None, **large, **settings}
+    torch.manual_seed(0)
+    model = perturb(Published(transformers.Wav2Vec2Config(**given)))
+    model.classifier.dense.weight.data *= 10  # fresh weights are so small that tanh would do nothing
+    model.classifier.out_proj.weight.data *= 10
+    return model
+
+
+@pytest.fixture(scope="session")
+def published_model(transformers, tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    """The directory that holds a small one, as `save_pretrained` writes it, and the model."""
+    folder, model = tmp_path_factory.mktemp("published"), published_recipe(transformers, **TINY)
+    model.save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    return folder, model
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ TINY = Wav2Vec2Config(
     conv_channels=(32,) * 7, width=64, heads=4, ffn=128, layers=3, position_kernel=16, position_groups=4
 )
 TINY_LARGE = replace(TINY, conv_norm="layer", conv_bias=True, pre_norm=True)  # the kind of the large models
+TINY_WAVLM = replace(TINY, relative_buckets=32, relative_distance=100)
 RANDOM = replace(
     TINY,
     hidden_dropout=0.3,
@@ -87,7 +88,7 @@ def graph_leaves(tensor: torch.Tensor) -> set[int]:
 # ---------------------------------------------------------------- what trains
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_LARGE], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("config", [TINY, TINY_LARGE, TINY_WAVLM], ids=["post-norm", "pre-norm", "WavLM"])
 @pytest.mark.parametrize("method", METHODS)
 def test_exactly_the_named_parts_train(method, config):
     """By parameter name. The CNN never, the mask embedding only with masking, the final norm with layers below it."""
@@ -97,7 +98,7 @@ def test_exactly_the_named_parts_train(method, config):
     patterns += [rf"backbone\.layers\.{n}\.attention\.[qv]\.[AB]" for n in with_lora]
     patterns += [rf"backbone\.layers\.{n}\..*" for n in freeze.layer_numbers(trainable, 3)]
     if trainable == "all":
-        patterns += [r"backbone\.(projection\.(norm|linear)|position\.conv|norm)\..*"]
+        patterns += [r"backbone\.(projection\.(norm|linear)|position\.conv|norm|relative_bias)\..*"]
     elif config.pre_norm and trainable:
         patterns += [r"backbone\.norm\..*"]
     expected = {name for name, _ in model.named_parameters() if any(re.fullmatch(p, name) for p in patterns)}
@@ -157,7 +158,7 @@ def test_layers_that_do_not_exist_are_an_error(value, message):
 # ---------------------------------------------------------------- where the prefix ends
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_LARGE], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("config", [TINY, TINY_LARGE, TINY_WAVLM], ids=["post-norm", "pre-norm", "WavLM"])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_prefix_ends_before_the_first_module_that_trains(method, config):
     """No later, so that it can be cached; no earlier, so that the cache is as deep as it can be."""
@@ -170,7 +171,9 @@ def test_the_prefix_ends_before_the_first_module_that_trains(method, config):
         assert [p for p in model.parameters() if p.requires_grad and id(p) in deeper]
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_LARGE, RANDOM], ids=["post-norm", "pre-norm", "masked"])
+@pytest.mark.parametrize(
+    "config", [TINY, TINY_LARGE, TINY_WAVLM, RANDOM], ids=["post-norm", "pre-norm", "WavLM", "masked"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_graph_ends_at_exactly_what_trains(method, config):
     """No autograd node before the first trainable module: the graph's leaves are the trainable parameters."""
@@ -234,7 +237,7 @@ def test_the_prefix_computes_the_same_in_training_as_in_evaluation(method):
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_LARGE], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("config", [TINY, TINY_LARGE, TINY_WAVLM], ids=["post-norm", "pre-norm", "WavLM"])
 @pytest.mark.parametrize("method", METHODS)
 def test_without_the_prefix_the_rest_computes_the_same(method, config):
     """Its parameters are gone from memory, and it still counts them; dropping it twice is fine."""

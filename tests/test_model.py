@@ -3,6 +3,7 @@
 import copy
 import importlib.machinery
 import importlib.util
+import json
 import math
 import sys
 from dataclasses import replace
@@ -12,26 +13,34 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, perturb, speech_like
+from conftest import TINY, perturb, speech_like, tiny_settings
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import lora
 import model
 import run
+import train
 import weights
+from config import Config
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 SMALL = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=3, heads=4, ffn=128)
 KINDS = {
     "base": SMALL,
     "large": replace(SMALL, conv_norm="layer", conv_bias=True, pre_norm=True),
+    "WavLM": replace(SMALL, relative_buckets=64, relative_distance=200),
 }
+KINDS["WavLM large"] = replace(KINDS["large"], relative_buckets=64, relative_distance=200)
 LENGTHS = (400, 720, 7331, 320_000, 16_000, 401)  # samples: one frame, two frames, an odd number, 20 s
 
 
 def build(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
-    """A random backbone in which every parameter has a value of its own."""
-    return perturb(weights.random_backbone(config, seed), seed)
+    """A random backbone in which every parameter has a value of its own, and attention a bias that matters."""
+    backbone = perturb(weights.random_backbone(config, seed), seed)
+    if config.relative_buckets:
+        torch.nn.init.normal_(backbone.relative_bias.weight, generator=torch.Generator().manual_seed(seed))
+    return backbone
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -126,9 +135,9 @@ def assert_hidden_states(ours: list[list[Tensor]], expected: list[Tensor], toler
 
 
 def make_pair(transformers, folder: Path, kind: str, **sizes) -> tuple[torch.nn.Module, Wav2Vec2]:
-    """A transformers model of either kind, of wav2vec2-base's sizes but for `sizes`, and ours from its file."""
-    large = kind == "large"
-    config = transformers.Wav2Vec2Config(
+    """A transformers model of a kind, of wav2vec2-base's sizes but for `sizes`, and ours from its file."""
+    large, name = KINDS[kind].pre_norm, "WavLM" if KINDS[kind].relative_buckets else "Wav2Vec2"
+    config = getattr(transformers, f"{name}Config")(
         feat_extract_norm="layer" if large else "group",
         do_stable_layer_norm=large,
         conv_bias=large,
@@ -140,7 +149,7 @@ def make_pair(transformers, folder: Path, kind: str, **sizes) -> tuple[torch.nn.
         apply_spec_augment=False,
         **sizes,
     )
-    theirs = perturb(transformers.Wav2Vec2Model(config))
+    theirs = perturb(getattr(transformers, f"{name}Model")(config))
     theirs.save_pretrained(folder)
     return theirs, weights.load_backbone(folder)
 
@@ -201,8 +210,10 @@ def test_every_gradient_is_that_of_transformers(pair):
         if name in dict(ours.named_parameters()):
             compared += 1
             mine = ours.get_parameter(name).grad
+            gradient = gradient.view_as(mine)  # of a gate's scale it is (1, H, 1, 1)
             assert torch.allclose(mine, gradient, rtol=0, atol=1e-4 * gradient.abs().max().clamp(min=1e-3)), name
-    assert compared == 2 * 16 + 2 + 4 + 1  # two layers, final norm, projection with its norm, bias of the position
+    wavlm = 2 * 3 + 1 if ours.config.relative_buckets else 0  # gates of two layers, bias
+    assert compared == 2 * 16 + 2 + 4 + 1 + wavlm  # two layers, final norm, projection with its norm, position's bias
     ours.zero_grad()
     theirs.zero_grad()
 
@@ -293,8 +304,12 @@ def test_the_base_model_has_the_published_number_of_parameters():
     assert count(base) == 94_371_712 - 128
 
 
+@torch.no_grad()
 def test_forward_composes(backbone):
-    """From -1 to any depth and on from there is the whole way, bit for bit; so is every state of `hidden_states`."""
+    """From -1 to any depth and on from there is the whole way, bit for bit; so is every state of `hidden_states`.
+
+    Without gradients, as there: where WavLM's bias wants one, PyTorch's attention takes another kernel.
+    """
     waveforms = [speech_like(n) for n in (4000, 400, 7331)]
     x, lengths = backbone.feature_encoder(waveforms)
     whole, states = backbone(x, lengths), backbone.hidden_states(waveforms)
@@ -309,7 +324,10 @@ def test_forward_composes(backbone):
 
 @pytest.mark.parametrize("depth", range(-1, 5))
 def test_before_is_exactly_what_leads_up_to_a_depth(backbone, depth):
-    """What runs up to hidden state `depth` is in `before(depth)`, what runs after it is not, and nothing is in both."""
+    """What runs up to hidden state `depth` is in `before(depth)`, what runs after it is not, and nothing is in both.
+
+    But WavLM's bias, which every layer needs: it is in `before` with the last of them.
+    """
     modules = {name: module for name, module in backbone.named_modules() if [*module.parameters(recurse=False)]}
     called: set[str] = set()
     handles = [module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, module in modules.items()]
@@ -326,28 +344,31 @@ def test_before_is_exactly_what_leads_up_to_a_depth(backbone, depth):
     before = {id(parameter) for part in backbone.before(depth) for parameter in part.parameters()}
     inside = {name for name, module in modules.items() if id(next(module.parameters(recurse=False))) in before}
     encoder = {name for name in modules if name.startswith("feature_encoder.")}
-    assert until <= inside and not after & inside
+    shared = {"relative_bias"} if 0 < depth < 3 else set()
+    assert until - shared <= inside and not after & inside
     called_or_functional = until | after | encoder | {"projection", "projection.norm", "projection.linear"}
     assert called_or_functional | {"position.conv"} == set(modules)
     assert (inside == set(modules)) == (depth >= 3)
     assert encoder <= inside
 
 
+@pytest.mark.parametrize("kind", ["base", "WavLM"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_changes_memory_alone(dropout):
+def test_gradient_checkpointing_changes_memory_alone(dropout, kind):
     """Equal outputs and gradients with and without, under dropout too; each layer is computed a second time."""
     gradients, calls = [], []
     for checkpointing in (False, True):
-        backbone = build(replace(SMALL, hidden_dropout=dropout, attention_dropout=dropout)).train()
+        backbone = build(replace(KINDS[kind], hidden_dropout=dropout, attention_dropout=dropout)).train()
         backbone.gradient_checkpointing = checkpointing
         lengths = [5, 1, 17]
         x = packed(SMALL, lengths).requires_grad_()
         for layer in backbone.layers:
-            layer.attention.register_forward_pre_hook(lambda *_, kind=checkpointing: calls.append(kind))
+            layer.attention.register_forward_pre_hook(lambda *_, again=checkpointing: calls.append(again))
         torch.manual_seed(0)
         y = backbone(x, lengths, 0)
         y.square().sum().backward()
-        gradients.append([y, x.grad, *(parameter.grad for parameter in backbone.layers.parameters())])
+        behind = [p for name, p in backbone.named_parameters() if name.startswith(("layers.", "relative_bias."))]
+        gradients.append([y, x.grad, *(parameter.grad for parameter in behind)])
     assert gradients[0][1].abs().sum() > 0
     assert (calls.count(False), calls.count(True)) == (3, 6)
     for plain, recomputed in zip(*gradients, strict=True):
@@ -422,7 +443,7 @@ def test_hidden_dropout_acts_on_the_embedding_and_on_both_halves_of_a_layer(kind
     lengths = [7, 2]
     assert torch.equal(backbone(packed(SMALL, lengths, depth=-1), lengths, -1, 0), torch.zeros(9, 64))
     x, layer = packed(SMALL, lengths), backbone.layers[0]
-    expected = x if kind == "large" else layer.feed_forward_norm(layer.attention_norm(x))
+    expected = x if layer.pre_norm else layer.feed_forward_norm(layer.attention_norm(x))
     assert torch.equal(backbone(x, lengths, 0, 1), expected)
 
 
@@ -439,7 +460,7 @@ def test_layer_drop_of_one_skips_every_layer(kind):
     """A dropped layer is the identity: what is left is the final norm of the pre-norm kind."""
     backbone = build(replace(KINDS[kind], layer_drop=1.0)).train()
     x = packed(SMALL, [7, 2])
-    expected = backbone.norm(x) if kind == "large" else x
+    expected = backbone.norm(x) if KINDS[kind].pre_norm else x
     assert torch.equal(backbone(x, [7, 2], 0), expected)
 
 
@@ -495,34 +516,61 @@ def test_span_masks_have_the_expected_number_of_spans(size, probability, length)
 # ---------------------------------------------------------------- attention and linear layers
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """`softmax(q k^T / sqrt(d)) v` in fp64, an utterance and a head at a time."""
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], gates: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`softmax(q k^T / sqrt(d) + g b) v` in fp64, an utterance at a time."""
     out = []
-    for parts in zip(*(x.double().split(lengths) for x in (q, k, v)), strict=True):
+    gates, bias = (q.new_zeros(len(q), 1), q.new_zeros(1, len(q), len(q))) if bias is None else (gates, bias)
+    for *parts, gate in zip(*(x.double().split(lengths) for x in (q, k, v, gates)), strict=True):
         q1, k1, v1 = (part.transpose(0, 1) for part in parts)  # (H, T, d)
         scores = q1 @ k1.transpose(1, 2) / math.sqrt(q1.shape[-1])
+        scores = scores + torch.stack([g[:, None] * b[: len(g), : len(g)] for g, b in zip(gate.T, bias, strict=True)])
         out.append((scores.softmax(-1) @ v1).transpose(0, 1))
     return torch.cat(out)
 
 
-def test_packed_attention_is_softmax_attention_of_each_utterance():
-    """Against the formula, for lengths from one frame up."""
-    lengths = [1, 7, 1, 64, 2]
-    q, k, v = torch.randn(3, sum(lengths), 4, 16, generator=torch.Generator().manual_seed(0))
-    expected = explicit_attention(q, k, v, lengths)
-    assert torch.allclose(model.packed_attention(q, k, v, lengths).double(), expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("attention", [model.packed_attention, model.padded_attention])
+def test_attention_is_softmax_attention_of_each_utterance(attention, biased):
+    """Values and gradients against the formula, for lengths from one frame up; padded is the one call of a GPU in fp32.
 
-
-def test_padded_attention_is_softmax_attention_of_each_utterance():
-    """The one call that a GPU makes in fp32: values and gradients against the formula."""
-    lengths = [1, 7, 1, 64, 2]
-    ours = torch.randn(3, sum(lengths), 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    theirs = ours.detach().double().requires_grad_()
-    out, expected = model.padded_attention(*ours, lengths), explicit_attention(*theirs, lengths)
+    The bias may be of more frames than the longest utterance has, where others fill up the batch.
+    """
+    lengths, generator = [1, 7, 1, 64, 2], torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), 4, 16)] * 3 + ([(sum(lengths), 4), (4, 66, 66)] if biased else [])
+    ours = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    theirs = [x.detach().double().requires_grad_() for x in ours]
+    out, expected = attention(*ours[:3], lengths, 0.0, *ours[3:]), explicit_attention(*theirs[:3], lengths, *theirs[3:])
     assert torch.allclose(out.double(), expected, rtol=0, atol=1e-6)
     out.square().sum().backward()
     expected.square().sum().backward()
-    assert torch.allclose(ours.grad.double(), theirs.grad, rtol=0, atol=1e-5)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one.grad.double(), other.grad, rtol=0, atol=1e-5)
+
+
+def test_distances_share_buckets_as_in_wavlm():
+    """Of 320 buckets 80 in either direction are for one distance each; from 800 frames on there is one."""
+    buckets = model.distance_buckets(1000, 320, 800, torch.device("cpu"))
+    behind, ahead = buckets[:1000].flip(0), buckets[999:]  # by distance
+    assert behind[:80].tolist() == list(range(80))
+    assert ahead[1:80].tolist() == list(range(161, 240))
+    assert torch.equal(ahead[1:], behind[1:] + 160)
+    assert behind[80:83].tolist() == [80, 80, 80]
+    assert behind[799:].unique().tolist() == [159]
+    assert set(behind.diff().tolist()) == {0, 1}
+    assert len(behind.unique()) == 160
+
+
+def test_the_bias_of_attention_is_that_of_transformers(transformers):
+    """Bit for bit, for every pair of frames up to half a minute, with the published buckets and others."""
+    from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+    for buckets, longest, frames in ((320, 800, 1500), (64, 200, 300), (320, 800, 1)):
+        config = replace(SMALL, layers=0, relative_buckets=buckets, relative_distance=longest)
+        backbone, theirs = build(config), WavLMAttention(64, 4, num_buckets=buckets, max_distance=longest)
+        theirs.rel_attn_embed.weight.data = backbone.relative_bias.weight.data
+        assert torch.equal(backbone.attention_bias(frames), theirs.compute_bias(frames, frames))
 
 
 def test_unpad_takes_back_what_pad_did():
@@ -661,6 +709,43 @@ def test_compiled_layers_are_the_same_and_compiled_once_for_all_lengths(backbone
         found.sum().backward()
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1
+
+
+# ---------------------------------------------------------------- WavLM in use
+
+
+@pytest.mark.parametrize("method", [{"trainable_layers": 1}, {"lora_rank": 2}, {}], ids=["last layer", "LoRA", "heads"])
+def test_wavlm_trains_on_its_cache_as_without(tmp_path, tiny_manifest, method):
+    """Losses to 1e-5 over three epochs, the prefix dropped after the first; the run comes back with its predictions."""
+    weights.save_backbone(build(KINDS["WavLM"]), tmp_path / "wavlm")
+    losses, predictions = [], []
+    for name, cached in (("plain", {}), ("cached", {"cache": True, "cache_dtype": "float32"})):
+        keys = tiny_settings(tmp_path, tmp_path / "wavlm", tiny_manifest, **method, **cached)
+        train.train(Config(name=name, **keys))
+        directory = tmp_path / "runs" / name
+        lines = (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        losses += [json.loads(line)["train_loss"] for line in lines]
+        predictions.append(run.load_run(directory).predict(speech_like(8000), 16_000))
+    assert len(losses) == 6
+    assert losses[:3] == pytest.approx(losses[3:], abs=1e-5)
+    assert predictions[0] == pytest.approx(predictions[1], abs=1e-4)
+
+
+def test_lora_on_wavlm_is_a_change_of_its_weights(transformers, tmp_path):
+    """Merged, written and read by transformers: the outputs of the model with LoRA, within 1e-4."""
+    backbone = build(KINDS["WavLM"])
+    before = backbone.hidden_states([speech_like(4000)])[-1][0]
+    lora.inject(backbone, 2, 4.0, ["q", "k", "v", "o"])
+    perturb(backbone, seed=3)
+    for _, _, adapter in lora.adapters(backbone):
+        torch.nn.init.normal_(adapter.B, std=0.1, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = backbone.hidden_states([speech_like(4000)])[-1][0]
+        lora.merge(backbone)
+        weights.save_backbone(backbone, tmp_path)
+        expected = transformers.WavLMModel.from_pretrained(tmp_path).eval()(speech_like(4000)[None])[0][0]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(found, before, rtol=0, atol=1e-2)
 
 
 # ---------------------------------------------------------------- the emotion model

@@ -25,6 +25,7 @@ import plots
 import predict
 import run
 import train
+import weights
 from config import Config
 from model import EmotionModel
 
@@ -448,6 +449,47 @@ def test_a_run_on_other_backbone_weights_is_refused(trained, recordings, tmp_pat
         weights.write_bytes(before)
     assert code.startswith(f"error: {trained / 'best.pt'}: was trained on other weights of {weights.parent} than")
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_the_published_emotion_model_predicts_by_name_and_shows_its_licence_once(
+    published_model, recordings, tmp_path, monkeypatch, capsys
+):
+    """From its directory, and from its hub id; the rows are its own outputs, and the licence is not for every file."""
+    folder, theirs = published_model
+    monkeypatch.setattr(weights, "download", lambda repository: folder)
+    printed = []
+    for source in (folder, "audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim"):
+        run.note.cache_clear()
+        assert command_line(monkeypatch, source, recordings) is None
+        out, errors = capsys.readouterr()
+        assert errors == f"note: {run.LICENCE}\n"
+        assert "CC BY-NC-SA 4.0" in errors
+        printed.append(out)
+    assert printed[0] == printed[1]
+    header, *rows = csv.reader(io.StringIO(printed[0]))
+    assert header == ["file", "start", "end", "activation", "dominance", "valence"]
+    assert len(rows) == 3
+    for path, _, _, *found in rows:
+        waveform = data.read_audio(path)
+        normalised = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-7).sqrt()
+        with torch.no_grad():
+            expected = theirs(normalised[None])[0].tolist()
+        assert [float(value) for value in found] == pytest.approx(expected, abs=2e-4)  # four digits are written
+
+
+def test_training_starts_from_the_published_model_without_its_head(
+    published_model, recordings, tiny_manifest, tmp_path, monkeypatch, capsys
+):
+    """It is said, with the licence, once; and the run is one to predict with."""
+    folder, _ = published_model
+    run.note.cache_clear()
+    keys = tiny_settings(tmp_path, folder, tiny_manifest, trainable_layers=1, epochs=1)
+    train.train(Config(name="run", **keys))
+    said = f"note: {folder}: its emotion head is left out; {run.LICENCE}"
+    assert command_line(monkeypatch, tmp_path / "runs" / "run", recordings) is None
+    out, errors = capsys.readouterr()
+    assert errors.splitlines().count(said) == 1
+    assert len(rows_of(out[out.index("file,") :])) == 3
 
 
 # ---------------------------------------------------------------- bad input

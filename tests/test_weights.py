@@ -10,20 +10,23 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import types
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, perturb, speech_like, tiny_config, tiny_tensors
+from conftest import TINY, perturb, published_recipe, speech_like, tiny_config, tiny_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import run
 import weights
 from lora import inject
-from model import Wav2Vec2, Wav2Vec2Config
+from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 SMALL = {key: value for key, value in TINY.items() if key not in ("hidden_size", "num_attention_heads")}
 FAMILIES = {  # model class, width, heads, layer-normed convolutions and pre-norm, bias in the convolutions
@@ -33,6 +36,8 @@ FAMILIES = {  # model class, width, heads, layer-normed convolutions and pre-nor
     "xlsr_1b": ("Wav2Vec2", 160, 2, True, True),
     "hubert_base": ("Hubert", 96, 12, False, False),
     "hubert_large": ("Hubert", 128, 16, True, False),
+    "wavlm_base": ("WavLM", 96, 12, False, False),
+    "wavlm_large": ("WavLM", 128, 16, True, False),
 }
 
 
@@ -64,24 +69,75 @@ def write(folder: Path, tensors: dict[str, Tensor], settings: dict | None = None
 
 
 @torch.no_grad()
+def states_of(theirs: torch.nn.Module, waveform: Tensor) -> list[Tensor]:
+    """Every hidden state `(T, D)` of a transformers model; its last is `last_hidden_state`, after the final norm."""
+    output = theirs(waveform[None], output_hidden_states=True)
+    return [state[0] for state in (*output.hidden_states[:-1], output.last_hidden_state)]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_the_hidden_states_of_transformers(transformers, tmp_path, family):
     """Loaded from what `save_pretrained` writes; every hidden state within 1e-4, and all settings as in the file."""
     theirs = peer(transformers, family)
     theirs.save_pretrained(tmp_path)
     ours = weights.load_backbone(tmp_path)
-    _, width, heads, large, bias = FAMILIES[family]
+    name, width, heads, large, bias = FAMILIES[family]
     c = ours.config
     assert (c.width, c.heads, c.layers, c.ffn) == (width, heads, 3, 128)
     assert (c.pre_norm, c.conv_bias, c.conv_norm) == (large, bias, "layer" if large else "group")
+    assert (c.relative_buckets, c.relative_distance) == (320 if name == "WavLM" else 0, 800)
     assert c.normalize_waveform and not ours.training
     assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
     for samples in (400, 7331, 16_000):
         waveform = speech_like(samples)
-        output = theirs(waveform[None], output_hidden_states=True)
-        expected = [*output.hidden_states[:-1], output.last_hidden_state]
-        for depth, (a, b) in enumerate(zip(ours.hidden_states([waveform]), expected, strict=True)):
-            assert torch.allclose(a[0], b[0], rtol=0, atol=1e-4), (samples, depth)
+        for depth, (a, b) in enumerate(zip(ours.hidden_states([waveform]), states_of(theirs, waveform), strict=True)):
+            assert torch.allclose(a[0], b, rtol=0, atol=1e-4), (samples, depth)
+
+
+FULL_SIZE = {  # family, width, heads, layers
+    "wav2vec2-base": ("base", 768, 12, 12),
+    "wav2vec2-large": ("large_ls960", 1024, 16, 24),
+    "wav2vec2-large-lv60, -robust, XLS-R 300M": ("lv60_robust_xlsr", 1024, 16, 24),
+    "XLS-R 1B": ("xlsr_1b", 1280, 16, 48),
+    "XLS-R 2B": ("xlsr_1b", 1920, 16, 48),
+    "HuBERT-base": ("hubert_base", 768, 12, 12),
+    "HuBERT-large": ("hubert_large", 1024, 16, 24),
+    "WavLM-base, -base+": ("wavlm_base", 768, 12, 12),
+    "WavLM-large": ("wavlm_large", 1024, 16, 24),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_every_published_size_gives_the_hidden_states_of_transformers(full_size, transformers, name):
+    """... with random weights; the largest difference is printed. The largest takes 9 GB of memory and of disk."""
+    family, width, heads, layers = FULL_SIZE[name]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers}
+    theirs = peer(transformers, family, **sizes, intermediate_size=4 * width, conv_dim=[512] * 7)
+    waveforms = [speech_like(samples) for samples in (400, 7331, 48_000)]
+    expected = [states_of(theirs, waveform) for waveform in waveforms]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # pytest would keep the file
+        theirs.save_pretrained(folder)
+        del theirs
+        ours = weights.load_backbone(folder)
+        found = [[state[0] for state in ours.hidden_states([waveform])] for waveform in waveforms]
+        del ours
+    pairs = [(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True)]
+    worst, largest = max((a - b).abs().max().item() for a, b in pairs), max(b.abs().max().item() for _, b in pairs)
+    print(f"{name}: hidden states up to {largest:.1f} differ by {worst:.1e}")
+    assert worst <= 1e-4
+
+
+def test_the_published_emotion_model_at_its_size_has_the_outputs_of_its_recipe(full_size, transformers):
+    """... with random weights; the largest difference is printed."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 12, "intermediate_size": 4096}
+    theirs = published_recipe(transformers, **sizes)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        theirs.save_pretrained(folder)
+        worst = assert_published(theirs, weights.load_emotion_model(folder), (400, 7331, 48_000))
+    print(f"emotion model: outputs differ by {worst:.1e}")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +151,8 @@ def test_every_family_gives_the_hidden_states_of_transformers(transformers, tmp_
         ("base", "ForXVector", "tdnn.0.kernel.weight"),
         ("hubert_base", "ForCTC", "lm_head.weight"),
         ("hubert_large", "ForSequenceClassification", "projector.weight"),
+        ("wavlm_base", "ForXVector", "tdnn.0.kernel.weight"),
+        ("wavlm_large", "ForCTC", "lm_head.weight"),
     ],
 )
 def test_a_head_on_top_changes_nothing(transformers, tmp_path, family, head, extra):
@@ -104,15 +162,6 @@ def test_a_head_on_top_changes_nothing(transformers, tmp_path, family, head, ext
     assert extra in load_file(tmp_path / "whole" / "model.safetensors")
     whole.base_model.save_pretrained(tmp_path / "bare")
     assert_same(weights.load_backbone(tmp_path / "whole"), weights.load_backbone(tmp_path / "bare"))
-
-
-def test_the_head_of_the_audeering_model_is_left_out(tiny_checkpoint, tmp_path):
-    """`classifier.dense`, `classifier.out_proj` beside a prefixed backbone, `vocab_size` null."""
-    tensors = {f"wav2vec2.{name}": tensor for name, tensor in tiny_tensors().items()}
-    for name, size in (("dense", 64), ("out_proj", 3)):
-        tensors |= {f"classifier.{name}.weight": torch.ones(size, 64), f"classifier.{name}.bias": torch.ones(size)}
-    folder = write(tmp_path, tensors, tiny_config() | {"vocab_size": None, "architectures": ["EmotionModel"]})
-    assert_same(weights.load_backbone(folder), weights.load_backbone(tiny_checkpoint))
 
 
 @pytest.mark.parametrize("spelling", ["weight_g and weight_v", "parametrizations", "folded"])
@@ -133,6 +182,105 @@ def test_three_spellings_of_weight_norm_are_one_weight(tiny_checkpoint, tmp_path
     ours = weights.load_backbone(write(tmp_path, tensors))
     assert torch.allclose(ours.position.conv.weight, expected, rtol=0, atol=1e-6)
     assert_same(ours, weights.load_backbone(tiny_checkpoint), tolerance=1e-6)
+
+
+# ---------------------------------------------------------------- the published emotion model
+
+
+@torch.no_grad()
+def assert_published(theirs: torch.nn.Module, ours: EmotionModel, samples: Iterable[int]) -> float:
+    """Outputs by name within 1e-4 of those of the published recipe, for waveforms normalised as it does; the worst."""
+    worst = 0.0
+    for waveform in map(speech_like, samples):
+        normalised = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-7).sqrt()
+        expected = dict(zip(("activation", "dominance", "valence"), theirs(normalised[None])[0].tolist(), strict=True))
+        found = ours.predict(waveform, 16_000)
+        assert found == pytest.approx(expected, rel=0, abs=1e-4)
+        worst = max(worst, *(abs(found[name] - expected[name]) for name in expected))
+    return worst
+
+
+def test_the_published_emotion_model_has_the_outputs_of_its_recipe(published_model):
+    """Its head, its mean over frames, its names; labels from 0 to 1; whatever the batch."""
+    folder, theirs = published_model
+    ours = weights.load_emotion_model(folder)
+    assert (ours.targets, ours.label_range) == (("activation", "dominance", "valence"), (0, 1))
+    assert not ours.training
+    assert_published(theirs, ours, (400, 7331, 48_000))
+    waveforms = [speech_like(n) for n in (7331, 400, 4000)]
+    alone = torch.cat([ours.infer([waveform]) for waveform in waveforms])
+    assert torch.allclose(ours.infer(waveforms), alone, rtol=0, atol=1e-5)
+    assert (alone[0] - alone[1]).abs().min() > 1e-3  # else the comparison would say little
+
+
+def rewrite(folder: Path, published: Path, tensors: dict[str, Tensor] | None = None, **settings) -> Path:
+    """A copy of the published directory with other settings and tensors; None: without."""
+    stored = load_file(published / "model.safetensors") | (tensors or {})
+    stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
+    config = json.loads((published / "config.json").read_text()) | settings
+    return write(folder, stored, {key: value for key, value in config.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        (["valence", "Arousal", "dominance"], ("valence", "activation", "dominance")),
+        (["activation", "valence", "dominance"], ("activation", "valence", "dominance")),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], ("activation", "dominance", "valence")),
+        (None, ("activation", "dominance", "valence")),
+    ],
+)
+def test_outputs_go_by_the_names_in_the_settings(published_model, tmp_path, names, targets):
+    """In whatever order; the published one where transformers filled in its own or there are none."""
+    labels = names and {str(i): name for i, name in enumerate(names)}
+    ours = weights.load_emotion_model(rewrite(tmp_path, published_model[0], id2label=labels))
+    assert ours.targets == targets
+    waveform = speech_like(4000)
+    assert list(ours.predict(waveform, 16_000).values()) == pytest.approx(ours.infer([waveform])[0].tolist())
+
+
+DENSE, OUT = "classifier.dense", "classifier.out_proj"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        (
+            {},
+            {"id2label": {"0": "anger", "1": "joy", "2": "valence"}},
+            "outputs are anger, joy, valence; expected",
+        ),
+        (
+            {},
+            {"id2label": {"0": "arousal", "1": "activation", "2": "valence"}},
+            "arousal, activation, valence; exp",
+        ),
+        ({}, {"id2label": {"0": "arousal", "1": "valence"}}, "its 3 outputs are arousal, valence; expected"),
+        (
+            {f"{OUT}.weight": torch.ones(2, 64), f"{OUT}.bias": torch.ones(2)},
+            {"id2label": None},
+            "its 2 outputs are activation, dominance, valence; expected",
+        ),
+        ({}, {"pooling_mode": "max"}, "pooling_mode is 'max' in its settings; only 'mean' is known here"),
+        ({f"{OUT}.weight": None}, {}, f"has no emotion head; expected {DENSE} and {OUT} beside the backbone"),
+        ({"classifier.dense2.bias": torch.ones(9)}, {}, r"no known place in its head: classifier\.dense2\.bias"),
+        ({f"{DENSE}.bias": None}, {}, rf"{DENSE}\.bias is \(0,\), expected \(64,\)"),
+        ({f"{DENSE}.weight": torch.ones(64, 63)}, {}, rf"{DENSE}\.weight is \(64, 63\), expected \(64, 64\)"),
+        ({f"{OUT}.weight": torch.ones(3, 63)}, {}, rf"{OUT}\.weight is \(3, 63\), expected \(3, 64\)"),
+    ],
+)
+def test_another_head_is_refused(published_model, tmp_path, tensors, settings, message):
+    """Categories, other targets, another pooling, half a head: never numbers under a wrong name."""
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
+        weights.load_emotion_model(rewrite(tmp_path, published_model[0], tensors, **settings))
+
+
+def test_the_published_model_is_a_backbone_without_its_head(published_model, tmp_path):
+    """`classifier.dense`, `classifier.out_proj` beside a prefixed backbone, `vocab_size` null."""
+    folder, theirs = published_model
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] is None
+    theirs.wav2vec2.save_pretrained(tmp_path)
+    assert_same(weights.load_backbone(folder), weights.load_backbone(tmp_path))
 
 
 # ---------------------------------------------------------------- files and dtypes
@@ -401,6 +549,32 @@ def test_fairseq_itself_agrees(tmp_path, large):
         assert torch.allclose(states[depth], expected["layer_results"][depth - 1][0][:, 0], rtol=0, atol=1e-4), depth
 
 
+WAVLM_NAMES = (  # Hugging Face -> the published files of WavLM, beside those of fairseq
+    ("gru_rel_pos_linear", "grep_linear"),
+    ("gru_rel_pos_const", "grep_a"),
+    ("rel_attn_embed", "relative_attention_bias"),
+    (r"^(feature_extractor\.conv_layers\.\d+)\.layer_norm\.", r"\1.2."),
+)
+
+
+def test_the_published_files_of_wavlm_are_read(transformers, tmp_path):
+    """Microsoft's own layout: a flat `cfg` and fairseq's names; the model is that of the Hugging Face directory."""
+    theirs = peer(transformers, "wavlm_base", num_buckets=64, max_bucket_distance=200)
+    theirs.save_pretrained(tmp_path / "hugging_face")
+    tensors = {}
+    for name, tensor in theirs.state_dict().items():
+        for pattern, replacement in (*FAIRSEQ_NAMES, *WAVLM_NAMES):
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = tensor.clone()
+    assert "encoder.layers.0.self_attn.relative_attention_bias.weight" in tensors
+    cfg = {"encoder_layers": 3, "encoder_attention_heads": 12, "layer_norm_first": False, "normalize": False}
+    cfg |= {"relative_position_embedding": True, "num_buckets": 64, "max_distance": 200, "gru_rel_pos": True}
+    torch.save({"cfg": cfg, "model": tensors}, tmp_path / "WavLM-Base.pt")
+    reference = weights.load_backbone(tmp_path / "hugging_face", normalize_waveform=False)
+    assert reference.config.relative_distance == 200
+    assert_same(weights.load_backbone(tmp_path / "WavLM-Base.pt"), reference)
+
+
 # ---------------------------------------------------------------- strictness
 
 
@@ -421,10 +595,10 @@ UNFIT = {
     "missing norm": (without("encoder.layer_norm.weight"), r"norm\.weight is missing"),
     "missing half of the weight norm": (
         without(f"{POSITION}.parametrizations.weight.original0"),
-        "holds no Wav2Vec 2.0 or HuBERT encoder",
+        r"holds no encoder of Wav2Vec 2\.0, HuBERT or WavLM",
     ),
     "nothing": ({"x.weight": torch.ones(2)}, r"1 tensors of no known place: x\.weight"),
-    "only a head": ({"lm_head.weight": torch.ones(2)}, r"holds no Wav2Vec 2.0 .*found 0 of its tensors"),
+    "only a head": ({"lm_head.weight": torch.ones(2)}, r"holds no encoder of Wav2Vec 2.0.*found 0 of its tensors"),
     "surplus": (tiny_tensors() | {"encoder.surprise.weight": torch.ones(2)}, r"encoder\.surprise\.weight"),
     "surplus layer": (
         tiny_tensors() | {Q.replace("1", "3"): torch.ones(64, 64)},
@@ -459,8 +633,8 @@ def test_every_parameter_is_filled_and_every_tensor_used(tmp_path, name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "wavlm"}, "is a wavlm checkpoint; expected wav2vec2 or hubert"),
-        ({"model_type": "data2vec-audio"}, "is a data2vec-audio checkpoint"),
+        ({"model_type": "wavlm"}, "is a wavlm checkpoint by its settings, but has no relative position bias"),
+        ({"model_type": "data2vec-audio"}, "is a data2vec-audio checkpoint; expected wav2vec2, hubert, wavlm"),
         ({"model_type": "bert"}, "is a bert checkpoint"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu' in its settings; only 'gelu' is known"),
         ({"adapter_attn_dim": 16}, "adapter_attn_dim is 16"),
@@ -478,8 +652,6 @@ def test_settings_for_another_architecture_are_refused(tmp_path, settings, messa
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        ("wavlm.encoder.layers.0.attention.rel_attn_embed.weight", "WavLM"),
-        ("encoder.layers.0.self_attn.grep_linear.weight", "WavLM"),
         ("data2vec_audio.encoder.pos_conv_embed.layers.0.conv.weight", "data2vec"),
         ("encoder.pos_conv.0.0.weight", "data2vec"),
         ("encoder.layers.0.conv_module.batch_norm.weight", "Conformer"),
@@ -492,15 +664,38 @@ def test_other_architectures_are_known_by_their_tensors(tmp_path, key, name):
         weights.load_backbone(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize(("name", "message"), [("WavLM", "WavLM"), ("Data2VecAudio", "data2vec")])
-def test_real_files_of_other_architectures_are_refused(transformers, tmp_path, name, message):
+@pytest.mark.parametrize(
+    ("name", "head", "message"),
+    [
+        ("Data2VecAudio", "Model", "data2vec"),
+        ("Data2VecAudio", "ForCTC", "data2vec"),
+        ("UniSpeech", "ForCTC", "UniSpeech"),
+        ("UniSpeechSat", "ForCTC", "UniSpeech-SAT"),
+        ("SEW", "Model", "SEW"),
+        ("SEWD", "ForCTC", "SEW"),
+        ("Wav2Vec2Conformer", "Model", "Conformer"),
+        ("Wav2Vec2Bert", "Model", "w2v-BERT"),
+        ("Whisper", "Model", "Whisper"),
+        ("Whisper", "ForConditionalGeneration", "Whisper"),
+    ],
+)
+def test_real_files_of_other_architectures_are_refused(transformers, tmp_path, name, head, message):
     """As transformers writes them, with their settings and without."""
-    config = getattr(transformers, f"{name}Config")(**SMALL, hidden_size=96, num_attention_heads=12, vocab_size=32)
-    getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"is a {config.model_type} checkpoint"):
+    sizes = {**SMALL, "hidden_size": 96, "num_attention_heads": 12, "vocab_size": 32}
+    if name == "Whisper":
+        sides = {
+            f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads", "ffn_dim")
+        }
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        sizes = {"d_model": 16, "vocab_size": 32, **sides, **tokens}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    getattr(transformers, f"{name}{head}")(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"is a {config.model_type} checkpoint; expected wav2vec2, hubert, wavlm$"):
         weights.load_backbone(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=f"is a {message} checkpoint"):
+    with pytest.raises(
+        ValueError, match=rf"is a {message} checkpoint \(it has \S+\); expected wav2vec2, hubert, wavlm$"
+    ):
         weights.load_backbone(tmp_path)
 
 
@@ -737,6 +932,15 @@ def test_repositories_without_a_whole_safetensors_file_work(hub, tmp_path, tiny_
     weights.load_backbone("some/other")
 
 
+def test_the_published_emotion_model_is_found_by_its_hub_id(hub, published_model):
+    """Through `run.load_run`, as predict.py asks for it."""
+    folder, theirs = published_model
+    hub.files["some/emotion"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert_published(theirs, run.load_run("some/emotion"), [4000])
+    with pytest.raises(FileNotFoundError, match=r"some/typo: no run here; .*is neither a path here nor a repository"):
+        run.load_run("some/typo")
+
+
 def test_a_download_that_was_cut_off_is_continued(hub, tmp_path, tiny_checkpoint):
     """With the index and one of two shards in the cache, the other is fetched: half a checkpoint is none."""
     folder = tmp_path / "repository"
@@ -851,6 +1055,8 @@ ARCHITECTURES = {
         "norm_eps": 1e-4,
         "normalize_waveform": False,
     },
+    "WavLM": {"relative_buckets": 320},
+    "WavLM large": {"relative_buckets": 64, "relative_distance": 99, "conv_norm": "layer", "pre_norm": True},
 }
 
 
@@ -876,7 +1082,8 @@ def test_transformers_reads_what_is_written(transformers, tmp_path, settings):
     """Without a missing or unexpected key; every hidden state within 1e-4, and its feature extractor normalises so."""
     backbone = small_backbone(**settings)
     weights.save_backbone(backbone, tmp_path)
-    theirs, loading = transformers.Wav2Vec2Model.from_pretrained(tmp_path, output_loading_info=True)
+    kind = transformers.WavLMModel if "relative_buckets" in settings else transformers.Wav2Vec2Model
+    theirs, loading = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert {key: names for key, names in loading.items() if names} == {}
     for samples in (400, 7331):
         waveform = speech_like(samples)
