@@ -68,9 +68,9 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(name, pre_norm, monk
     """Forward and backward of what trains, two turns packed, on tensors without memory."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # it knows no such device
 
-    def each(attend, q, k, v, lengths, dropout):
+    def each(attend, q, k, v, lengths, dropout, *bias):
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([attend(*qkv, [len(qkv[0])], dropout) for qkv in parts])
+        return torch.cat([attend(*qkv, [len(qkv[0])], dropout, *bias) for qkv in parts])
 
     def convolve(self, x, lengths):
         return x + torch.cat([self.conv(part.T)[:, : len(part)].T for part in x.split(lengths)])

@@ -495,7 +495,7 @@ def test_a_run_in_micro_batches_is_the_run_without_and_never_holds_more(settings
 
     monkeypatch.setattr(FeatureEncoder, "forward", record(encode, len))
     fillers = 1  # the utterance of zeros that fills up a batch
-    monkeypatch.setattr(Layer, "forward", record(layer, lambda x, lengths: len(lengths) - fillers))
+    monkeypatch.setattr(Layer, "forward", record(layer, lambda x, lengths, *bias: len(lengths) - fillers))
     parts = train.train(settings(name="parts", micro_batch_size=3, **keys))
     assert max(seen) == 3
     for target, score in whole["test"].items():
