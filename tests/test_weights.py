@@ -184,6 +184,15 @@ def test_three_spellings_of_weight_norm_are_one_weight(tiny_checkpoint, tmp_path
     assert_same(ours, weights.load_backbone(tiny_checkpoint), tolerance=1e-6)
 
 
+def test_weight_norm_is_folded_to_the_last_digits():
+    """At the width of XLS-R 2B, against fp64: a norm over a quarter of a million weights needs more than fp32."""
+    v = torch.randn(1920, 120, 128, generator=torch.Generator().manual_seed(0))
+    g = torch.ones(1, 1, 128)
+    state, _ = weights.rename({f"encoder.pos_conv.0.weight_{x}": y for x, y in (("g", g), ("v", v))}, Path("x.pt"))
+    exact = v.double() / v.double().norm(dim=(0, 1), keepdim=True)
+    assert torch.allclose(state["position.conv.weight"].double(), exact, rtol=1e-6, atol=0)
+
+
 # ---------------------------------------------------------------- the published emotion model
 
 
