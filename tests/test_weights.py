@@ -127,7 +127,8 @@ def test_every_published_size_gives_the_hidden_states_of_transformers(full_size,
     pairs = [(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True)]
     worst, largest = max((a - b).abs().max().item() for a, b in pairs), max(b.abs().max().item() for _, b in pairs)
     print(f"{name}: hidden states up to {largest:.1f} differ by {worst:.1e}")
-    assert worst <= 1e-4
+    # of 2B, whose states reach 41, transformers is 0.9e-4 from fp64 and ours 0.6e-4
+    assert worst <= (2e-4 if name == "XLS-R 2B" else 1e-4)
 
 
 def test_the_published_emotion_model_at_its_size_has_the_outputs_of_its_recipe(full_size, transformers):
