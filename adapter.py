@@ -27,11 +27,14 @@ INITIAL = (True, False, None, "gaussian", "eva")  # the others that PEFT knows s
 def save_adapter(backbone: Wav2Vec2, directory: str | Path, base: str) -> None:
     """Write the LoRA of a backbone so that `PeftModel.from_pretrained` puts it onto `base`, a hub id or a directory.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or where PEFT would not apply it.
     """
     layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, LoRALinear)}
     if not layers:
         raise ValueError(f"{directory}: there is no LoRA to write; expected a backbone with LoRA that is not merged")
+    if backbone.config.relative_buckets and any(".attention." in name for name in layers):
+        # transformers' WavLM reads the weights of these layers past the modules that PEFT puts in their place
+        raise ValueError(f"{directory}: PEFT's LoRA on WavLM's q, k, v or o does nothing; use --format transformers")
     tensors, targets = {}, []
     for name, layer in layers.items():
         targets.append(hugging_face_key(f"{name}.weight").removesuffix(".weight"))

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
-FORMAT = 1  # raise it when the same identity would mean other numbers
+FORMAT = 2  # raise it when the same identity would mean other numbers
 SHARD_BYTES = 1 << 31
 COLUMNS = ("crc32", "shard", "offset", "frames", "size", "mtime_ns", "path")
 ENCODING = {"encoding": "utf-8", "errors": "surrogateescape"}  # a path need not be UTF-8

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from safetensors.torch import load_file, save_file
 import adapter
 import card
 import export
+import lora
 import run
 import train
 import weights
 from config import Config
-from model import EmotionModel
+from model import EmotionModel, Wav2Vec2Config
 
 ROOT = Path(__file__).parents[1]
 BASE = "base_model_name_or_path"
@@ -479,3 +481,14 @@ def test_nothing_half_written_is_left(runs, tmp_path, monkeypatch, form):
 def test_an_adapter_has_no_place_in_logmel():
     with pytest.raises(ValueError, match="adapter: expected null, as backbone is logmel"):
         Config(backbone="logmel", adapter="somewhere")
+
+
+def test_lora_on_the_attention_of_wavlm_is_no_adapter_of_peft(tmp_path):
+    """Loaded by PEFT it would change nothing, without a word; on the feed-forward layers it works and is written."""
+    config = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=1, heads=4, ffn=128, relative_buckets=32)
+    for targets, refused in ((["q", "fc1"], True), (["fc1"], False)):
+        backbone = weights.random_backbone(config)
+        lora.inject(backbone, 2, 4, targets)
+        with pytest.raises(ValueError, match="WavLM's q, k, v or o") if refused else nullcontext():
+            adapter.save_adapter(backbone, tmp_path, "microsoft/wavlm-base")
+    assert (tmp_path / "adapter_model.safetensors").is_file()
