@@ -81,6 +81,7 @@ def load_corpus(
 
 @cache
 def say_once(line: str) -> None:
+    """Print a line to stderr, however often it is asked for."""
     print(line, file=sys.stderr)
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 # ruff: noqa: F401 - all that is about data can be had from here
-from corpora import CORPORA, LABEL_RANGE, load_corpus, read_corpus
+from corpora import CORPORA, LABEL_RANGE, load_corpus, read_corpus, say_once
 from demo import synthesize_demo
 from manifest import (
     LABEL_COLUMNS,

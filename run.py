@@ -118,8 +118,8 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
     try:
         files = weights.locate(config.backbone)
         backbone = weights.load_backbone(config.backbone, **regularisation)
-        if weights.is_emotion_head(weights.read(files)[0]):
-            note(f"note: {config.backbone}: its emotion head is left out; {LICENCE}")
+        if len(files) > 1 and weights.is_emotion_head(weights.read(files)[0]):  # one alone is no published directory
+            data.say_once(f"note: {config.backbone}: its emotion head is left out; {LICENCE}")
         if config.adapter is None:
             return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}
         merge_adapter(backbone, config.adapter, config.backbone)
@@ -344,12 +344,6 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-@lru_cache
-def note(text: str) -> None:
-    """Print a line to stderr, each once."""
-    print(text, file=sys.stderr)
-
-
 def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> EmotionModel:
     """The best model of a finished run, LoRA merged or still apart, in eval mode; or a published emotion model.
 
@@ -363,7 +357,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
             model = weights.load_emotion_model(source)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
-        note(f"note: {LICENCE}")
+        data.say_once(f"note: {LICENCE}")
         return model.to(pick_device(device))
     best = load_checkpoint(directory / "best.pt")
     config = make_config(best["config"], str(directory))

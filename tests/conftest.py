@@ -103,6 +103,15 @@ def write_tiny_checkpoint(folder: Path, large: bool = False) -> Path:
     return folder
 
 
+@pytest.fixture
+def one_thread():
+    """Such small matrices are not worth two, which wait for each other wherever the processor is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A Hugging Face directory with a model of the base kind: width 64, 3 layers."""

@@ -30,6 +30,8 @@ from cache import ActivationCache, Staging, Tier, main, pick_tier, verify
 from config import load_config
 from model import EmotionModel, Layer, Wav2Vec2Config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 WIDTH = 8
 IDENTITY = {"backbone": "abc", "depth": 2}
@@ -710,15 +712,6 @@ TINY = Wav2Vec2Config(
     hidden_dropout=0.1,  # of the part that trains: the same draws with and without a cache
 )
 FULL, LORA, LAST_LAYER, HEADS_ONLY = ("all", 0, -1), (0, 4, 0), (1, 0, 2), (0, 0, 4)  # trainable layers, rank, depth
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small matrices are not worth two, which wait for each other wherever the processor is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

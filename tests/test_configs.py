@@ -15,6 +15,8 @@ import train
 from config import load_config
 from lora import adapters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LAYERS = 3  # of the tiny model, of which the configs' last three layers become the last two
@@ -32,15 +34,6 @@ EXPECTED = {  # depth of the prefix, whether it is cached, names of the parts th
     "heads_only": (LAYERS + 1, True, ""),
     "logmel": (1, True, ""),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small matrices are not worth two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_each_config_has_an_expectation_here():

@@ -26,6 +26,8 @@ import weights
 from config import Config
 from model import EmotionModel, Wav2Vec2Config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 BASE = "base_model_name_or_path"
 LENGTHS = (400, 1041, 7331, 16_000)  # samples
@@ -36,15 +38,6 @@ VARIANTS = {  # every pooling and head, each kind of backbone, and what can trai
     "attentive": ("base", {"trainable_layers": 1, "pooling": "attentive"}),
     "everything": ("hubert", {"trainable_layers": "all", "targets": ["valence"]}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small matrices are not worth two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ import train
 import weights
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Wav2Vec2Config(
     conv_channels=(32,) * 7, width=64, heads=4, ffn=128, layers=3, position_kernel=16, position_groups=4
 )
@@ -41,15 +43,6 @@ METHODS = {
     "LoRA on the last": (0, [2], 2),
     "LoRA below a trainable layer": (1, [1], 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small matrices are not worth two, which wait for each other wherever the processor is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(method: str, config: Wav2Vec2Config = TINY) -> EmotionModel:

@@ -9,6 +9,8 @@ import weights
 from freeze import count, freeze
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Wav2Vec2Config(
     conv_channels=(32,) * 7, width=64, heads=4, ffn=128, layers=3, position_kernel=16, position_groups=4
 )
@@ -20,15 +22,6 @@ PEFT_NAMES = {
     "fc1": "feed_forward.intermediate_dense",
     "fc2": "feed_forward.output_dense",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small matrices are not worth two, which wait for each other wherever the processor is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def waveforms(*lengths: int) -> list[torch.Tensor]:

@@ -29,17 +29,10 @@ import weights
 from config import Config
 from model import EmotionModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 HEADER = ["file", "start", "end", "activation", "valence"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small matrices are not worth two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +452,7 @@ def test_the_published_emotion_model_predicts_by_name_and_shows_its_licence_once
     monkeypatch.setattr(weights, "download", lambda repository: folder)
     printed = []
     for source in (folder, "audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim"):
-        run.note.cache_clear()
+        data.say_once.cache_clear()
         assert command_line(monkeypatch, source, recordings) is None
         out, errors = capsys.readouterr()
         assert errors == f"note: {run.LICENCE}\n"
@@ -482,7 +475,7 @@ def test_training_starts_from_the_published_model_without_its_head(
 ):
     """It is said, with the licence, once; and the run is one to predict with."""
     folder, _ = published_model
-    run.note.cache_clear()
+    data.say_once.cache_clear()
     keys = tiny_settings(tmp_path, folder, tiny_manifest, trainable_layers=1, epochs=1)
     train.train(Config(name="run", **keys))
     said = f"note: {folder}: its emotion head is left out; {run.LICENCE}"

@@ -35,6 +35,8 @@ from config import Config, load_config
 from lora import LoRALinear
 from model import EmotionModel, FeatureEncoder, Layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 STEPS = 12 // 4  # an epoch: utterances of `tiny_manifest`, and of a batch
 METHODS = {
@@ -46,15 +48,6 @@ METHODS = {
     "heads on all layers": {"pooling": "layers", "head_width": 0},
 }
 WALL_TIME = {"train_seconds", "audio_seconds_per_second", "seconds"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small matrices are not worth two, and results repeat bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
