@@ -319,6 +319,7 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
         model, identity = build_model(config, label_range)
         prefix = Prefix(model, audio, device, precision, config.micro_batch_size or config.batch_size)
         prefix.open_cache(config.cache_dir, config.cache_dtype, identity, seconds)
+        prefix.cache.note_user(path, identity["source"])
         kind = (audio, identity["sha256"], model.backbone.config.normalize_waveform, device, precision, config.tf32)
         group = groups.setdefault(kind, {})
         group.setdefault(prefix.cache.directory, prefix)

@@ -137,10 +137,10 @@ def train(config: Config) -> dict:
     model, backbone = run.build_model(config, label_range)
     paths = [utterance.path for utterance in utterances]
     prefix = run.Prefix(model, paths, device, precision, config.micro_batch_size)
-    total_parameters, trainable_parameters = count(model)
     print(f"{table(model)}\n{run.device_name(device)}, {precision}")
     if config.cache:
         prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds), config.cache_tier)
+        prefix.cache.note_user(directory, backbone["source"])
     prefix.drop_if_cached()
     run.prepare(model, device, precision, config.tf32, config.compile)
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
@@ -149,7 +149,7 @@ def train(config: Config) -> dict:
     # State: all that the loop changes beside parameters and optimizer
     state = {"epoch": 0, "best": -2.0, "best_epoch": 0, "seconds": 0.0, "cache_build": 0.0, "peak": 0, "log": []}
     state |= {"losses": [], "done": 0.0, "train_seconds": 0.0}  # of the epoch under way; a loss for each step so far
-    state |= {"trainable_parameters": trainable_parameters, "total_parameters": total_parameters}
+    state["total_parameters"], state["trainable_parameters"] = count(model)
     torch.manual_seed(config.seed)
     if (directory / "last.pt").is_file():
         last = run.load_checkpoint(directory / "last.pt", backbone)
