@@ -1,4 +1,4 @@
-"""Activation caches as files: what each takes, who uses it, and how to be rid of it. `cache.py` has the command line."""
+"""Activation caches as files: what each takes, who uses it, how to be rid of it. `cache.py` has the command line."""
 
 import json
 import os
