@@ -10,6 +10,8 @@ A complete cache may be read from another tier than the disk: a `Tier` keeps it 
 
     python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses, or those of several
     python cache.py verify cache/1f0c3a...                 read everything, name what is damaged
+    python cache.py list cache                             size, content, last use and users of each cache there
+    python cache.py clear cache/1f0c3a...                  delete these caches, and say how much that frees
 """
 
 import argparse
@@ -81,6 +83,13 @@ class ActivationCache:
             if offset + (frames + self.scale_rows) * self.row_bytes <= shard_size:
                 self.entries[number] = (crc, shard, offset, frames, False)
         self.entries = self.entries[first]
+
+    def note_user(self, path: str | Path, backbone: str) -> None:
+        """Leave the path of a run or config that uses this cache, and its backbone's name, for `cache.py list`."""
+        note = {"path": os.path.abspath(path), "backbone": backbone}
+        with suppress(OSError):  # a cache that others may only read
+            name = hashlib.sha256(note["path"].encode("utf-8", "surrogateescape")).hexdigest()[:12]
+            (self.directory / f"{name}.user").write_text(json.dumps(note), encoding="utf-8")
 
     def has(self, numbers: Sequence[int]) -> bool:
         """Whether all of these utterances are there."""
@@ -342,20 +351,27 @@ def read_index(directory: Path) -> Iterator[tuple[int, str, int, int, int, int, 
                     continue
 
 
+def read_description(directory: Path) -> dict:
+    """What `cache.json` says: the identity, with "width" and "dtype". Raises FileNotFoundError, or ValueError."""
+    if not (directory / "cache.json").is_file():
+        raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
+    try:
+        identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
+        _ = identity["width"] * getattr(torch, identity["dtype"]).itemsize
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
+    return identity
+
+
 def verify(directory: str | Path) -> list[str]:
     """Read every activation of a cache; the audio paths of those whose bytes are not what was written.
 
     What lies past the end of its shard counts only where no whole one took its place: reading passes it over too.
     """
     directory = Path(directory)
-    if not (directory / "cache.json").is_file():
-        raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
-    try:
-        identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
-        row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
-        scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
+    identity = read_description(directory)
+    row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
+    scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
     whole, cut, damaged = set(), [], []
     for crc, shard, offset, frames, _, _, path in read_index(directory):
         size, data = (frames + scale_rows) * row_bytes, b""
@@ -372,13 +388,22 @@ def verify(directory: str | Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fill or check activation caches.")
+    parser = argparse.ArgumentParser(description="Fill, check, list or delete activation caches.")
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="fill the caches that configs use, in one pass over the audio")
     build.add_argument("words", nargs="+", metavar="config | key=value", help="keys are for all of the configs")
     build.add_argument("--report", help="JSON file to write: directory, bytes and seconds of each config's cache")
     commands.add_parser("verify", help="name damaged activations").add_argument("directory")
+    listed = commands.add_parser("list", help="size, content, last use and users of each cache in a folder")
+    listed.add_argument("directory", nargs="?", default="cache")
+    cleared = commands.add_parser("clear", help="delete caches, without asking, and say what that freed")
+    cleared.add_argument("names", nargs="+", metavar="directory", help="of a cache, or its name below ./cache")
     arguments = parser.parse_args()
+    if arguments.command in ("list", "clear"):
+        from caches import clear, list_caches
+
+        print(list_caches(arguments.directory) if arguments.command == "list" else clear(arguments.names))
+        return
     if arguments.command == "verify":
         damaged = verify(arguments.directory)
         print("\n".join(damaged) or "every activation is as it was written")
@@ -398,3 +423,5 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command continues")

@@ -3,10 +3,12 @@
 import ctypes
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +35,37 @@ Item = TypeVar("Item")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, and what a cluster sends
+STOP_SIGNALS += [signal.SIGBREAK] if sys.platform == "win32" else []  # Windows lets no other process send those two
 LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
+
+
+class Stopped(KeyboardInterrupt):
+    """The run is to end here, between two batches."""
+
+
+@contextmanager
+def stop_between_batches(stop: threading.Event, save: Callable[[], object]) -> Iterator[None]:
+    """Within, a signal of STOP_SIGNALS sets `stop`, at which a `Prefix` raises `Stopped`; then `save` is called.
+
+    A second signal does not wait. Where signals cannot be caught, outside the main thread, they are left as they are.
+    """
+
+    def note_signal(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    caught = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, note_signal) for number in caught}
+    try:
+        yield
+    except Stopped:
+        save()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def pick_device(name: str) -> torch.device:
@@ -171,6 +203,7 @@ class Prefix:
         self.tier: Tier | None = None
         self.complete = False
         self.build_seconds = 0.0
+        self.stop = threading.Event()
 
     def open_cache(
         self, root: str, dtype: str, identity: dict, seconds: float = 0.0, tier: str = "auto"
@@ -198,8 +231,13 @@ class Prefix:
             self.complete = True
 
     def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor, list[int]]]:
-        """Each batch's numbers, packed activations on the device in fp32, and lengths; read one batch ahead."""
+        """Each batch's numbers, packed activations on the device in fp32, and lengths; read one batch ahead.
+
+        Raises `Stopped` instead of the next batch once `stop` is set.
+        """
         for numbers, loaded in zip(batches, data.prefetch(self.load, batches), strict=True):
+            if self.stop.is_set():
+                raise Stopped
             x, lengths = loaded if isinstance(loaded, tuple) else self.encode(numbers, loaded)
             yield numbers, x.to(self.device, non_blocking=True).float(), lengths
 
@@ -281,6 +319,7 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
         model, identity = build_model(config, label_range)
         prefix = Prefix(model, audio, device, precision, config.micro_batch_size or config.batch_size)
         prefix.open_cache(config.cache_dir, config.cache_dtype, identity, seconds)
+        prefix.cache.note_user(path, identity["source"])
         kind = (audio, identity["sha256"], model.backbone.config.normalize_waveform, device, precision, config.tf32)
         group = groups.setdefault(kind, {})
         group.setdefault(prefix.cache.directory, prefix)

@@ -3,6 +3,8 @@
     python train.py configs/lora_r8.yaml [key=value ...]
 
 A run lives in `runs/<name>`. The same command again resumes a run that was stopped and reports one that is finished.
+Ctrl-C and SIGTERM let the step end and save; killed, a run goes on after the last finished epoch. On a CPU a resumed
+run is the uninterrupted one, bit by bit.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import csv
 import json
 import math
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -134,10 +137,10 @@ def train(config: Config) -> dict:
     model, backbone = run.build_model(config, label_range)
     paths = [utterance.path for utterance in utterances]
     prefix = run.Prefix(model, paths, device, precision, config.micro_batch_size)
-    total_parameters, trainable_parameters = count(model)
     print(f"{table(model)}\n{run.device_name(device)}, {precision}")
     if config.cache:
         prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds), config.cache_tier)
+        prefix.cache.note_user(directory, backbone["source"])
     prefix.drop_if_cached()
     run.prepare(model, device, precision, config.tf32, config.compile)
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
@@ -145,7 +148,8 @@ def train(config: Config) -> dict:
 
     # State: all that the loop changes beside parameters and optimizer
     state = {"epoch": 0, "best": -2.0, "best_epoch": 0, "seconds": 0.0, "cache_build": 0.0, "peak": 0, "log": []}
-    state |= {"trainable_parameters": trainable_parameters, "total_parameters": total_parameters}
+    state |= {"losses": [], "done": 0.0, "train_seconds": 0.0}  # of the epoch under way; a loss for each step so far
+    state["total_parameters"], state["trainable_parameters"] = count(model)
     torch.manual_seed(config.seed)
     if (directory / "last.pt").is_file():
         last = run.load_checkpoint(directory / "last.pt", backbone)
@@ -153,62 +157,68 @@ def train(config: Config) -> dict:
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
         restore_random(last["random"])
-        state = last["state"]
-        print(f"resuming after epoch {state['epoch']}")
-    began -= state["seconds"]
-    prefix.build_seconds = state["cache_build"]
+        state |= last["state"]
+        state["losses"] = [loss.to(device) for loss in state["losses"]]
+        print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
+    began, prefix.build_seconds = began - state["seconds"], state["cache_build"]
+
+    def save() -> None:
+        state["seconds"], state["cache_build"] = time.perf_counter() - began, prefix.build_seconds
+        state["peak"] = max(state["peak"], run.peak_memory(device))  # of every process that worked on this run
+        last = {"trained": trained_state(model), "backbone": backbone, "optimizer": optimizer.state_dict()}
+        last |= {"scaler": scaler.state_dict(), "random": random_state(), "state": state}
+        run.save(directory / "last.pt", last)
 
     together = config.micro_batch_size or config.batch_size  # utterances in memory at once, also where nothing trains
     steps = len(data.batches(len(split["train"]), config.batch_size, config.seed, 0))
-    bar = tqdm(total=steps * config.epochs, initial=steps * state["epoch"], unit="step", disable=None)
-    while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < config.patience:
-        epoch, start, done, losses = state["epoch"] + 1, time.perf_counter(), 0.0, []
-        bar.set_description(f"epoch {epoch}")
-        train_mode(model, prefix.depth)
-        batches = data.batches(len(split["train"]), config.batch_size, config.seed, epoch)
-        for numbers, x, lengths in prefix([[split["train"][i] for i in batch] for batch in batches]):
-            factor = schedule(steps * (epoch - 1) + len(losses), steps * config.epochs, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-            target = labels[numbers].to(device, non_blocking=True)
-            micro = config.micro_batch_size
-            loss, _ = step(model, x, lengths, target, prefix.depth, optimizer, scaler, prefix.dtype, config.clip, micro)
-            losses.append(loss)
-            done += sum(seconds[number] for number in numbers)
-            bar.update()
-            if device.type == "cpu" or len(losses) % 20 == 0:  # reading the loss makes a GPU wait
-                rate = done / (time.perf_counter() - start)
-                so_far = f", dev CCC {state['best']:.3f}" if state["log"] else ""
-                bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {rate:.0f} s of audio/s")
-        train_loss = torch.stack(losses).mean().item()
-        train_seconds = time.perf_counter() - start
-        dev = ccc(evaluate(model, prefix, split["dev"], together), labels[split["dev"]]).tolist()
-        if not all(map(math.isfinite, [train_loss, *dev])):  # dev: the last step may have been the one too many
-            raise ValueError(
-                f"epoch {epoch}: loss {train_loss:.3g}, dev CCC {dev}: not finite, and not saved; lower lr or head_lr, "
-                "or set precision: fp32, under another name"
-            )
-        if prefix.cache is not None and not prefix.cache.has(split["test"]):
-            evaluate(model, prefix, split["test"], together)  # so that the cache is whole
-        prefix.drop_if_cached()
-
-        mean = sum(dev) / len(dev)
-        state |= {"epoch": epoch, "seconds": time.perf_counter() - began, "cache_build": prefix.build_seconds}
-        state["peak"] = max(state["peak"], run.peak_memory(device))  # of every process that worked on this run
-        row = {"epoch": epoch, "train_loss": train_loss, "train_seconds": train_seconds}
-        row |= {f"dev_ccc_{target}": value for target, value in zip(config.targets, dev, strict=True)}
-        row |= {"dev_ccc": mean, "audio_seconds_per_second": done / train_seconds, "seconds": state["seconds"]}
-        state["log"].append(row)
-        trained = {"trained": trained_state(model), "backbone": backbone}
-        if mean > state["best"]:
-            state |= {"best": mean, "best_epoch": epoch}
-            best = {"config": run.plain(config), "label_range": list(label_range), "epoch": epoch}
-            run.save(directory / "best.pt", trained | best)
-        run.write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["log"]))
-        last = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "random": random_state()}
-        run.save(directory / "last.pt", trained | last | {"state": state})
-        scores = "  ".join(f"{target} {value:6.3f}" for target, value in zip(config.targets, dev, strict=True))
-        bar.write(f"epoch {epoch:3}  loss {train_loss:.3f}  dev CCC  {scores}  {train_seconds:8.1f} s")
+    options = prefix.dtype, config.clip, config.micro_batch_size
+    before = steps * state["epoch"] + len(state["losses"])
+    bar = tqdm(total=steps * config.epochs, initial=before, unit="step", disable=None)
+    with run.stop_between_batches(prefix.stop, save):
+        while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < config.patience:
+            epoch, losses, start = state["epoch"] + 1, state["losses"], time.perf_counter() - state["train_seconds"]
+            bar.set_description(f"epoch {epoch}")
+            train_mode(model, prefix.depth)
+            batches = data.batches(len(split["train"]), config.batch_size, config.seed, epoch)[len(losses) :]
+            for numbers, x, lengths in prefix([[split["train"][i] for i in batch] for batch in batches]):
+                factor = schedule(steps * (epoch - 1) + len(losses), steps * config.epochs, config.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                target = labels[numbers].to(device, non_blocking=True)
+                loss, _ = step(model, x, lengths, target, prefix.depth, optimizer, scaler, *options)
+                losses.append(loss)
+                state["done"] += sum(seconds[number] for number in numbers)
+                state["train_seconds"] = time.perf_counter() - start
+                bar.update()
+                if device.type == "cpu" or len(losses) % 20 == 0:  # reading the loss makes a GPU wait
+                    rate = state["done"] / state["train_seconds"]
+                    so_far = f", dev CCC {state['best']:.3f}" if state["log"] else ""
+                    bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {rate:.0f} s of audio/s")
+            train_loss = torch.stack(losses).mean().item()
+            train_seconds = state["train_seconds"] = time.perf_counter() - start
+            dev = ccc(evaluate(model, prefix, split["dev"], together), labels[split["dev"]]).tolist()
+            if not all(map(math.isfinite, [train_loss, *dev])):  # dev: the last step may have been the one too many
+                raise ValueError(
+                    f"epoch {epoch}: loss {train_loss:.3g}, dev CCC {dev}: not finite, and not saved; lower lr or "
+                    "head_lr, or set precision: fp32, under another name"
+                )
+            if prefix.cache is not None and not prefix.cache.has(split["test"]):
+                evaluate(model, prefix, split["test"], together)  # so that the cache is whole
+            prefix.drop_if_cached()
+            mean = sum(dev) / len(dev)
+            row = {"epoch": epoch, "train_loss": train_loss, "train_seconds": train_seconds}
+            row |= {f"dev_ccc_{target}": value for target, value in zip(config.targets, dev, strict=True)}
+            row |= {"dev_ccc": mean, "audio_seconds_per_second": state["done"] / train_seconds}
+            state["log"].append(row | {"seconds": time.perf_counter() - began})
+            state |= {"epoch": epoch, "losses": [], "done": 0.0, "train_seconds": 0.0}
+            if mean > state["best"]:
+                state |= {"best": mean, "best_epoch": epoch}
+                best = {"trained": trained_state(model), "backbone": backbone, "label_range": list(label_range)}
+                run.save(directory / "best.pt", best | {"config": run.plain(config), "epoch": epoch})
+            run.write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["log"]))
+            save()
+            scores = "  ".join(f"{target} {value:6.3f}" for target, value in zip(config.targets, dev, strict=True))
+            bar.write(f"epoch {epoch:3}  loss {train_loss:.3f}  dev CCC  {scores}  {train_seconds:8.1f} s")
     bar.close()
 
     # Test
@@ -321,11 +331,15 @@ def main() -> None:
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
     arguments = parser.parse_args()
+    for number in run.STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     config = load_config(arguments.config, arguments.overrides)
     try:
         result = train(config)
+    except run.Stopped:
+        sys.exit("\nstopped and saved after the last step; the same command continues there")
     except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command continues after the last finished epoch")
+        sys.exit("\nstopped; the same command continues from what was last saved")
     print(report(result, Path(config.output_dir) / config.name))
 
 

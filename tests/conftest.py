@@ -20,6 +20,7 @@ except (ImportError, OSError, RuntimeError):
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--full-size", action="store_true", help="compare models of the published sizes too: minutes, GB")
+    parser.addoption("--kills", type=int, default=10, help="how often the tests of resuming kill a run; 100: minutes")
 
 
 @pytest.fixture

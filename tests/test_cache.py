@@ -670,9 +670,11 @@ def test_an_index_of_50000_utterances_opens_quickly_and_in_little_memory(tmp_pat
 def command_line(monkeypatch, *arguments: object) -> object:
     """The exit status of `python cache.py ...`, or the message it exits with."""
     monkeypatch.setattr(sys, "argv", ["cache.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
+    try:
         runpy.run_path(str(ROOT / "cache.py"), run_name="__main__")
-    return caught.value.code
+    except SystemExit as end:
+        return end.code
+    return None
 
 
 def test_verify_names_what_is_damaged_and_its_exit_status_says_so(tmp_path, monkeypatch, capsys):
@@ -697,6 +699,62 @@ def test_verify_of_what_is_no_cache_is_one_clear_message(tmp_path, monkeypatch):
     for text in ("{", "[]", '{"width": 8}', '{"width": 8, "dtype": "complex"}', '{"width": "8", "dtype": "no"}'):
         description.write_text(text)
         assert command_line(monkeypatch, "verify", tmp_path) == f"error: {description}: does not describe a cache"
+
+
+def test_list_tells_size_content_and_users_of_each_cache(tmp_path, monkeypatch, capsys):
+    """The largest first; of its users those that are still there; a torn note and a broken cache.json are no end."""
+    (_, large), (_, small) = filled(tmp_path, 5), filled(tmp_path, 2, torch.int8)
+    cache = open_cache(tmp_path, touch(tmp_path, 5))
+    (tmp_path / "run").mkdir()
+    for name in ("run", "gone"):
+        cache.note_user(tmp_path / name, "facebook/some")
+    (large / "torn.user").write_text('{"path')
+    size = sum(path.stat().st_size for path in large.iterdir()) / 1e6
+    assert command_line(monkeypatch, "list", tmp_path / "cache") is None
+    first, second, third, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{large}: {size:.1f} MB, 5 utterances, last used 20")
+    assert second == "  facebook/some, hidden state 2, 8 of float32"
+    assert third == f"  used by {tmp_path / 'run'}"
+    assert rest[0].startswith(f"{small}: ") and "2 utterances" in rest[0]
+    assert rest[1:3] == ["  SHA-256 abc..., hidden state 2, 8 of int8", "  used by nothing that is still there"]
+    assert rest[3].startswith(f"{tmp_path / 'cache'}: 2 caches, ")
+    (small / "cache.json").write_text("{")
+    assert command_line(monkeypatch, "list", tmp_path / "cache") is None
+    assert f"cannot be told: {small / 'cache.json'}: does not describe a cache" in capsys.readouterr().out
+    missing = tmp_path / "none"
+    message = f"error: {missing}: no such folder; expected one of caches, as cache_dir names it"
+    assert command_line(monkeypatch, "list", missing) == message
+
+
+def test_clear_deletes_caches_alone_and_says_what_it_freed(tmp_path, monkeypatch, capsys):
+    """By directory, or by name below ./cache; if one is no cache, none is deleted; a file of others stays."""
+    (_, one), (_, other) = filled(tmp_path, 5), filled(tmp_path, 2, torch.int8)
+    monkeypatch.chdir(tmp_path)
+    for wrong in (tmp_path / "cache", tmp_path / "none", "none"):
+        assert "is no cache, it has no cache.json" in command_line(monkeypatch, "clear", one, wrong)
+    assert verify(one) == verify(other) == []
+    (other / "notes.txt").write_text("mine")
+    size = sum(path.stat().st_size for path in one.iterdir()) / 1e6
+    assert command_line(monkeypatch, "clear", one.name, other, str(one.relative_to(tmp_path))) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{Path('cache') / one.name}: freed {size:.1f} MB"
+    assert len(lines) == 3 and lines[-1].startswith("freed ")
+    assert not one.exists()
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_and_a_build_are_told_as_users_of_their_cache(several, capsys, monkeypatch):
+    """Also one that is not finished; and what is listed is not taken for an index."""
+    path = several["lora"]
+    run.build_caches([str(path)])
+    config = load_config(path, ["epochs=1", "name=user"])
+    train.train(config)
+    command_line(monkeypatch, "list", config.cache_dir)
+    printed = capsys.readouterr().out
+    assert f"  used by {Path(config.output_dir) / 'user'}\n" in printed
+    assert f"  used by {path}\n" in printed
+    assert f"  {config.backbone}, hidden state 0, 64 of float16\n" in printed
+    assert "20 utterances" in printed
 
 
 # ---------------------------------------------------------------- in training

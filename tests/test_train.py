@@ -322,7 +322,7 @@ def test_a_run_killed_while_it_saves_continues_as_if_it_had_not_been(settings, t
     assert torch.load(directory / "last.pt", weights_only=True)["state"]["epoch"] == 1
     assert len(list(directory.glob(".last.pt.*.tmp"))) == 1
     assert command_line(monkeypatch, path) is None
-    assert "resuming after epoch 1\n" in capsys.readouterr().out
+    assert "resuming after epoch 1 and 0 steps of the next\n" in capsys.readouterr().out
     assert not list(directory.glob(".*"))
     train.train(whole)
     assert_same_run(directory_of(whole), directory)
@@ -332,7 +332,96 @@ def test_an_interrupt_ends_with_what_to_do_and_no_traceback(settings, tmp_path, 
     """Ctrl-C is not an error of the program."""
     path = write_config(tmp_path, **run.plain(settings()))
     monkeypatch.setattr(data, "check_audio", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert command_line(monkeypatch, path) == "\nstopped; the same command continues after the last finished epoch"
+    assert command_line(monkeypatch, path) == "\nstopped; the same command continues from what was last saved"
+
+
+STOPPED = {  # moments: a function of train.py that a run calls between its signals, and the number of the call
+    "in the first step": ("step", 1),
+    "in mid-epoch": ("step", STEPS + 2),
+    "in the last step of an epoch": ("step", 2 * STEPS),
+    "while it evaluates": ("evaluate", 2),
+    "while it saves": ("trained_state", 3),
+}
+
+
+@pytest.mark.parametrize("name", [number.name for number in run.STOP_SIGNALS])
+@pytest.mark.parametrize("moment", STOPPED.values(), ids=STOPPED)
+def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp_path, monkeypatch, name, moment):
+    """Ctrl-C and SIGTERM: no step is lost or repeated, and the whole is bit by bit the run that was not stopped."""
+    keys = {**METHODS["LoRA"], "precision": "fp16", "cache": True, "epochs": 4, "patience": 4}
+    whole, parts = (settings(name=name, cache_dir=str(tmp_path / name), **keys) for name in ("one", "two"))
+    train.train(whole)
+    steps, calls, real_step, real = [], [], train.step, getattr(train, moment[0])
+
+    def step(*arguments):
+        steps.append(None)
+        return real_step(*arguments)
+
+    def signalled(*arguments):
+        calls.append(None)
+        if len(calls) == moment[1]:
+            signal.raise_signal(signal.Signals[name])
+        return (step if moment[0] == "step" else real)(*arguments)
+
+    before = [signal.getsignal(number) for number in run.STOP_SIGNALS]
+    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, moment[0], signalled)
+    with pytest.raises(run.Stopped):
+        train.train(parts)
+    assert [signal.getsignal(number) for number in run.STOP_SIGNALS] == before
+    taken = len(steps)
+    state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
+    assert STEPS * state["epoch"] + len(state["losses"]) == taken < 4 * STEPS
+    train.train(parts)
+    assert len(steps) == 4 * STEPS
+    assert_same_run(directory_of(whole), directory_of(parts))
+
+
+def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkeypatch):
+    """In the middle of a step nothing can be saved: the run goes on after the last finished epoch."""
+    real, calls = train.step, []
+
+    def step(*arguments):
+        calls.append(None)
+        if len(calls) == STEPS + 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    whole, parts = settings(name="one"), settings(name="two")
+    train.train(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(train, "step", step)
+        train.train(parts)
+    assert not isinstance(caught.value, run.Stopped)
+    state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
+    assert (state["epoch"], state["losses"]) == (1, [])
+    train.train(parts)
+    assert_same_run(directory_of(whole), directory_of(parts))
+
+
+def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatch, capsys):
+    """SIGTERM before the first step and in one: a status that is not 0, no traceback; then the command continues."""
+    path = write_config(tmp_path, **run.plain(settings()))
+    before = {number: signal.getsignal(number) for number in run.STOP_SIGNALS}
+    ends = []
+    for function in ("describe", "schedule"):  # called before the loop, and in it
+        real = getattr(train, function)
+        monkeypatch.setattr(train, function, lambda *given, real=real: (signal.raise_signal(15), real(*given))[1])
+        monkeypatch.setattr(sys, "argv", ["train.py", str(path)])
+        with pytest.raises(SystemExit) as end:
+            train.main()
+        monkeypatch.setattr(train, function, real)
+        ends.append(end.value.code)
+    assert ends == [
+        "\nstopped; the same command continues from what was last saved",
+        "\nstopped and saved after the last step; the same command continues there",
+    ]
+    capsys.readouterr()
+    assert command_line(monkeypatch, path) is None
+    assert "resuming after epoch 0 and 1 steps of the next\n" in capsys.readouterr().out
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_run_killed_between_its_last_epoch_and_the_test_is_tested(settings, monkeypatch):
