@@ -1,12 +1,14 @@
 """One place that turns a configuration into a model, and a run's directory into a model again."""
 
 import ctypes
+import gc
 import os
 import platform
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 import check
 import data
+import parallel
 import weights
 from adapter import FILES as ADAPTER_FILES
 from adapter import merge_adapter
@@ -48,12 +51,16 @@ class Stopped(KeyboardInterrupt):
 def stop_between_batches(stop: threading.Event, save: Callable[[], object]) -> Iterator[None]:
     """Within, a signal of STOP_SIGNALS sets `stop`, at which a `Prefix` raises `Stopped`; then `save` is called.
 
-    A second signal does not wait. Where signals cannot be caught, outside the main thread, they are left as they are.
+    A second signal does not wait, unless it comes within a second: torchrun repeats a Ctrl-C to its processes. Where
+    signals cannot be caught, outside the main thread, they are left as they are.
     """
+    first = 0.0
 
     def note_signal(*_: object) -> None:
-        if stop.is_set():
+        nonlocal first
+        if stop.is_set() and time.monotonic() - first > 1:
             raise KeyboardInterrupt
+        first = first or time.monotonic()
         stop.set()
 
     caught = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
@@ -68,18 +75,40 @@ def stop_between_batches(stop: threading.Event, save: Callable[[], object]) -> I
             signal.signal(number, handler)
 
 
+@contextmanager
+def out_of_memory() -> Iterator[list[str]]:
+    """End the work within where PyTorch finds no memory, free what it held, and leave the reason in the list."""
+    reasons: list[str] = []
+    try:
+        yield reasons
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reasons.append(first_line(error))
+        traceback.clear_frames(error.__traceback__)  # which hold the tensors
+    if reasons:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def pick_device(name: str) -> torch.device:
-    """The device of this name; for "auto" CUDA, then MPS, then the CPU. Raises ValueError if it is not there."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device of this name; for "auto" CUDA, then MPS, then the CPU. Raises ValueError if it is not there.
+
+    Of several processes each takes the GPU with its own number.
+    """
+    alone = parallel.size() == 1
+    found = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in found.items() if there)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device: {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not alone:
+        device = torch.device("cuda", parallel.local_rank())
     if not found.get(device.type) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         there = ", ".join(kind for kind, is_there in found.items() if is_there)
-        raise ValueError(f"device: {name} is not there for PyTorch {torch.__version__}; this machine has {there}")
+        raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; this machine has {there}")
     return device
 
 
@@ -225,21 +254,25 @@ class Prefix:
 
     def drop_if_cached(self) -> None:
         """If the cache holds all that the prefix could compute, give up its weights, and read from the tier wanted."""
+        if self.cache is not None and parallel.size() > 1:
+            parallel.wait()
+            self.cache.load_index()  # with what the other processes have written
         if self.cache is not None and not self.complete and self.cache.has(range(len(self.paths))):
             drop_prefix(self.model, self.depth)
             self.tier = Tier(self.cache, self.device, pick_tier(self.tier_when_complete, self.cache, self.device))
             self.complete = True
 
     def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor, list[int]]]:
-        """Each batch's numbers, packed activations on the device in fp32, and lengths; read one batch ahead.
+        """Each batch's numbers, and of this process's share packed activations on the device in fp32 and lengths.
 
-        Raises `Stopped` instead of the next batch once `stop` is set.
+        Reads one batch ahead. Raises `Stopped` instead of the next batch once `stop` is set, in any process.
         """
-        for numbers, loaded in zip(batches, data.prefetch(self.load, batches), strict=True):
-            if self.stop.is_set():
+        shares = [parallel.share(batch) for batch in batches]
+        for batch, numbers, loaded in zip(batches, shares, data.prefetch(self.load, shares), strict=True):
+            if parallel.any_of(self.stop.is_set()):
                 raise Stopped
             x, lengths = loaded if isinstance(loaded, tuple) else self.encode(numbers, loaded)
-            yield numbers, x.to(self.device, non_blocking=True).float(), lengths
+            yield batch, x.to(self.device, non_blocking=True).float(), lengths
 
     def load(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]] | list[Tensor]:
         """A batch from the cache, or its waveforms: all of them even if one is missing, so that results repeat."""
@@ -279,6 +312,8 @@ def prepare(
     """Move what is in memory to its device, frozen matrices in the type that they are used in."""
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
     if precision != "fp32":
         cast_frozen(model, DTYPES[precision])
@@ -338,7 +373,10 @@ def deepest(prefixes: Iterable[Prefix]) -> Prefix:
 
 
 def fill(prefixes: Sequence[Prefix]) -> list[dict]:
-    """Complete the caches of prefixes that share backbone and audio: no hidden state is computed twice for a batch."""
+    """Complete the caches of prefixes that share backbone and audio: no hidden state is computed twice for a batch.
+
+    Several processes share the work.
+    """
     last = deepest(prefixes)
     size = min(prefix.at_once for prefix in prefixes)
     missing = [
@@ -346,6 +384,7 @@ def fill(prefixes: Sequence[Prefix]) -> list[dict]:
         for batch in in_order(range(len(last.paths)), size)
         if not all(prefix.cache.has(batch) for prefix in prefixes)
     ]
+    missing = parallel.share(missing)
     seconds: dict[Prefix, float] = {}
     start = time.perf_counter()
     audio = data.prefetch(lambda batch: [data.read_audio(last.paths[number]) for number in batch], missing)
@@ -369,8 +408,10 @@ def fill(prefixes: Sequence[Prefix]) -> list[dict]:
         for prefix in own:
             seconds[prefix] += own[prefix]
         start = time.perf_counter()
+    parallel.wait()
     for prefix in prefixes:
         prefix.cache.close()
+        prefix.cache.load_index()  # with what other processes have written
     return [
         {"directory": str(p.cache.directory), "seconds": seconds.get(p), "bytes": p.cache.stored_bytes()}
         for p in prefixes
@@ -440,7 +481,12 @@ def first_line(error: Exception) -> str:
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file beside `path`, then put it in its place: whoever reads `path` finds the old or the new, whole."""
+    """`write` a file beside `path`, then put it in its place: whoever reads `path` finds the old or the new, whole.
+
+    Of several processes only the first does.
+    """
+    if parallel.rank() > 0:
+        return
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(beside)

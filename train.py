@@ -2,9 +2,11 @@
 
     python train.py configs/lora_r8.yaml [key=value ...]
 
+    torchrun --nproc_per_node=2 train.py configs/lora_r8.yaml      the same run in two processes, each with half a batch
+
 A run lives in `runs/<name>`. The same command again resumes a run that was stopped and reports one that is finished.
 Ctrl-C and SIGTERM let the step end and save; killed, a run goes on after the last finished epoch. On a CPU a resumed
-run is the uninterrupted one, bit by bit.
+run is the uninterrupted one, bit by bit: random numbers of a step follow from the seed and the number of the step.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +29,15 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import parallel
 import run
 from config import Config, load_config
 from freeze import count, load_trained, table, train_mode, trained_state
 from metrics import bootstrap_ci, ccc, ccc_loss
 from model import EmotionModel
+
+COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_dir", "cache_tier"}  # may change in a run's course
+ADVICE = "lower lr or head_lr, or set precision: fp32, under another name"
 
 
 def step(
@@ -48,7 +55,9 @@ def step(
     """One training step on packed hidden state `depth`; returns the loss and the predictions `(B, K)`.
 
     CCC is a statistic of the batch, not a mean over it. Micro-batches therefore only bound the memory: each is
-    recomputed in the backward pass, and the loss is that of the whole batch, exactly.
+    recomputed in the backward pass, and the loss is that of the whole batch, exactly. With several processes `x` is
+    this one's share of the batch, `labels` and predictions are those of all. In fp32 and bf16, where a step is taken
+    whatever its gradient, a gradient that is not finite makes the returned loss NaN.
     """
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         if micro_batch_size is None:
@@ -57,14 +66,17 @@ def step(
             parts = [lengths[i : i + micro_batch_size] for i in range(0, len(lengths), micro_batch_size)]
             inputs = zip(x.split([sum(part) for part in parts]), parts, strict=True)
             predictions = torch.cat([checkpoint(model, *part, depth, use_reentrant=False) for part in inputs])
+    predictions = parallel.gather(predictions, len(labels))
     loss = ccc_loss(predictions, labels)
     scaler.scale(loss).backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parallel.add_gradients(parameters)
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach(), predictions.detach()
+    return loss.detach() + (0 if scaler.is_enabled() else 0 * norm), predictions.detach()
 
 
 def make_optimizer(model: EmotionModel, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -84,9 +96,19 @@ def make_optimizer(model: EmotionModel, lr: float, head_lr: float, weight_decay:
     )
 
 
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
 def schedule(number: int, total: int, warmup: int) -> float:
     """Factor of the rates at a step: a linear rise over `warmup` steps, then a linear fall to zero at the end."""
     return min((number + 1) / max(warmup, 1), (total - number) / max(total - warmup, 1), 1.0)
+
+
+def seed_step(seed: int, number: int) -> None:
+    """Let the random numbers of a step (dropout, masking) follow from these and the process: none is kept to resume."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, number, parallel.rank()]).generate_state(1)[0]))
 
 
 @torch.no_grad()
@@ -94,24 +116,28 @@ def evaluate(model: EmotionModel, prefix: run.Prefix, numbers: Sequence[int], ba
     """Predictions `(len(numbers), K)` on the CPU, labels scaled to 0..1."""
     model.eval()
     predictions = []
-    for _, x, lengths in prefix(run.in_order(numbers, batch_size)):
+    for batch, x, lengths in prefix(run.in_order(numbers, batch_size)):
         with torch.autocast(x.device.type, prefix.dtype, enabled=prefix.dtype != torch.float32):
-            predictions.append(model(x, lengths, prefix.depth).float())
+            predictions.append(parallel.gather(model(x, lengths, prefix.depth).float(), len(batch)))
     return torch.cat(predictions).cpu()
 
 
 def open_directory(config: Config) -> Path:
-    """The run's directory. Raises ValueError if another configuration has run there."""
+    """The run's directory. Raises ValueError if another configuration has run there; COST_KEYS alone may change."""
     directory = Path(config.output_dir) / config.name
-    directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(".*.tmp"):  # by a process that was killed while it saved
-        left.unlink()
     path, here = directory / "config.yaml", run.plain(config)
-    if not path.is_file() or not any((directory / name).is_file() for name in ("best.pt", "last.pt", "result.json")):
-        run.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
+    results = [directory / name for name in ("best.pt", "last.pt", "result.json")]
+    if parallel.rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".*.tmp"):  # by a process that was killed while it saved
+            left.unlink()
+        if not path.is_file() or not any(result.is_file() for result in results):
+            run.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
+    parallel.wait()
     there = run.plain(load_config(path))
-    if changed := [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if here[key] != there[key]]:
-        raise ValueError(f"{directory} holds another run ({'; '.join(changed[:5])}); choose another name=")
+    changed = [key for key in here if here[key] != there[key] and key not in COST_KEYS]
+    if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
+        raise ValueError(f"{directory} holds another run ({'; '.join(told)}); choose another name=")
     return directory
 
 
@@ -125,8 +151,9 @@ def train(config: Config) -> dict:
         return json.loads((directory / "result.json").read_text(encoding="utf-8"))
 
     # Data
-    utterances, label_range = run.load_utterances(config)
-    seconds = data.check_audio(utterances)
+    with parallel.first_alone():  # it writes the demo corpus
+        utterances, label_range = run.load_utterances(config)
+    paths, seconds = [utterance.path for utterance in utterances], data.check_audio(utterances)
     labels = torch.tensor([[utterance.labels[target] for target in config.targets] for utterance in utterances])
     labels = data.scale_labels(labels, label_range)
     split = {name: [i for i, u in enumerate(utterances) if u.split == name] for name in data.SPLITS}
@@ -134,8 +161,8 @@ def train(config: Config) -> dict:
     print(report_corpus(corpus))
 
     # Model, and its frozen prefix: computed, or read from the cache and then not even in memory
-    model, backbone = run.build_model(config, label_range)
-    paths = [utterance.path for utterance in utterances]
+    with parallel.first_alone():  # it downloads
+        model, backbone = run.build_model(config, label_range)
     prefix = run.Prefix(model, paths, device, precision, config.micro_batch_size)
     print(f"{table(model)}\n{run.device_name(device)}, {precision}")
     if config.cache:
@@ -146,63 +173,55 @@ def train(config: Config) -> dict:
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    # State: all that the loop changes beside parameters and optimizer
+    # State: all that the loop changes beside parameters, optimizer and scaler
     state = {"epoch": 0, "best": -2.0, "best_epoch": 0, "seconds": 0.0, "cache_build": 0.0, "peak": 0, "log": []}
     state |= {"losses": [], "done": 0.0, "train_seconds": 0.0}  # of the epoch under way; a loss for each step so far
     state["total_parameters"], state["trainable_parameters"] = count(model)
-    torch.manual_seed(config.seed)
     if (directory / "last.pt").is_file():
-        last = run.load_checkpoint(directory / "last.pt", backbone)
-        load_trained(model, last["trained"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        restore_random(last["random"])
-        state |= last["state"]
-        state["losses"] = [loss.to(device) for loss in state["losses"]]
-        print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
+        state |= resume(directory / "last.pt", backbone, model, optimizer, scaler)
+    parallel.require_same(corpus=corpus, backbone=backbone, epoch=state["epoch"], step=len(state["losses"]))
     began, prefix.build_seconds = began - state["seconds"], state["cache_build"]
 
     def save() -> None:
+        require_finite(epoch, state["losses"], batches, paths)
         state["seconds"], state["cache_build"] = time.perf_counter() - began, prefix.build_seconds
         state["peak"] = max(state["peak"], run.peak_memory(device))  # of every process that worked on this run
         last = {"trained": trained_state(model), "backbone": backbone, "optimizer": optimizer.state_dict()}
-        last |= {"scaler": scaler.state_dict(), "random": random_state(), "state": state}
-        run.save(directory / "last.pt", last)
+        run.save(directory / "last.pt", last | {"scaler": scaler.state_dict(), "state": state})
 
-    together = config.micro_batch_size or config.batch_size  # utterances in memory at once, also where nothing trains
+    together = min(config.batch_size, (config.micro_batch_size or config.batch_size) * parallel.size())
     steps = len(data.batches(len(split["train"]), config.batch_size, config.seed, 0))
     options = prefix.dtype, config.clip, config.micro_batch_size
     before = steps * state["epoch"] + len(state["losses"])
-    bar = tqdm(total=steps * config.epochs, initial=before, unit="step", disable=None)
-    with run.stop_between_batches(prefix.stop, save):
+    bar = tqdm(total=steps * config.epochs, initial=before, unit="step", disable=True if parallel.rank() else None)
+    with run.stop_between_batches(prefix.stop, save), run.out_of_memory() as short_of_memory:
         while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < config.patience:
             epoch, losses, start = state["epoch"] + 1, state["losses"], time.perf_counter() - state["train_seconds"]
             bar.set_description(f"epoch {epoch}")
             train_mode(model, prefix.depth)
-            batches = data.batches(len(split["train"]), config.batch_size, config.seed, epoch)[len(losses) :]
-            for numbers, x, lengths in prefix([[split["train"][i] for i in batch] for batch in batches]):
-                factor = schedule(steps * (epoch - 1) + len(losses), steps * config.epochs, config.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-                target = labels[numbers].to(device, non_blocking=True)
+            batches = data.batches(len(split["train"]), config.batch_size, config.seed, epoch)
+            batches = [parallel.even([split["train"][i] for i in batch], seconds) for batch in batches]
+            for batch, x, lengths in prefix(batches[len(losses) :]):
+                number = steps * (epoch - 1) + len(losses)
+                set_rates(optimizer, schedule(number, steps * config.epochs, config.warmup))
+                seed_step(config.seed, number)
+                target = labels[batch].to(device, non_blocking=True)
                 loss, _ = step(model, x, lengths, target, prefix.depth, optimizer, scaler, *options)
                 losses.append(loss)
-                state["done"] += sum(seconds[number] for number in numbers)
+                state["done"] += sum(seconds[utterance] for utterance in batch)
                 state["train_seconds"] = time.perf_counter() - start
                 bar.update()
-                if device.type == "cpu" or len(losses) % 20 == 0:  # reading the loss makes a GPU wait
+                if device.type == "cpu" or len(losses) % 20 == 0 or len(losses) == steps:  # reading it makes a GPU wait
+                    require_finite(epoch, losses, batches, paths)
                     rate = state["done"] / state["train_seconds"]
                     so_far = f", dev CCC {state['best']:.3f}" if state["log"] else ""
                     bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {rate:.0f} s of audio/s")
-            train_loss = torch.stack(losses).mean().item()
+            train_loss = torch.stack([loss.to(device) for loss in losses]).mean().item()  # some may be from last.pt
             train_seconds = state["train_seconds"] = time.perf_counter() - start
             dev = ccc(evaluate(model, prefix, split["dev"], together), labels[split["dev"]]).tolist()
-            if not all(map(math.isfinite, [train_loss, *dev])):  # dev: the last step may have been the one too many
-                raise ValueError(
-                    f"epoch {epoch}: loss {train_loss:.3g}, dev CCC {dev}: not finite, and not saved; lower lr or "
-                    "head_lr, or set precision: fp32, under another name"
-                )
-            if prefix.cache is not None and not prefix.cache.has(split["test"]):
+            if not all(map(math.isfinite, dev)):  # the last step may have been the one too many
+                raise ValueError(f"epoch {epoch}: dev CCC {dev} is not finite, and the epoch is not saved; {ADVICE}")
+            if prefix.cache is not None and parallel.any_of(not prefix.cache.has(split["test"])):
                 evaluate(model, prefix, split["test"], together)  # so that the cache is whole
             prefix.drop_if_cached()
             mean = sum(dev) / len(dev)
@@ -220,8 +239,13 @@ def train(config: Config) -> dict:
             scores = "  ".join(f"{target} {value:6.3f}" for target, value in zip(config.targets, dev, strict=True))
             bar.write(f"epoch {epoch:3}  loss {train_loss:.3f}  dev CCC  {scores}  {train_seconds:8.1f} s")
     bar.close()
+    if short_of_memory:
+        longest = sorted(range(len(paths)), key=seconds.__getitem__)[-config.batch_size :]
+        advice = advise_on_memory(model, prefix, longest, labels[longest], optimizer, scaler, options)
+        raise MemoryError(f"{short_of_memory[0]}\n{advice}")
 
     # Test
+    parallel.wait()  # until best.pt is there
     load_trained(model, run.load_checkpoint(directory / "best.pt", backbone)["trained"])
     predictions = data.unscale_labels(evaluate(model, prefix, split["test"], together), label_range).numpy()
     if prefix.cache is not None:
@@ -231,10 +255,68 @@ def train(config: Config) -> dict:
     peak = max(state["peak"], run.peak_memory(device))  # before the statistics, which are no part of the method
     result = summarise(config, state, tested, predictions, time.perf_counter() - began)
     result |= {"device": run.device_name(device), "precision": precision, "backbone": backbone, "corpus": corpus}
-    result["peak_memory_bytes"] = peak
-    result["cache_bytes"] = prefix.cache.stored_bytes() if prefix.cache else 0
+    cache_bytes = prefix.cache.stored_bytes() if prefix.cache else 0
+    result |= {"peak_memory_bytes": peak, "processes": parallel.size(), "cache_bytes": cache_bytes}
     run.write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def resume(
+    path: Path,
+    backbone: dict[str, str],
+    model: EmotionModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> dict:
+    """Put model, optimizer and scaler where a run was stopped; returns the rest of its state."""
+    last = run.load_checkpoint(path, backbone)
+    load_trained(model, last["trained"])
+    optimizer.load_state_dict(last["optimizer"])
+    scaler.load_state_dict(last["scaler"])
+    state = last["state"]
+    print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
+    return state
+
+
+def require_finite(
+    epoch: int, losses: Sequence[Tensor], batches: Sequence[Sequence[int]], paths: Sequence[str]
+) -> None:
+    """Raise ValueError if one of the last twenty losses of an epoch is not finite; it names the files of the batch."""
+    first = max(0, len(losses) - 20)
+    finite = [bool(loss.isfinite()) for loss in losses[first:]]
+    if False in finite:
+        step = first + finite.index(False)
+        what = (
+            f"epoch {epoch}, step {step + 1}: loss or gradient is not finite, and nothing since the last save is kept"
+        )
+        data.raise_listed(f"{what}; {ADVICE}; the files of the batch", [paths[number] for number in batches[step]])
+
+
+def advise_on_memory(
+    model: EmotionModel,
+    prefix: run.Prefix,
+    numbers: Sequence[int],
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    options: tuple,
+) -> str:
+    """What to set so that a step on these utterances fits in memory; found by taking it, so the model is lost."""
+    same = "the loss stays that of the whole batch, and the same command with it goes on from what was last saved"
+    *rest, size = options
+    size = size or len(numbers)
+    if parallel.size() > 1:  # the others wait for this one, or have ended
+        return f"set micro_batch_size below {math.ceil(size / parallel.size())}: {same}"
+    while size > 1:
+        size //= 2
+        prefix.at_once = size
+        with run.out_of_memory() as short:
+            for _, x, lengths in prefix([numbers]):
+                step(model, x, lengths, labels.to(x.device), prefix.depth, optimizer, scaler, *rest, size)
+        if not short:
+            longest = f"the {len(numbers)} longest utterances"
+            return f"measured: a step on {longest} fits with micro_batch_size={size}; {same}"
+    return "measured: not one utterance at a time fits; train fewer layers, or set gradient_checkpointing: true"
 
 
 def describe(name: str, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> dict:
@@ -283,18 +365,6 @@ def summarise(
     }
 
 
-def random_state() -> dict:
-    """Where PyTorch's random numbers stand (dropout, masking); the batches follow from seed and epoch alone."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-
-
-def restore_random(state: dict) -> None:
-    """Put back what `random_state` took, of the GPUs only where there are as many."""
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def write_predictions(
     path: Path, targets: Sequence[str], utterances: Sequence[data.Utterance], predictions: np.ndarray
 ) -> None:
@@ -334,17 +404,18 @@ def main() -> None:
     for number in run.STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     config = load_config(arguments.config, arguments.overrides)
+    parallel.start()
     try:
-        result = train(config)
+        with redirect_stdout(None if parallel.rank() else sys.stdout):
+            print(report(train(config), Path(config.output_dir) / config.name))
     except run.Stopped:
         sys.exit("\nstopped and saved after the last step; the same command continues there")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command continues from what was last saved")
-    print(report(result, Path(config.output_dir) / config.name))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except (OSError, ValueError, MemoryError) as error:
+        sys.exit(f"{parallel.name()}error: {error}")

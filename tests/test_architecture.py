@@ -33,7 +33,11 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "cache": ({"model"}, {"run": "main", "caches": "main"}),  # its small command line
     "caches": ({"cache"}, {}),
     "card": ({"adapter"}, {}),
-    "run": ({"adapter", "cache", "check", "config", "data", "freeze", "logmel", "lora", "model", "weights"}, {}),
+    "parallel": (set(), {}),
+    "run": (
+        {"adapter", "cache", "check", "config", "data", "freeze", "logmel", "lora", "model", "parallel", "weights"},
+        {},
+    ),
 }
 TIMED = {  # lazily: what is measured, and what draws the figures
     ("bench", "train", "ours"),

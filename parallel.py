@@ -1,0 +1,138 @@
+"""Several processes that train as one: `torchrun --nproc_per_node=2 train.py configs/full.yaml`.
+
+Each holds the model and computes every size-th utterance of each batch. What travels: the predictions, since CCC is a
+statistic of the whole batch, and the gradients of what trains. A sum over processes with zeros in the place of the
+others' rows is how rows travel, so shares may differ in size. In a process alone every function here does nothing.
+
+On GPUs tensors travel by NCCL; those on the CPU, and all words between processes, by gloo.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Item = TypeVar("Item")
+
+
+def start() -> None:
+    """Join the others, if torchrun started this process."""
+    if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one; 0 is the one that prints and writes."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def name() -> str:
+    """Before a message: which process has it to say."""
+    return f"process {rank()} of {size()}: " if size() > 1 else ""
+
+
+def local_rank() -> int:
+    """Its number on this machine: that of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Raise ConnectionError where a collective operation fails, because another process is no more."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).split(". ")[0]
+        raise ConnectionError(f"another process of this run has ended, its message tells why ({reason})") from None
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """What of a batch this process computes: every size-th; if that is nothing the first, which `gather` leaves out."""
+    return items[rank() :: size()] or items[:1]
+
+
+def gather(rows: Tensor, count: int) -> Tensor:
+    """The rows `(count, K)` of a whole batch, of which each process has those of its `share`, with gradient."""
+    if size() == 1:
+        return rows
+    whole = rows.new_zeros(count, *rows.shape[1:])
+    own = whole[rank() :: size()]
+    own.copy_(rows.detach()[: len(own)])
+    with connected():
+        dist.all_reduce(whole)
+    whole[rank() :: size()] = rows[: len(own)]
+    return whole
+
+
+def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum every gradient over the processes. A parameter that has none in any of them is left without."""
+    if size() == 1:
+        return
+    there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    with connected():
+        dist.all_reduce(there)
+        used = [parameter for parameter, count in zip(parameters, there.tolist(), strict=True) if count]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+        dist.all_reduce(flat)
+    for parameter, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def even(batch: Sequence[int], cost: Sequence[float]) -> Sequence[int]:
+    """The batch in an order in which every process's share costs about the same."""
+    return sorted(batch, key=cost.__getitem__) if size() > 1 else batch
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true in any process."""
+    return largest(float(flag)) > 0
+
+
+def largest(number: float) -> float:
+    """The largest of the processes' numbers."""
+    if size() == 1:
+        return number
+    value = torch.tensor(number, dtype=torch.double)
+    with connected():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    largest(0.0)
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Let the first process do what is within, then the others: it leaves files that they find."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
+
+
+def require_same(**values: object) -> None:
+    """Raise ValueError if a process has other values than the first: they would train something else together."""
+    if size() == 1:
+        return
+    others: list[dict] = [{}] * size()
+    with connected():
+        dist.all_gather_object(others, values)
+    for number, other in enumerate(others):
+        for key in values:
+            if other[key] != others[0][key]:
+                raise ValueError(
+                    f"{key}: {others[0][key]!r} in process 0 and {other[key]!r} in process {number}; "
+                    "all need the same files, and output_dir on a disk that they share"
+                )

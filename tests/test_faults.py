@@ -1,0 +1,234 @@
+"""Numbers that are none, and memory that runs out: what a run says, and what is left of it."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_settings
+from test_train import STEPS, command_line, directory_of, read_log, write_config
+
+import data
+import run
+import train
+from config import Config
+from model import EmotionModel, Layer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_checkpoint, tiny_manifest):
+    """A function from keys to the `Config` of a small experiment."""
+    return lambda **keys: Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, **{"name": "a", **keys}))
+
+
+def files_of_step(config: Config, epoch: int, step: int) -> list[str]:
+    """The names of the files in a batch of training."""
+    utterances, _ = run.load_utterances(config)
+    training = [utterance.path for utterance in utterances if utterance.split == "train"]
+    return [training[i] for i in data.batches(len(training), config.batch_size, config.seed, epoch)[step - 1]]
+
+
+# ---------------------------------------------------------------- not finite
+
+
+def spoil(monkeypatch, where: str, call: int, value: float) -> None:
+    """In the step with this number let predictions or their gradient be `value`."""
+    real, calls = EmotionModel.forward, []
+
+    def forward(self, *arguments):
+        predictions = real(self, *arguments)
+        if self.training:
+            calls.append(None)
+            if len(calls) == call and where == "predictions":
+                predictions = predictions * value
+            elif len(calls) == call:
+                predictions.register_hook(lambda gradient: gradient * value)
+        return predictions
+
+    monkeypatch.setattr(EmotionModel, "forward", forward)
+
+
+@pytest.mark.parametrize("where", ["predictions", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_names_its_files_and_keeps_the_epoch_before(settings, monkeypatch, where, value):
+    """Also where the loss is finite and a gradient is not. The same command goes on, and is the run without a fault."""
+    keys = {"lora_rank": 2, "epochs": 2}
+    whole, config = settings(name="whole", **keys), settings(**keys)
+    train.train(whole)
+    with monkeypatch.context() as patch:
+        spoil(patch, where, STEPS + 2, value)
+        with pytest.raises(ValueError, match="epoch 2, step 2: loss or gradient is not finite") as error:
+            train.train(config)
+    listed = str(error.value).splitlines()[1:]
+    assert [line.strip() for line in listed] == files_of_step(config, 2, 2)
+    last = torch.load(directory_of(config) / "last.pt", weights_only=True)
+    assert (last["state"]["epoch"], last["state"]["losses"]) == (1, [])
+    assert all(value.isfinite().all() for value in last["trained"].values())
+    assert train.train(config)["test"] == train.train(whole)["test"]
+
+
+def test_fp16_passes_over_a_gradient_that_overflows_and_stops_at_a_loss_that_does(settings, monkeypatch):
+    """The first is what the scale is there for: the step is left out, the scale halved, the run ends well."""
+    config = settings(precision="fp16", lora_rank=2)
+    with monkeypatch.context() as patch:
+        spoil(patch, "gradient", 2, math.inf)
+        assert train.train(config)["epochs"] == 3
+    scaler = torch.load(directory_of(config) / "last.pt", weights_only=True)["scaler"]
+    assert scaler["scale"] == 2.0**15
+    spoil(monkeypatch, "predictions", STEPS, math.inf)
+    with pytest.raises(ValueError, match="epoch 1, step 3: loss or gradient is not finite"):
+        train.train(settings(name="b", precision="fp16", lora_rank=2))
+
+
+def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monkeypatch):
+    """On a GPU losses are looked at every twenty steps: what a stop would save is looked at before, as here."""
+    config, losses = settings(epochs=2), [torch.tensor(0.5), torch.tensor(math.nan)]
+    with pytest.raises(ValueError, match=r"epoch 7, step 2: .*\(2\):\n  b\n  c$"):
+        train.require_finite(7, losses, [[0], [1, 2]], ["a", "b", "c"])
+    train.require_finite(7, losses[:1], [[0], [1, 2]], ["a", "b", "c"])
+    train.require_finite(7, [], [], [])
+    prefixes, real_prefix, real_step = [], run.Prefix, train.step
+
+    def prefix(*arguments):
+        prefixes.append(real_prefix(*arguments))
+        return prefixes[-1]
+
+    def step(*arguments):
+        prefixes[-1].stop.set()
+        return real_step(*arguments)[0] * math.nan, None
+
+    monkeypatch.setattr(run, "Prefix", prefix)
+    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(
+        train,
+        "require_finite",
+        lambda *given, real=train.require_finite, seen=[]: (seen.append(1), real(*given) if len(seen) > 1 else None),
+    )
+    with pytest.raises(ValueError, match="epoch 1, step 1: loss or gradient"):
+        train.train(config)
+    assert not (directory_of(config) / "last.pt").exists()
+
+
+def constant(settings, tmp_path, tiny_manifest, **columns: float) -> Config:
+    """A small experiment whose training labels are these constants."""
+    lines = tiny_manifest.read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    for row in rows:
+        row["path"] = str(tiny_manifest.with_name(row["path"]))
+        row.update({key: str(value) for key, value in columns.items() if row["split"] == "train"})
+    path = tmp_path / "constant.csv"
+    path.write_text("\n".join([lines[0], *(",".join(row.values()) for row in rows)]) + "\n")
+    return settings(manifest=str(path))
+
+
+def test_constant_labels_in_a_batch_pull_to_nowhere_and_break_nothing(settings, tmp_path, tiny_manifest):
+    """CCC of a constant is 0, and its loss 1, whatever is predicted; the other target is learnt as ever."""
+    config = constant(settings, tmp_path, tiny_manifest, valence=4.0)
+    result = train.train(config)
+    assert all(0.5 < row["train_loss"] < 1.5 for row in read_log(directory_of(config)))
+    assert all(math.isfinite(score["ccc"]) for score in result["test"].values())
+    config = constant(
+        lambda **keys: settings(name="both", **keys), tmp_path, tiny_manifest, valence=4.0, activation=1.0
+    )
+    train.train(config)
+    assert [row["train_loss"] for row in read_log(directory_of(config))] == [1.0, 1.0, 1.0]
+
+
+def test_constant_predictions_are_learnt_away_from(settings, monkeypatch):
+    """A head that says the same of everything scores 0, and has a gradient that is finite and not zero."""
+    config, real = settings(epochs=2, head_lr=1e-2), run.build_model
+
+    def build(*arguments):
+        model, identity = real(*arguments)
+        torch.nn.init.zeros_(model.head[-1].weight)
+        return model, identity
+
+    monkeypatch.setattr(run, "build_model", build)
+    train.train(config)
+    first, second = read_log(directory_of(config))
+    assert first["train_loss"] <= 1
+    assert second["train_loss"] < first["train_loss"]
+
+
+def test_one_utterance_is_no_training_set(settings, tmp_path, tiny_manifest):
+    """The CCC of one is 0/0: refused before anything is trained."""
+    lines = tiny_manifest.read_text().splitlines()
+    kept = [lines[0], lines[1], *(line for line in lines[2:] if ",train," not in line)]
+    path = tiny_manifest.with_name("one.csv")
+    path.write_text("\n".join(kept) + "\n")
+    with pytest.raises(ValueError, match="utterances to train on: found 1, expected 2 or more: the CCC of one is 0/0"):
+        train.train(settings(manifest=str(path)))
+    path.unlink()
+
+
+# ---------------------------------------------------------------- out of memory
+
+
+def limit(monkeypatch, most: int, error: Exception) -> None:
+    """Let layers with more utterances than this fail, as a GPU does that is too small for them."""
+    real = Layer.forward
+
+    def forward(self, x, lengths, *rest):
+        if len(lengths) - 1 > most:  # one fills up the batch
+            raise error
+        return real(self, x, lengths, *rest)
+
+    monkeypatch.setattr(Layer, "forward", forward)
+
+
+SHORT = {
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nDetails"),
+    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+}
+
+
+@pytest.mark.parametrize("error", SHORT.values(), ids=SHORT)
+@pytest.mark.parametrize("layers", [0, 2], ids=["in the prefix", "in what trains"])
+def test_out_of_memory_names_a_micro_batch_that_was_tried_and_the_run_goes_on_with_it(
+    settings, tmp_path, monkeypatch, error, layers
+):
+    """Three fit, batches have twelve, so six do not and three do: found by trying, with nothing lost."""
+    keys = {"trainable_layers": layers, "batch_size": 12, "epochs": 2, "hidden_dropout": 0.0}
+    whole = settings(name="whole", **keys)
+    train.train(whole)
+    path = write_config(tmp_path, **run.plain(settings(**keys)))
+    with monkeypatch.context() as patch:
+        limit(patch, 3, error)
+        code = command_line(patch, path)
+        first, second = code.splitlines()
+        assert first == f"error: {str(error).splitlines()[0]}"
+        assert second.startswith("measured: a step on the 12 longest utterances fits with micro_batch_size=3; the loss")
+        assert command_line(patch, path, "micro_batch_size=3") is None
+    losses = [[row["train_loss"] for row in read_log(directory_of(config))] for config in (whole, settings())]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_out_of_memory_in_mid_run_loses_no_epoch(settings, tmp_path, monkeypatch):
+    """And where not even one utterance fits, the message names what else there is."""
+    keys = {"trainable_layers": 1, "epochs": 2}
+    config, real, calls = settings(**keys), train.step, []
+    train.train(settings(name="whole", **keys))
+
+    def step(*arguments):
+        calls.append(None)
+        if len(calls) > STEPS:
+            raise SHORT["GPU"]
+        return real(*arguments)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(MemoryError, match="not one utterance at a time fits; train few"),
+    ):
+        patch.setattr(train, "step", step)
+        train.train(config)
+    assert len(calls) == STEPS + 1 + 2  # four at once failed, then two and one
+    assert [row["epoch"] for row in read_log(directory_of(config))] == [1]
+    assert train.train(config)["test"] == train.train(settings(name="whole", **keys))["test"]
+
+
+def test_any_other_error_is_not_taken_for_one_of_memory():
+    """Nor is it hidden."""
+    with pytest.raises(RuntimeError, match="shapes"), run.out_of_memory() as short:
+        raise RuntimeError("shapes do not match")
+    assert short == []

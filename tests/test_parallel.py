@@ -1,0 +1,218 @@
+"""Several processes train as one: gradients, losses, predictions and caches are those of a process alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_settings
+from test_train import WALL_TIME, read_csv, read_log
+from torch import Tensor, nn
+
+import run
+import train
+from cache import verify
+from config import Config
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
+
+ROOT = Path(__file__).parents[1]
+SIZES = (2, 3)
+PLAIN = {"hidden_dropout": 0.0, "batch_size": 5, "epochs": 3}  # 12 utterances: the last batch has 2, fewer than 3
+RUNS = {
+    "full": {**PLAIN, "trainable_layers": "all", "micro_batch_size": 1},
+    "last 2": {**PLAIN, "trainable_layers": 2},
+    "LoRA": {**PLAIN, "lora_rank": 4},
+    "LoRA, cached": {**PLAIN, "lora_rank": 4, "cache": True, "cache_dtype": "float32"},
+    "heads, cached": {**PLAIN, "cache": True},
+    "fp16": {**PLAIN, "lora_rank": 4, "precision": "fp16"},
+}
+DRIVER = """
+import json, os, socket, sys
+from pathlib import Path
+import torch
+import parallel, run, train
+from config import Config
+from test_parallel import keep_gradients
+
+torch.set_num_threads(1)
+sizes, jobs = json.loads(sys.argv[1])
+
+
+def work(rank, size, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    parallel.start()
+    assert (parallel.rank(), parallel.size()) == (rank, size)
+    for keys in jobs:
+        keys = {**keys, "name": keys["name"].format(size), "cache_dir": keys["cache_dir"].format(size)}
+        config = Config(**keys)
+        with keep_gradients() as gradients:
+            train.train(config)
+        run.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
+    os._exit(0)
+
+
+for size in sizes:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if not children[-1]:
+            work(rank, size, port)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
+"""
+
+
+@contextmanager
+def keep_gradients() -> Iterator[dict[str, Tensor]]:
+    """Of the runs within: the gradients of the first step, by name, as the optimizer gets them."""
+    gradients: dict[str, Tensor] = {}
+    real = train.make_optimizer
+
+    def make_optimizer(model: nn.Module, *rates: float) -> torch.optim.Optimizer:
+        def keep(*_: object) -> None:
+            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            gradients.update({name: gradient for name, gradient in found.items() if name not in gradients})
+
+        optimizer = real(model, *rates)
+        optimizer.register_step_pre_hook(keep)
+        return optimizer
+
+    train.make_optimizer = make_optimizer
+    yield gradients
+    train.make_optimizer = real
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_checkpoint, tiny_manifest) -> Path:
+    """A folder with each run three times: alone, in two and in three processes, each with its gradients."""
+    folder = tmp_path_factory.mktemp("parallel")
+    jobs = [
+        tiny_settings(folder, tiny_checkpoint, tiny_manifest, **keys, name=name + " {}") for name, keys in RUNS.items()
+    ]
+    jobs = [{**keys, "cache_dir": str(folder / "cache {}")} for keys in jobs]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for keys in jobs:
+        config = Config(**{**keys, "name": keys["name"].format(1), "cache_dir": str(folder / "cache 1")})
+        with keep_gradients() as gradients:
+            train.train(config)
+        run.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
+    torch.set_num_threads(before)
+    given = [sys.executable, "-c", DRIVER, json.dumps([SIZES, jobs])]
+    done = subprocess.run(given, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", RUNS)
+def test_gradients_are_those_of_one_process_with_the_same_batch(runs, name, size):
+    """Summed over shares of a batch of five: one has more than another. To 1e-5, in fp32; fp16 rounds to 1e-3."""
+    one, several = (torch.load(runs / "runs" / f"{name} {n}" / "gradients.pt", weights_only=True) for n in (1, size))
+    assert one.keys() == several.keys() != set()
+    assert max(gradient.abs().max() for gradient in one.values()) > 1e-2
+    for key, gradient in one.items():
+        error = (gradient - several[key]).abs().max().item()
+        assert error < (1e-3 if name == "fp16" else 1e-5), (key, error)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", set(RUNS) - {"fp16"})
+def test_losses_scores_and_predictions_are_those_of_one_process(runs, name, size):
+    """Over three epochs, whose last batch gives the third process nothing: to 1e-5 of labels from 0 to 1."""
+    one, several = (runs / "runs" / f"{name} {n}" for n in (1, size))
+    for row, other in zip(read_log(one), read_log(several), strict=True):
+        for key in row.keys() - WALL_TIME:
+            assert other[key] == pytest.approx(row[key], abs=1e-5), key
+    for row, other in zip(*(read_csv(path / "predictions_test.csv") for path in (one, several)), strict=True):
+        assert row["file"] == other["file"]
+        assert float(other["activation"]) == pytest.approx(float(row["activation"]), abs=6e-5 + 1e-4)  # four decimals
+    result = json.loads((several / "result.json").read_text())
+    assert result["processes"] == size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_cache_that_several_processes_fill_is_whole_and_each_wrote_its_share(runs, size):
+    """After the first epoch nothing is missing or damaged, each process wrote, and hardly anything twice."""
+    directories = [path.parent for path in (runs / f"cache {size}").glob("*/cache.json")]
+    assert len(directories) == 2  # of LoRA and of the heads
+    for directory in directories:
+        assert verify(directory) == []
+        lines = [path.read_text().splitlines()[1:] for path in directory.glob("*.csv")]
+        assert len(lines) == size
+        assert all(lines)
+        assert 20 <= sum(map(len, lines)) <= 20 + 2 * size
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def torchrun(size: int, *arguments: object) -> list[str]:
+    given = ["--nproc_per_node", str(size), "--standalone", *map(str, arguments)]
+    return [sys.executable, "-m", "torch.distributed.run", *given]
+
+
+def test_sigterm_saves_and_another_number_of_processes_goes_on(tmp_path, tiny_checkpoint, tiny_manifest):
+    """torchrun hands a cluster's SIGTERM on. What two began one ends, as if it had been alone and never stopped."""
+    keys = {"hidden_dropout": 0.0, "lora_rank": 4, "epochs": 60, "patience": 60, "lr": 1e-5, "head_lr": 1e-4}
+    keys = tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, **keys)
+    path, log = tmp_path / "experiment.yaml", tmp_path / "runs" / "two" / "log.jsonl"
+    path.write_text(yaml.safe_dump(keys))
+    given = torchrun(2, "train.py", path, "name=two")
+    with subprocess.Popen(given, cwd=ROOT, env=environment(), stdout=-1, stderr=-1, text=True) as process:
+        end = time.monotonic() + 120
+        while not log.is_file() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        said, complaints = process.communicate(timeout=60)
+    assert said.count("epoch   1") == 1, complaints  # the first process alone prints
+    assert "stopped and saved after the last step; the same command continues there" in complaints
+    state = torch.load(log.with_name("last.pt"), weights_only=True)["state"]
+    assert 3 <= 3 * state["epoch"] + len(state["losses"]) < 180
+    two, one = (train.train(Config(**keys, name=name)) for name in ("two", "one"))
+    assert (two["processes"], two["epochs"]) == (1, 60)
+    for row, other in zip(*(read_log(tmp_path / "runs" / name) for name in ("one", "two")), strict=True):
+        assert other["train_loss"] == pytest.approx(row["train_loss"], abs=1e-5)
+    assert two["test"]["valence"]["ccc"] == pytest.approx(one["test"]["valence"]["ccc"], abs=1e-4)
+
+
+def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manifest):
+    """The second finds another checkpoint than the first: each says so, and the command fails at once."""
+    keys = tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest)
+    path, broken = tmp_path / "experiment.yaml", tmp_path / "broken.py"
+    path.write_text(yaml.safe_dump(keys))
+    broken.write_text(
+        "import sys\nimport parallel, train\nreal = train.step\n"
+        "def step(*given):\n"
+        "    if parallel.rank() == 1:\n        sys.exit(f'{parallel.name()}error: the disk is full')\n"
+        "    return real(*given)\n"
+        "train.step = step\n"
+        "try:\n    train.main()\n"
+        "except ConnectionError as error:\n    sys.exit(f'{parallel.name()}error: {error}')\n"
+    )
+    given = torchrun(2, broken, path, "name=two")
+    done = subprocess.run(given, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "process 1 of 2: error: the disk is full" in done.stderr
+    assert "process 0 of 2: error: another process of this run has ended, its message tells why" in done.stderr
+    assert not (tmp_path / "runs" / "two" / "result.json").exists()
