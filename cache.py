@@ -9,6 +9,7 @@ change) and is checked against its CRC-32 the first time it is read: a wrong act
 A complete cache may be read from another tier than the disk: a `Tier` keeps it in memory or on the GPU.
 
     python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses, or those of several
+    torchrun --nproc_per_node=2 cache.py build ...         the same, each of two processes computing half of it
     python cache.py verify cache/1f0c3a...                 read everything, name what is damaged
     python cache.py list cache                             size, content, last use and users of each cache there
     python cache.py clear cache/1f0c3a...                  delete these caches, and say how much that frees
@@ -408,10 +409,12 @@ def main() -> None:
         damaged = verify(arguments.directory)
         print("\n".join(damaged) or "every activation is as it was written")
         sys.exit(bool(damaged))
+    import parallel
     from run import build_caches, write_text
 
+    parallel.start()
     built = build_caches(arguments.words)
-    for path, report in built.items():
+    for path, report in built.items() if parallel.rank() == 0 else ():
         how = "was complete" if report["seconds"] is None else f"built in {report['seconds']:.1f} s"
         print(f"{path}: {report['directory']}, {report['bytes'] / 1e6:.1f} MB, {how}")
     if arguments.report:

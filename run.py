@@ -77,18 +77,19 @@ def stop_between_batches(stop: threading.Event, save: Callable[[], object]) -> I
 
 @contextmanager
 def out_of_memory() -> Iterator[list[str]]:
-    """End the work within where PyTorch finds no memory, free what it held, and leave the reason in the list."""
+    """End the work within where a GPU has no memory left, free what it held, and leave the reason in the list."""
     reasons: list[str] = []
     try:
         yield reasons
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if "out of memory" not in str(error):  # CUDA's error has a type of its own, that of MPS has not
             raise
         reasons.append(first_line(error))
         traceback.clear_frames(error.__traceback__)  # which hold the tensors
     if reasons:
         gc.collect()
-        torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
 
 def pick_device(name: str) -> torch.device:
@@ -385,6 +386,7 @@ def fill(prefixes: Sequence[Prefix]) -> list[dict]:
         if not all(prefix.cache.has(batch) for prefix in prefixes)
     ]
     missing = parallel.share(missing)
+    parallel.wait()  # until all have seen what is missing
     seconds: dict[Prefix, float] = {}
     start = time.perf_counter()
     audio = data.prefetch(lambda batch: [data.read_audio(last.paths[number]) for number in batch], missing)

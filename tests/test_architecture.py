@@ -30,7 +30,7 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "plots": (set(), {}),
     "weights": ({"model"}, {}),
     "adapter": ({"lora", "model", "weights"}, {}),
-    "cache": ({"model"}, {"run": "main", "caches": "main"}),  # its small command line
+    "cache": ({"model"}, {"run": "main", "caches": "main", "parallel": "main"}),  # its small command line
     "caches": ({"cache"}, {}),
     "card": ({"adapter"}, {}),
     "parallel": (set(), {}),

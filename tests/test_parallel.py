@@ -48,7 +48,7 @@ from config import Config
 from test_parallel import keep_gradients
 
 torch.set_num_threads(1)
-sizes, jobs = json.loads(sys.argv[1])
+sizes, jobs, to_build = json.loads(sys.argv[1])
 
 
 def work(rank, size, port):
@@ -62,6 +62,7 @@ def work(rank, size, port):
         with keep_gradients() as gradients:
             train.train(config)
         run.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
+    run.build_caches([to_build, f"cache_dir={to_build} {size}"])
     os._exit(0)
 
 
@@ -118,7 +119,10 @@ def runs(tmp_path_factory, tiny_checkpoint, tiny_manifest) -> Path:
             train.train(config)
         run.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
     torch.set_num_threads(before)
-    given = [sys.executable, "-c", DRIVER, json.dumps([SIZES, jobs])]
+    path = folder / "build.yaml"
+    path.write_text(yaml.safe_dump({**jobs[3], "name": "built"}))
+    run.build_caches([str(path), f"cache_dir={path} 1"])
+    given = [sys.executable, "-c", DRIVER, json.dumps([SIZES, jobs, str(path)])]
     done = subprocess.run(given, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -162,6 +166,22 @@ def test_a_cache_that_several_processes_fill_is_whole_and_each_wrote_its_share(r
         assert len(lines) == size
         assert all(lines)
         assert 20 <= sum(map(len, lines)) <= 20 + 2 * size
+
+
+def entries(directory: Path) -> dict[str, tuple[str, str]]:
+    """Checksum and frames of each file in a cache."""
+    rows = [row for path in directory.glob("*.csv") for row in read_csv(path)]
+    assert len(rows) == 20
+    return {row["path"]: (row["crc32"], row["frames"]) for row in rows}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_cache_that_several_processes_build_is_the_cache_of_one(runs, size):
+    """`cache.py build`: bit for bit, nothing twice, and each had a part of the work."""
+    one, several = (next(runs.glob(f"build.yaml {n}/*/cache.json")).parent for n in (1, size))
+    assert entries(several) == entries(one)
+    assert len(list(several.glob("*.csv"))) == size
+    assert verify(several) == []
 
 
 # ---------------------------------------------------------------- the command line
