@@ -334,12 +334,17 @@ def read_index(directory: Path) -> Iterator[tuple[int, str, int, int, int, int, 
     for index in sorted(directory.glob("*.csv")):
         with open(index, newline="", **ENCODING) as file:
             whole = (line for line in file if line.endswith("\n") and "\0" not in line)  # Python 3.10 takes no \\0
-            for row in csv.reader(whole):
-                try:
-                    crc, shard, offset, frames, size, mtime_ns, path = row
-                    yield int(crc), shard, int(offset), int(frames), int(size), int(mtime_ns), path
-                except ValueError:  # the header
-                    continue
+            with suppress(csv.Error):  # damage: what follows it is computed again
+                for row in csv.reader(whole):
+                    try:
+                        crc, shard, offset, frames, size, mtime_ns, path = row
+                        numbers = int(crc), int(offset), int(frames)
+                        entry = numbers[0], shard, *numbers[1:], int(size), int(mtime_ns), path
+                    except ValueError:  # the header
+                        continue
+                    if all(0 <= n < limit for n, limit in zip(numbers, (2**32, 2**62, 2**31), strict=True)):
+                        if Path(shard).name == shard and entry[3] > 0:
+                            yield entry
 
 
 def verify(directory: str | Path) -> list[str]:
@@ -352,16 +357,17 @@ def verify(directory: str | Path) -> list[str]:
         raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
     try:
         identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
-        row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
+        row_bytes = range(1 << 20)[identity["width"]] * getattr(torch, identity["dtype"]).itemsize
         scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
     whole, cut, damaged = set(), [], []
     for crc, shard, offset, frames, _, _, path in read_index(directory):
         size, data = (frames + scale_rows) * row_bytes, b""
         with suppress(OSError), open(directory / shard, "rb", buffering=0) as file:
-            file.seek(offset)
-            data = file.read(size)
+            if size <= file_size(directory / shard):  # else memory for what a damaged index claims
+                file.seek(offset)
+                data = file.read(size)
         if len(data) < size:
             cut.append(path)
         elif zlib.crc32(data) != crc:

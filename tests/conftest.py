@@ -20,6 +20,8 @@ except (ImportError, OSError, RuntimeError):
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--full-size", action="store_true", help="compare models of the published sizes too: minutes, GB")
+    help = "mutated files that each reader is given; the everyday suite has a few, several thousand take minutes"
+    parser.addoption("--fuzz", type=int, default=60, metavar="N", help=help)
 
 
 @pytest.fixture
