@@ -342,9 +342,9 @@ def read_index(directory: Path) -> Iterator[tuple[int, str, int, int, int, int, 
                         entry = numbers[0], shard, *numbers[1:], int(size), int(mtime_ns), path
                     except ValueError:  # the header
                         continue
-                    if all(0 <= n < limit for n, limit in zip(numbers, (2**32, 2**62, 2**31), strict=True)):
-                        if Path(shard).name == shard and entry[3] > 0:
-                            yield entry
+                    sane = all(0 <= n < limit for n, limit in zip(numbers, (2**32, 2**62, 2**31), strict=True))
+                    if sane and numbers[2] > 0 and Path(shard).name == shard:
+                        yield entry
 
 
 def verify(directory: str | Path) -> list[str]:

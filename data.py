@@ -149,8 +149,8 @@ def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None
 def _open(path: str) -> soundfile.SoundFile:
     """Open a sound whose end is there: libsndfile reads a WAV or OGG that was cut short without a word."""
     source: str | io.BytesIO = path
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for whoever writes into it
-        raise ValueError("is no file but a folder, a pipe or a device; leave it out")
+    if stat.S_ISFIFO(os.stat(path).st_mode):  # to open it would wait for whoever writes into it
+        raise ValueError("is no file but a pipe; leave it out")
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

@@ -597,7 +597,7 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         raise ValueError(f"{path}: convolutions have kernels {kernels} and strides {strides}; only the usual are known")
     heads = setting("num_attention_heads", "encoder_attention_heads", default=max(1, min(width // 64, 16)))
     layers = setting("num_hidden_layers", "encoder_layers", default=len(numbers))
-    if numbers != set(range(layers)):
+    if len(numbers) != layers or max(numbers) >= layers:
         raise ValueError(f"{path}: holds {len(numbers)} layers up to number {max(numbers)}, expected {layers}")
     if width % heads:
         raise ValueError(f"{path}: {heads} attention heads in its settings do not divide its width {width}")
