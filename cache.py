@@ -357,9 +357,11 @@ def verify(directory: str | Path) -> list[str]:
         raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
     try:
         identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
-        row_bytes = range(1 << 20)[identity["width"]] * getattr(torch, identity["dtype"]).itemsize
+        if type(width := identity["width"]) is not int or width < 1:
+            raise ValueError("width")
+        row_bytes = width * getattr(torch, identity["dtype"]).itemsize
         scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
     whole, cut, damaged = set(), [], []
     for crc, shard, offset, frames, _, _, path in read_index(directory):
