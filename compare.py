@@ -30,6 +30,7 @@ import yaml
 
 import run
 from config import Config, load_config, split_words
+from manifest import text_cell
 from results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
 
 HERE = Path(__file__).parent
@@ -231,7 +232,7 @@ def write_table(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> 
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(records)
+            writer.writerows({**record, "method": text_cell(record["method"])} for record in records)
 
     run.replace(out / "table.csv", save)
     return text, runs, records

@@ -120,6 +120,7 @@ class Config:
             raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
 
 
+MAX_DEPTH = 10  # levels of a YAML file; a configuration has two
 TYPES = typing.get_type_hints(Config)
 DEFAULTS = {field.name: field.default for field in fields(Config)}
 
@@ -154,9 +155,15 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(text: str, where: str) -> object:
+    """A YAML value. Aliases, of which a few lines unfold to fill the memory, and deep nesting are refused unread."""
     try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+                raise ValueError(f"expected no alias such as *name, and at most {MAX_DEPTH} levels")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except Exception as error:  # a tag on a value that does not fit it can raise nearly any of them
         raise ValueError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
 
 

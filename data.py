@@ -18,6 +18,7 @@ import io
 import math
 import numbers
 import os
+import stat
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,12 +44,15 @@ from manifest import (
     label_problems,
     raise_listed,
     read_manifest,
+    text_cell,
 )
 
 SAMPLE_RATE = 16_000  # Hz, what every Wav2Vec 2.0 was trained on
 MIN_SAMPLES = 400  # at SAMPLE_RATE: one frame of the CNN, 25 ms
 BLOCK = 1 << 20  # samples decoded at once
+MIN_SAMPLE_RATE = 1000  # Hz; less is a damaged header, and a second becomes hours at 16 kHz
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
+MAX_SAMPLES = 1 << 30  # of a file: 6 hours at 48 kHz, 4 GB; more is a damaged header, or silence packed to fill memory
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -121,8 +125,10 @@ def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None
     try:
         with _open(path) as sound:
             samples, sample_rate, waveform = sound.frames, sound.samplerate, None
-            if sample_rate > MAX_SAMPLE_RATE:
+            if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
                 raise ValueError(f"its header declares a sample rate of {sample_rate} Hz; convert it again")
+            if samples > MAX_SAMPLES:
+                raise ValueError(f"its header declares {samples} samples, expected at most {MAX_SAMPLES}; split it")
             if decode_pcm or sound.format not in ("WAV", "WAVEX") or not sound.subtype.startswith("PCM_"):
                 waveform = _decode(sound)
         at_16k = -(-samples * SAMPLE_RATE // sample_rate)  # rounded up, as `resample` does
@@ -143,6 +149,8 @@ def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None
 def _open(path: str) -> soundfile.SoundFile:
     """Open a sound whose end is there: libsndfile reads a WAV or OGG that was cut short without a word."""
     source: str | io.BytesIO = path
+    if stat.S_ISFIFO(os.stat(path).st_mode):  # to open it would wait for whoever writes into it
+        raise ValueError("is no file but a pipe; leave it out")
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -196,7 +204,9 @@ def _decode(sound: soundfile.SoundFile) -> np.ndarray:
     """All samples with the channels averaged: (S,) float32 at the own rate; part by part, for hours of stereo."""
     parts = [np.empty(0, np.float32)]
     try:
-        while len(part := sound.read(BLOCK, dtype="float32", always_2d=True)):  # (BLOCK, channels)
+        while len(
+            part := sound.read(max(1, BLOCK // sound.channels), dtype="float32", always_2d=True)
+        ):  # (S, channels)
             parts.append(part.mean(axis=1))
     except RuntimeError as error:
         raise ValueError(f"truncated or damaged: {error}; copy or convert it again") from None

@@ -101,6 +101,15 @@ def number(target: str, cell: str) -> float:
         raise ValueError(f"{target} {cell!r} is not a number") from None
 
 
+def text_cell(text: str) -> str:
+    """A name for a table that is opened in a spreadsheet too: an apostrophe before what would be run as a formula.
+
+    For names of files and speakers alone, which come from others: a number may begin with a sign. See OWASP, "CSV
+    Injection".
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+
+
 def raise_listed(heading: str, problems: Sequence[str], limit: int = 20) -> None:
     """Raise one ValueError for all problems, if there are any, so that a user mends them in one go."""
     if problems:

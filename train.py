@@ -306,7 +306,8 @@ def write_predictions(
             writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets)])
             for utterance, row in zip(utterances, predictions.tolist(), strict=True):
                 labels = [utterance.labels[target] for target in targets]
-                writer.writerow([utterance.path, utterance.speaker, *(f"{value:.4f}" for value in row), *labels])
+                names = map(data.text_cell, (utterance.path, utterance.speaker))
+                writer.writerow([*names, *(f"{value:.4f}" for value in row), *labels])
 
     run.replace(path, save)
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -104,6 +105,7 @@ def load_backbone(source: str | Path, **regularisation: float) -> Wav2Vec2:
     never used takes no memory. Raises FileNotFoundError or ValueError.
     """
     files = locate(source)
+    require_finite(rename(read(files)[0], files[0])[0], files[0])  # of a mapping of its own, whose pages go with it
     return make_backbone(*read(files), files[0], **regularisation)
 
 
@@ -136,6 +138,7 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
         raise ValueError(f"{path}: has no emotion head; expected {' and '.join(EMOTION_HEAD)} beside the backbone")
     if (pooling := settings.get("pooling_mode", "mean")) != "mean":
         raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
+    require_finite(rename(tensors, path)[0], path)
     backbone = make_backbone(tensors, settings, path)
     width = len(tensors["classifier.dense.weight"])
     targets = name_targets(settings, len(tensors["classifier.out_proj.weight"]), path)
@@ -391,7 +394,7 @@ def sha256_of(module: nn.Module) -> str:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
@@ -414,7 +417,9 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
             content = read_pickle(path)
             settings |= fairseq_settings(content)
             content = content["model"] if isinstance(content.get("model"), Mapping) else content
-            tensors |= {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+            tensors |= {
+                key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
+            }
     model_type = settings.get("model_type", "wav2vec2")
     if model_type not in KNOWN:
         raise ValueError(f"{files[0]}: is a {model_type} checkpoint; expected {', '.join(KNOWN)}")
@@ -447,6 +452,7 @@ STAND_INS = (  # settings, then what stands beside them: vocabulary and validati
 
 def read_pickle(path: Path) -> dict:
     """A `.bin` or `.pt` file, by PyTorch's restricted unpickler: tensors, containers and stand-ins, nothing else."""
+    require_stored(path)
     with torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS]):
         try:
             try:
@@ -457,14 +463,44 @@ def read_pickle(path: Path) -> dict:
             found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
             what = f"names {found[1] or found[2]}, which could run code" if found else "is not a PyTorch file"
             raise ValueError(f"{path}: {what}; expected tensors alone. Ask for a .safetensors file") from None
-        except MemoryError:
-            raise
         except Exception as error:  # damage can surface as nearly any of them
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{path}: is not a whole PyTorch file ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
     return content
+
+
+def require_stored(path: Path) -> None:
+    """Raise ValueError for a zip file with compressed members: PyTorch writes none, and a small one can fill memory."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+        try:
+            members = zipfile.ZipFile(file).infolist()
+        except Exception as error:  # of a damaged one, nearly any of them
+            raise ValueError(f"{path}: is not a whole PyTorch file ({error})") from None
+    size = path.stat().st_size
+    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members):
+        raise ValueError(f"{path}: is a zip file with compressed members, which PyTorch never writes")
+
+
+def unusable(tensor: object) -> str | None:
+    """What keeps a tensor from being plain numbers in memory, if anything does: restricted pickles hold other kinds."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or tensor.layout != torch.strided:
+        return "is no plain tensor"
+    if tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return f"is {tensor.dtype} on {tensor.device}, expected floating point on the CPU"
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        return f"is {tuple(tensor.shape)}, more numbers than the file holds for it"
+    return None
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError if a tensor holds NaN or infinite values."""
+    if damaged := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        more = f" and {len(damaged) - 8} more" if len(damaged) > 8 else ""
+        raise ValueError(f"{path}: NaN or infinite values in {', '.join(damaged[:8])}{more}; fetch or train it anew")
 
 
 def fairseq_settings(content: Mapping) -> dict:
@@ -476,15 +512,15 @@ def fairseq_settings(content: Mapping) -> dict:
         items = level.items() if isinstance(level, Mapping) else ()
         values = {key: value.get("_val", value) if isinstance(value, StandIn) else value for key, value in items}
         unset = ("???", "${")  # omegaconf: missing, and a reference to another setting
-        return {key: value for key, value in values.items() if not str(value).startswith(unset)}
+        return {key: v for key, v in values.items() if not (isinstance(v, str) and v.startswith(unset))}
 
     settings = plain(content.get("cfg")) or plain(content.get("args"))
     found: dict = {}
-    while settings:  # the innermost last: it is the backbone's
+    for _ in range(4):  # the innermost last: it is the backbone's. fairseq nests two, and a level may hold itself
         model = plain(settings.get("model")) or settings
         found |= {**plain(settings.get("task")), **model}
         settings = plain(model.get("w2v_args"))
-    return found
+    return {key: value for key, value in found.items() if isinstance(value, str | int | float)}
 
 
 # --- from their names and sizes to ours ------------------------------------------------------------------------------
@@ -500,6 +536,8 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
         elif name in state:
             raise ValueError(f"{path}: holds {name} twice, as {sources[name]} and as {key}")
         elif name is not None:
+            if problem := unusable(tensor):
+                raise ValueError(f"{path}: {key} {problem}")
             state[name] = tensor
             sources[name] = key
     for architecture, pattern in OTHERS.items():
@@ -537,7 +575,9 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         channels, kernels = tuple(shape[0] for shape in convs), tuple(shape[2] for shape in convs)
         width, per_group, kernel = state["position.conv.weight"].shape
         ffn = state["layers.0.feed_forward.fc1.weight"].shape[0]
-        layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+        numbers = {int(name.split(".")[1]) for name in state if name.startswith("layers.")}
+        if 0 in (*channels, width, per_group, kernel, ffn) or width % per_group:
+            raise ValueError
     except (KeyError, IndexError, ValueError):
         message = f"{path}: holds no encoder of Wav2Vec 2.0, HuBERT or WavLM (found {len(state)} of its tensors)"
         raise ValueError(message) from None
@@ -546,17 +586,24 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
     conv_norm = "layer" if "feature_encoder.norms.1.weight" in state else "group"
 
     def setting(*names: str, default: object) -> object:
-        return next((settings[name] for name in names if settings.get(name) is not None), default)
+        name = next((name for name in names if settings.get(name) is not None), None)
+        value = settings.get(name, default)
+        if type(value) is not type(default) or (not isinstance(value, bool | list) and not 0 < value < 2**31):
+            raise ValueError(f"{path}: {name} is {value!r} in its settings; expected a value such as {default!r}")
+        return value
 
     expected = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "activation_fn": "gelu", "add_adapter": False}
     expected |= {"adapter_attn_dim": None, "conv_pos_batch_norm": False, "feat_proj_layer_norm": True}
     for name, value in expected.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {settings[name]!r} in its settings; only {value!r} is known here")
-    strides = tuple(setting("conv_stride", default=Wav2Vec2Config.conv_strides))
+    strides = tuple(setting("conv_stride", default=list(Wav2Vec2Config.conv_strides)))
     if (kernels, strides) != (Wav2Vec2Config.conv_kernels, Wav2Vec2Config.conv_strides):
         raise ValueError(f"{path}: convolutions have kernels {kernels} and strides {strides}; only the usual are known")
     heads = setting("num_attention_heads", "encoder_attention_heads", default=max(1, min(width // 64, 16)))
+    layers = setting("num_hidden_layers", "encoder_layers", default=len(numbers))
+    if len(numbers) != layers or max(numbers) >= layers:
+        raise ValueError(f"{path}: holds {len(numbers)} layers up to number {max(numbers)}, expected {layers}")
     if width % heads:
         raise ValueError(f"{path}: {heads} attention heads in its settings do not divide its width {width}")
     normalized = setting("do_normalize", "normalize", default="architectures" in settings or conv_norm == "layer")
@@ -565,7 +612,7 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         conv_norm=conv_norm,
         conv_bias="feature_encoder.convs.0.bias" in state,
         width=width,
-        layers=setting("num_hidden_layers", "encoder_layers", default=layers),
+        layers=layers,
         heads=heads,
         ffn=ffn,
         pre_norm=setting("do_stable_layer_norm", "layer_norm_first", default=conv_norm == "layer"),
