@@ -132,8 +132,8 @@ def read_pairs(path: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     except SafetensorError as error:
         raise ValueError(f"{path}: is not a whole safetensors file ({error})") from None
     pairs: dict[str, dict[str, Tensor]] = {}
-    problems = [f"{key} {problem}" for key, tensor in tensors.items() if (problem := unusable(tensor))]
     require_finite(tensors, path)
+    problems = [f"{key} {problem}" for key, tensor in tensors.items() if (problem := unusable(tensor))]
     for key, tensor in tensors.items():
         if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key):
             pairs.setdefault(match[1], {})[match[2]] = tensor

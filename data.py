@@ -52,7 +52,7 @@ MIN_SAMPLES = 400  # at SAMPLE_RATE: one frame of the CNN, 25 ms
 BLOCK = 1 << 20  # samples decoded at once
 MIN_SAMPLE_RATE = 1000  # Hz; less is a damaged header, and a second becomes hours at 16 kHz
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
-MAX_SAMPLES = 1 << 30  # of a file: 6 hours at 48 kHz, 4 GB; more is a damaged header, or silence packed to fill memory
+MAX_SAMPLES = 1 << 29  # of a file, at its rate and at 16 kHz: 3 hours at 48 kHz, 2 GB; FLAC packs silence to nothing
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -127,14 +127,13 @@ def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None
             samples, sample_rate, waveform = sound.frames, sound.samplerate, None
             if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
                 raise ValueError(f"its header declares a sample rate of {sample_rate} Hz; convert it again")
-            if samples > MAX_SAMPLES:
-                raise ValueError(f"its header declares {samples} samples, expected at most {MAX_SAMPLES}; split it")
             if decode_pcm or sound.format not in ("WAV", "WAVEX") or not sound.subtype.startswith("PCM_"):
                 waveform = _decode(sound)
         at_16k = -(-samples * SAMPLE_RATE // sample_rate)  # rounded up, as `resample` does
         if at_16k < MIN_SAMPLES:
             found = f"{at_16k} samples at 16 kHz"
             raise TooShortError(f"too short: {found}, expected at least {MIN_SAMPLES}; leave it out")
+        require_length(samples, sample_rate)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such audio file; check the path or leave it out") from None
     except OSError as error:
@@ -200,14 +199,19 @@ def _ogg_ends(file: BinaryIO, size: int) -> bool:
     return len(page) > 27 and page[5] & 4 > 0 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
+def require_length(samples: int, sample_rate: int) -> None:
+    if samples * max(1, SAMPLE_RATE / sample_rate) > MAX_SAMPLES:
+        raise ValueError(f"is longer than {MAX_SAMPLES} samples; cut it into several files")
+
+
 def _decode(sound: soundfile.SoundFile) -> np.ndarray:
     """All samples with the channels averaged: (S,) float32 at the own rate; part by part, for hours of stereo."""
     parts = [np.empty(0, np.float32)]
     try:
-        while len(
-            part := sound.read(max(1, BLOCK // sound.channels), dtype="float32", always_2d=True)
-        ):  # (S, channels)
+        size, count = max(1, BLOCK // sound.channels), 0
+        while len(part := sound.read(size, dtype="float32", always_2d=True)):  # (S, channels)
             parts.append(part.mean(axis=1))
+            require_length(count := count + len(part), sound.samplerate)
     except RuntimeError as error:
         raise ValueError(f"truncated or damaged: {error}; copy or convert it again") from None
     samples = np.concatenate(parts)

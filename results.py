@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from manifest import from_cell
 from metrics import bootstrap, bootstrap_p, holm, interval, paired_t_test
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")
@@ -46,21 +47,25 @@ Runs = dict[str, dict[int, Run]]  # by method and seed, the finished ones
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: is not JSON; delete it and run the same command again") from None
 
 
 def read_run(directory: Path) -> Run:
     """Raises OSError or ValueError for a directory that is not as train.py leaves it."""
     result = read_json(directory / "result.json")
-    log = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     path, targets = directory / "predictions_test.csv", result["config"]["targets"]
     with open(path, newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     if header[2:] != [*targets, *(f"{target}_label" for target in targets)]:
         raise ValueError(f"{path}: has columns {header}, expected file, speaker, then {', '.join(targets)} and labels")
-    values = np.array([row[2:] for row in rows], float)
-    return Run(result, log, [row[1] for row in rows], values[:, len(targets) :], values[:, : len(targets)])
+    try:
+        log = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        values = np.array([row[2:] for row in rows], float).reshape(len(rows), 2 * len(targets))
+    except ValueError as error:
+        raise ValueError(f"{directory}: log.jsonl or {path.name} is not as train.py leaves it ({error})") from None
+    speakers = [from_cell(row[1]) for row in rows]
+    return Run(result, log, speakers, values[:, len(targets) :], values[:, : len(targets)])
 
 
 def run_directory(out: Path, method: str, seed: int) -> Path:

@@ -396,22 +396,21 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
             model = weights.load_emotion_model(source)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
+        require_finite(model, {"source": str(source)})
         data.say_once(f"note: {LICENCE}")
         return model.to(pick_device(device))
-    best = load_checkpoint(directory / "best.pt")
-    label_range = best.get("label_range")
-    pair = isinstance(label_range, list | tuple) and len(label_range) == 2
-    if not pair or not all(isinstance(end, int | float) for end in label_range) or not label_range[0] < label_range[1]:
-        raise ValueError(f"{directory / 'best.pt'}: expected a label_range of two rising numbers")
-    if not isinstance(best.get("config"), dict):
-        raise ValueError(f"{directory / 'best.pt'}: expected a configuration in it")
-    config = make_config(best["config"], str(directory))
-    model, identity = build_model(config, tuple(label_range))
-    require_backbone(directory / "best.pt", best, identity)
+    path = directory / "best.pt"
+    best = load_checkpoint(path)
+    if not isinstance(best.get("config"), dict) or not isinstance(best.get("label_range"), list):
+        raise ValueError(f"{path}: is no checkpoint of train.py: it has no configuration or label_range")
+    config = make_config(best["config"] | {"label_range": best["label_range"]}, str(path))
+    model, identity = build_model(config, tuple(config.label_range))
+    require_backbone(path, best, identity)
     try:
         load_trained(model, best["trained"])
     except ValueError as error:
-        raise ValueError(f"{directory / 'best.pt'}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
+    require_finite(model, identity)
     if merged:
         merge(model)
     return model.to(pick_device(device)).eval()
@@ -424,18 +423,18 @@ def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a run's directory, as train.py writes it")
-    weights.require_stored(path)
     try:
+        weights.require_plain(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: is not a whole checkpoint ({first_line(error)})") from None
     if not isinstance(checkpoint, dict) or not {"trained", "backbone"} <= checkpoint.keys():
         raise ValueError(f"{path}: is no checkpoint of train.py")
     trained, backbone = checkpoint["trained"], checkpoint["backbone"]
-    if not isinstance(trained, dict) or not all(isinstance(key, str) for key in trained):
-        raise ValueError(f"{path}: is no checkpoint of train.py: what trained is not tensors by name")
-    if not isinstance(backbone, dict) or not all(isinstance(backbone.get(key), str) for key in ("source", "sha256")):
-        raise ValueError(f"{path}: is no checkpoint of train.py: it does not tell its backbone")
+    told = isinstance(backbone, dict) and all(isinstance(backbone.get(key), str) for key in ("source", "sha256"))
+    if not told or not isinstance(trained, dict):
+        raise ValueError(f"{path}: is no checkpoint of train.py: it does not tell its backbone, or what was trained")
+    checkpoint["trained"] = trained = weights.stored_tensors(trained, path)
     for key, tensor in trained.items():
         if problem := weights.unusable(tensor):
             raise ValueError(f"{path}: {key} {problem}")
@@ -443,6 +442,11 @@ def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
     if identity is not None:
         require_backbone(path, checkpoint, identity)
     return checkpoint
+
+
+def require_finite(model: EmotionModel, identity: dict[str, str]) -> None:
+    """Raise ValueError for NaN or infinite weights, those alone that are in memory and so are used."""
+    weights.require_finite(dict(model.named_parameters()), identity["source"])
 
 
 def require_backbone(path: Path, checkpoint: dict, identity: dict[str, str]) -> None:

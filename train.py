@@ -31,6 +31,7 @@ from config import Config, load_config
 from freeze import count, load_trained, table, train_mode, trained_state
 from metrics import bootstrap_ci, ccc, ccc_loss
 from model import EmotionModel
+from results import read_json
 
 
 def step(
@@ -122,7 +123,7 @@ def train(config: Config) -> dict:
     precision = run.pick_precision(config.precision, device)
     directory = open_directory(config)
     if (directory / "result.json").is_file():
-        return json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        return read_json(directory / "result.json")
 
     # Data
     utterances, label_range = run.load_utterances(config)
@@ -142,6 +143,7 @@ def train(config: Config) -> dict:
         prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds), config.cache_tier)
         prefix.cache.note_user(directory, backbone["source"])
     prefix.drop_if_cached()
+    run.require_finite(model, backbone)
     run.prepare(model, device, precision, config.tf32, config.compile)
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -152,13 +154,7 @@ def train(config: Config) -> dict:
     state["total_parameters"], state["trainable_parameters"] = count(model)
     torch.manual_seed(config.seed)
     if (directory / "last.pt").is_file():
-        last = run.load_checkpoint(directory / "last.pt", backbone)
-        load_trained(model, last["trained"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        restore_random(last["random"])
-        state |= last["state"]
-        state["losses"] = [loss.to(device) for loss in state["losses"]]
+        state |= restore(directory / "last.pt", backbone, model, optimizer, scaler, device)
         print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
     began, prefix.build_seconds = began - state["seconds"], state["cache_build"]
 
@@ -283,6 +279,26 @@ def summarise(
     }
 
 
+def restore(
+    path: Path,
+    backbone: dict[str, str],
+    model: EmotionModel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+) -> dict:
+    """Put everything back as it was saved, and return the loop's state. Raises ValueError where it does not fit."""
+    last = run.load_checkpoint(path, backbone)
+    try:
+        load_trained(model, last["trained"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        restore_random(last["random"])
+        return last["state"] | {"losses": [loss.to(device) for loss in last["state"]["losses"]]}
+    except Exception as error:  # of a file of something else, nearly any of them
+        raise ValueError(f"{path}: does not fit this run ({run.first_line(error)}); delete it to train anew") from None
+
+
 def random_state() -> dict:
     """Where PyTorch's random numbers stand (dropout, masking); the batches follow from seed and epoch alone."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
@@ -301,7 +317,7 @@ def write_predictions(
     """CSV of the test set: file, speaker, prediction and label of every target, all in the corpus scale."""
 
     def save(file: Path) -> None:
-        with open(file, "w", newline="", encoding="utf-8") as stream:
+        with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             writer = csv.writer(stream)
             writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets)])
             for utterance, row in zip(utterances, predictions.tolist(), strict=True):

@@ -89,6 +89,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+MAX_LAYERS = 1000  # of a checkpoint; the largest published has 48
+MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
 SETTINGS_FILES = ("config.json", "preprocessor_config.json")
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
 
@@ -105,7 +107,6 @@ def load_backbone(source: str | Path, **regularisation: float) -> Wav2Vec2:
     never used takes no memory. Raises FileNotFoundError or ValueError.
     """
     files = locate(source)
-    require_finite(rename(read(files)[0], files[0])[0], files[0])  # of a mapping of its own, whose pages go with it
     return make_backbone(*read(files), files[0], **regularisation)
 
 
@@ -138,32 +139,35 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
         raise ValueError(f"{path}: has no emotion head; expected {' and '.join(EMOTION_HEAD)} beside the backbone")
     if (pooling := settings.get("pooling_mode", "mean")) != "mean":
         raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
-    require_finite(rename(tensors, path)[0], path)
     backbone = make_backbone(tensors, settings, path)
     width = len(tensors["classifier.dense.weight"])
     targets = name_targets(settings, len(tensors["classifier.out_proj.weight"]), path)
-    model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
+    with torch.device("meta"):  # no memory for a head before it is known to fit
+        model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
     model.head[1] = nn.Tanh()
     places = {f"{ours}.{kind}": f"{key}.{kind}" for key, ours in EMOTION_HEAD.items() for kind in ("weight", "bias")}
     if surplus := [key for key in tensors if key.startswith("classifier.") and key not in places.values()]:
         raise ValueError(f"{path}: {len(surplus)} tensors of no known place in its head: {', '.join(surplus[:8])}")
+    state = {}
     for name, parameter in model.head.named_parameters():
         found = tensors.get(places[name], torch.empty(0))
-        if found.shape != parameter.shape:
-            shapes = f"{tuple(found.shape)}, expected {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: does not fit its own architecture: {places[name]} is {shapes}")
-        parameter.data = found.float()
+        if found.shape != parameter.shape or unusable(found):
+            what = unusable(found) or f"is {tuple(found.shape)}, expected {tuple(parameter.shape)}"
+            raise ValueError(f"{path}: does not fit its own architecture: {places[name]} {what}")
+        state[name] = found.float()
+    model.head.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def is_emotion_head(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the head of the published emotion models is among tensors by their source keys."""
-    return all(f"{key}.weight" in tensors for key in EMOTION_HEAD)
+    return all(f"{key}.weight" in tensors and tensors[f"{key}.weight"].ndim == 2 for key in EMOTION_HEAD)
 
 
 def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
     """The targets of an emotion head by our names, in the order of its outputs: from `id2label` if that names them."""
-    names = [str(name).lower() for _, name in sorted(dict(settings.get("id2label") or {}).items())]
+    labels = settings.get("id2label")
+    names = [str(name).lower() for _, name in sorted(labels.items())] if isinstance(labels, dict) else []
     if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
         names = list(PUBLISHED)
     targets = tuple(TARGETS.get(name, "") for name in names)
@@ -417,9 +421,7 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
             content = read_pickle(path)
             settings |= fairseq_settings(content)
             content = content["model"] if isinstance(content.get("model"), Mapping) else content
-            tensors |= {
-                key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
-            }
+            tensors |= stored_tensors(content, path)
     model_type = settings.get("model_type", "wav2vec2")
     if model_type not in KNOWN:
         raise ValueError(f"{files[0]}: is a {model_type} checkpoint; expected {', '.join(KNOWN)}")
@@ -452,9 +454,9 @@ STAND_INS = (  # settings, then what stands beside them: vocabulary and validati
 
 def read_pickle(path: Path) -> dict:
     """A `.bin` or `.pt` file, by PyTorch's restricted unpickler: tensors, containers and stand-ins, nothing else."""
-    require_stored(path)
     with torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS]):
         try:
+            require_plain(path)
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
@@ -471,36 +473,47 @@ def read_pickle(path: Path) -> dict:
     return content
 
 
-def require_stored(path: Path) -> None:
-    """Raise ValueError for a zip file with compressed members: PyTorch writes none, and a small one can fill memory."""
+def require_plain(path: Path) -> None:
+    """Raise ValueError for a zip file with what PyTorch never writes and a small file could fill the memory with.
+
+    Compressed members are that, and a pickle that is not small beside the tensors: one byte of it can make an object.
+    """
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":
+        if file.read(4) != b"PK\3\4":  # the format before PyTorch 1.6
             return
-        try:
-            members = zipfile.ZipFile(file).infolist()
-        except Exception as error:  # of a damaged one, nearly any of them
-            raise ValueError(f"{path}: is not a whole PyTorch file ({error})") from None
-    size = path.stat().st_size
-    if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members):
-        raise ValueError(f"{path}: is a zip file with compressed members, which PyTorch never writes")
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                    raise ValueError("it has compressed members")
+                pickled = member.filename.endswith(".pkl")
+                if pickled and (member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member)):
+                    raise ValueError("it holds more than tensors and plain values")
 
 
-def unusable(tensor: object) -> str | None:
+def stored_tensors(content: Mapping, path: Path) -> dict[str, Tensor]:
+    """The tensors in what was unpickled, by name, without attributes. Raises ValueError if they are not in the file."""
+    named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {key: Tensor.detach(value) for key, value in named.items()}
+    declared, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
+    if declared > 2 * size:  # of two tensors with one memory each counts
+        raise ValueError(f"{path}: declares {declared:,} bytes of tensors, but has only {size:,}")
+    return tensors
+
+
+def unusable(tensor: Tensor) -> str | None:
     """What keeps a tensor from being plain numbers in memory, if anything does: restricted pickles hold other kinds."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or tensor.layout != torch.strided:
+    if type(tensor) is not Tensor or tensor.is_nested or tensor.layout != torch.strided:
         return "is no plain tensor"
     if tensor.device.type != "cpu" or not tensor.is_floating_point():
         return f"is {tensor.dtype} on {tensor.device}, expected floating point on the CPU"
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        return f"is {tuple(tensor.shape)}, more numbers than the file holds for it"
     return None
 
 
-def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError if a tensor holds NaN or infinite values."""
-    if damaged := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+def require_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError if a tensor of `source` that is in memory holds NaN or infinite values."""
+    if damaged := [key for key, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]:
         more = f" and {len(damaged) - 8} more" if len(damaged) > 8 else ""
-        raise ValueError(f"{path}: NaN or infinite values in {', '.join(damaged[:8])}{more}; fetch or train it anew")
+        raise ValueError(f"{source}: NaN or infinite values in {', '.join(damaged[:8])}{more}; fetch or train it anew")
 
 
 def fairseq_settings(content: Mapping) -> dict:
@@ -575,7 +588,7 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         channels, kernels = tuple(shape[0] for shape in convs), tuple(shape[2] for shape in convs)
         width, per_group, kernel = state["position.conv.weight"].shape
         ffn = state["layers.0.feed_forward.fc1.weight"].shape[0]
-        numbers = {int(name.split(".")[1]) for name in state if name.startswith("layers.")}
+        layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
         if 0 in (*channels, width, per_group, kernel, ffn) or width % per_group:
             raise ValueError
     except (KeyError, IndexError, ValueError):
@@ -601,9 +614,9 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
     if (kernels, strides) != (Wav2Vec2Config.conv_kernels, Wav2Vec2Config.conv_strides):
         raise ValueError(f"{path}: convolutions have kernels {kernels} and strides {strides}; only the usual are known")
     heads = setting("num_attention_heads", "encoder_attention_heads", default=max(1, min(width // 64, 16)))
-    layers = setting("num_hidden_layers", "encoder_layers", default=len(numbers))
-    if len(numbers) != layers or max(numbers) >= layers:
-        raise ValueError(f"{path}: holds {len(numbers)} layers up to number {max(numbers)}, expected {layers}")
+    layers = setting("num_hidden_layers", "encoder_layers", default=layers)
+    if layers > MAX_LAYERS:
+        raise ValueError(f"{path}: has {layers} layers, expected at most {MAX_LAYERS}")
     if width % heads:
         raise ValueError(f"{path}: {heads} attention heads in its settings do not divide its width {width}")
     normalized = setting("do_normalize", "normalize", default="architectures" in settings or conv_norm == "layer")

