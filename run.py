@@ -404,13 +404,14 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
     if not isinstance(best.get("config"), dict) or not isinstance(best.get("label_range"), list):
         raise ValueError(f"{path}: is no checkpoint of train.py: it has no configuration or label_range")
     config = make_config(best["config"] | {"label_range": best["label_range"]}, str(path))
-    model, identity = build_model(config, tuple(config.label_range))
-    require_backbone(path, best, identity)
     try:
+        model, identity = build_model(config, tuple(config.label_range))
+        require_backbone(path, best, identity)
         load_trained(model, best["trained"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    require_finite(model, identity)
+        require_finite(model, identity)
+    except (FileNotFoundError, ValueError) as error:
+        kind, reason = ValueError if isinstance(error, ValueError) else FileNotFoundError, str(error)
+        raise kind(f"{path}: {reason.removeprefix(f'{path}: ')}") from None
     if merged:
         merge(model)
     return model.to(pick_device(device)).eval()

@@ -155,6 +155,7 @@ def audio_reader(folder: Path) -> Reader:
     waveform = speech_like(3000).numpy().clip(-0.9, 0.9)
     kinds = [("wav", "PCM_16"), ("wav", "PCM_24"), ("wav", "FLOAT"), ("wav", "ULAW"), ("wav", "IMA_ADPCM")]
     kinds += [("flac", "PCM_16"), ("ogg", "VORBIS"), ("ogg", "OPUS"), ("mp3", "MPEG_LAYER_III")]
+    kinds += [("aiff", "PCM_24"), ("au", "FLOAT"), ("caf", "ALAC_16"), ("w64", "PCM_16")]
     files = []
     for suffix, subtype in kinds:
         files.append(folder / f"{subtype}.{suffix}")
