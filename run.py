@@ -399,11 +399,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
         require_finite(model, {"source": str(source)})
         data.say_once(f"note: {LICENCE}")
         return model.to(pick_device(device))
-    path = directory / "best.pt"
-    best = load_checkpoint(path)
-    if not isinstance(best.get("config"), dict) or not isinstance(best.get("label_range"), list):
-        raise ValueError(f"{path}: is no checkpoint of train.py: it has no configuration or label_range")
-    config = make_config(best["config"] | {"label_range": best["label_range"]}, str(path))
+    path, (best, config) = directory / "best.pt", load_best(directory)
     try:
         model, identity = build_model(config, tuple(config.label_range))
         require_backbone(path, best, identity)
@@ -415,6 +411,15 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
     if merged:
         merge(model)
     return model.to(pick_device(device)).eval()
+
+
+def load_best(directory: Path) -> tuple[dict, Config]:
+    """A run's best checkpoint and its configuration, `label_range` filled in; raises as `load_checkpoint` does."""
+    path = directory / "best.pt"
+    best = load_checkpoint(path)
+    if not isinstance(best.get("config"), dict) or not isinstance(best.get("label_range"), list):
+        raise ValueError(f"{path}: is no checkpoint of train.py: it has no configuration or label_range")
+    return best, make_config(best["config"] | {"label_range": best["label_range"]}, str(path))
 
 
 def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
