@@ -127,7 +127,7 @@ class Config:
             raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
 
 
-MAX_SIZE, MAX_DEPTH = 1 << 20, 10  # bytes and levels of a YAML file; a configuration has a few hundred and two
+MAX_SIZE, MAX_DEPTH = 1 << 16, 10  # bytes and levels of a YAML file; a configuration has a few hundred and two
 TYPES = typing.get_type_hints(Config)
 DEFAULTS = {field.name: field.default for field in fields(Config)}
 

@@ -52,7 +52,7 @@ MIN_SAMPLES = 400  # at SAMPLE_RATE: one frame of the CNN, 25 ms
 BLOCK = 1 << 20  # samples decoded at once
 MIN_SAMPLE_RATE = 1000  # Hz; less is a damaged header, and a second becomes hours at 16 kHz
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
-MAX_SAMPLES = 1 << 29  # of a file, at its rate and at 16 kHz: 3 hours at 48 kHz, 2 GB; FLAC packs silence to nothing
+MAX_SAMPLES = 1 << 30  # of a file, at its rate and at 16 kHz: 6 hours at 48 kHz, 4 GB; FLAC packs silence to nothing
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 

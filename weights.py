@@ -476,15 +476,17 @@ def read_pickle(path: Path) -> dict:
 def require_plain(path: Path) -> None:
     """Raise ValueError for a zip file with what PyTorch never writes and a small file could fill the memory with.
 
-    Compressed members are that, and a pickle that is not small beside the tensors: one byte of it can make an object.
+    These are compressed members, members that share their bytes, and a large pickle: of a byte it can make an object.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # the format before PyTorch 1.6
             return
         with zipfile.ZipFile(file) as archive:
-            for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-                    raise ValueError("it has compressed members")
+            members = archive.infolist()
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+                raise ValueError("it has compressed members, or members that share their bytes")
+            for member in members:
                 pickled = member.filename.endswith(".pkl")
                 if pickled and (member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member)):
                     raise ValueError("it holds more than tensors and plain values")

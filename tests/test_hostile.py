@@ -322,7 +322,7 @@ def run_reader(folder: Path) -> Reader:
 
     def read(_: Path) -> None:
         model = run.load_run(folder / "runs" / "a")
-        assert set(model.predict(speech_like(800), 16_000)) == {"activation", "valence"}
+        assert list(model.predict(speech_like(800), 16_000)) == list(model.targets)  # which a changed file may name
 
     return [best], read
 
@@ -383,7 +383,7 @@ MERGES = "\n".join(
         (MERGES, "no alias"),
         ("targets: " + "[" * 100_000, "at most 10 levels"),
         ("seed: 1\nlr: 1\nseed: 2", "seed is given more than once"),
-        ("# " * 600_000, "has 1,200,000 bytes"),
+        ("# " * 50_000, "has 100,000 bytes"),
         ("seed: !!int ''", "is not YAML"),
         ("seed: !!bool x", "is not YAML"),
         ("seed: !!timestamp x", "is not YAML"),
@@ -521,7 +521,7 @@ def test_a_checkpoint_that_runs_code_or_is_a_zip_bomb_is_refused(tmp_path, monke
     torch.save({"model": torch.zeros(10_000_000)}, "c.pt")
     compress(Path("c.pt"))
     assert Path("c.pt").stat().st_size < 100_000
-    with pytest.raises(ValueError, match=r"c\.pt: is not a whole .* \(it has compressed members\)"):
+    with pytest.raises(ValueError, match=r"c\.pt: is not a whole .* \(it has compressed members"):
         load(Path("c.pt"))
     torch.save({"model": bytearray(10)}, "d.pt")  # in a pickle its size alone could stand
     with pytest.raises(ValueError, match=r"d\.pt: is not a whole .* \(it holds more than tensors and plain values\)"):
@@ -532,12 +532,13 @@ def test_a_checkpoint_that_runs_code_or_is_a_zip_bomb_is_refused(tmp_path, monke
     "settings",
     [
         {"num_hidden_layers": 10**9}, {"num_hidden_layers": "3"}, {"num_attention_heads": 0}, {"conv_stride": 5},
-        {"num_attention_heads": -4}, {"layer_norm_eps": float("nan")}, {"do_stable_layer_norm": "no"},
+        {"num_attention_heads": -4}, {"layer_norm_eps": float("nan")}, {"do_stable_layer_norm": "no"}, "[" * 100_000,
     ],
 )  # fmt: skip
 def test_settings_of_an_impossible_kind_or_size_are_refused(tmp_path, settings):
     write_tiny_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(tiny_config() | settings), "utf-8")
+    text = settings if isinstance(settings, str) else json.dumps(tiny_config() | settings)
+    (tmp_path / "config.json").write_text(text, "utf-8")
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         weights.load_backbone(tmp_path)
 
@@ -547,13 +548,6 @@ def test_a_layer_of_a_number_without_end_is_refused_before_it_is_made(tmp_path):
     tensors["encoder.layers.999999999.fc1.bias"] = torch.zeros(1)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: has 1000000000 layers, expected at most 1000"):
-        weights.load_backbone(tmp_path)
-
-
-def test_json_nested_without_end_is_one_clear_error(tmp_path):
-    write_tiny_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text('{"a": ' + "[" * 100_000, "utf-8")
-    with pytest.raises(ValueError, match=r"config\.json: is not JSON"):
         weights.load_backbone(tmp_path)
 
 
@@ -584,6 +578,45 @@ def test_a_checkpoint_of_a_run_that_holds_something_else_is_named(tmp_path, chan
     torch.save(torch.load(best, weights_only=True) | change, best)
     with pytest.raises(ValueError, match=re.escape(str(best.parent))):
         read(best)
+
+
+def test_weights_that_are_no_numbers_stop_a_run_and_a_cache_before_anything_is_learnt(tmp_path, tiny_manifest):
+    (tmp_path / "backbone").mkdir()
+    write_tiny_checkpoint(tmp_path / "backbone")
+    weight = "encoder.layers.1.attention.q_proj.weight"
+    save_file(changed(weight, value=lambda x: x / 0 * 0), tmp_path / "backbone" / "model.safetensors")
+    settings = tiny_settings(tmp_path, tmp_path / "backbone", tiny_manifest, name="a", cache=True)
+    with pytest.raises(
+        ValueError, match=r"backbone: NaN or infinite values in backbone\.layers\.1\.attention\.q\.weight"
+    ):
+        train.train(run.make_config(settings, "test"))
+    assert not (tmp_path / "runs" / "a" / "last.pt").exists()
+    (tmp_path / "a.yaml").write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(ValueError, match=r"\.wav does not fit torch\.float16 .*the model yields no numbers for it"):
+        run.build_caches([str(tmp_path / "a.yaml")])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_checkpoint, tiny_manifest) -> tuple[Config, Path]:
+    folder = tmp_path_factory.mktemp("finished")
+    settings = tiny_settings(folder, tiny_checkpoint, tiny_manifest, name="a", lora_rank=2, epochs=1)
+    train.train(config := run.make_config(settings, "test"))
+    (folder / "runs" / "a" / "result.json").unlink()
+    return config, folder / "runs" / "a" / "last.pt"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": {}}, {"optimizer": None}, {"random": {"cpu": torch.zeros(3), "cuda": []}},
+     {"state": {}}, {"state": {"losses": [1]}}, {"trained": {}}, {"trained": {"a": 5}}, {"backbone": {"sha256": 1}}],
+)  # fmt: skip
+def test_a_run_does_not_go_on_from_what_is_not_its_state(finished, change):
+    config, last = finished
+    content = last.read_bytes()
+    torch.save(torch.load(last, weights_only=True) | change, last)
+    with pytest.raises(ValueError, match=r"last\.pt: (does not fit this run|is no checkpoint of train\.py)"):
+        train.train(config)
+    last.write_bytes(content)
 
 
 @pytest.mark.parametrize(
