@@ -79,7 +79,7 @@ class Config:
         for key in ("head_width", "lora_rank", "warmup", "seed", "weight_decay"):
             self.require(key, getattr(self, key) >= 0, "at least 0")
         self.require("seed", self.seed < 2**63, "below 2^63")
-        for key, most in (("head_width", 2**14), ("lora_rank", 2**10)):  # more would fill the memory
+        for key, most in (("head_width", 2**14), ("lora_rank", 2**10), ("epochs", 10**6)):  # of no use beyond
             self.require(key, getattr(self, key) <= most, f"at most {most}")
         for key in ("lr", "head_lr", "clip", "lora_alpha"):
             self.require(key, getattr(self, key) > 0, "a number above 0")

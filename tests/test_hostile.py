@@ -398,8 +398,8 @@ def test_yaml_that_fills_memory_runs_code_or_breaks_its_reader_is_refused(tmp_pa
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("key", ["seed", "lora_rank", "head_width"])
-def test_a_number_that_would_fill_the_memory_is_refused(tmp_path, key):
+@pytest.mark.parametrize("key", ["seed", "lora_rank", "head_width", "epochs"])
+def test_a_number_beyond_all_use_is_refused(tmp_path, key):
     (tmp_path / "a.yaml").write_text(f"{key}: 1{'0' * 4000}", "utf-8")
     with pytest.raises(ValueError, match=rf"a\.yaml: {key}: expected (below|at most)"):
         load_config(tmp_path / "a.yaml")
