@@ -53,17 +53,19 @@ def read_json(path: Path) -> dict:
 
 def read_run(directory: Path) -> Run:
     """Raises OSError or ValueError for a directory that is not as train.py leaves it."""
-    result = read_json(directory / "result.json")
-    path, targets = directory / "predictions_test.csv", result["config"]["targets"]
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    if header[2:] != [*targets, *(f"{target}_label" for target in targets)]:
-        raise ValueError(f"{path}: has columns {header}, expected file, speaker, then {', '.join(targets)} and labels")
+    result, path = read_json(directory / "result.json"), directory / "predictions_test.csv"
     try:
+        targets = result["config"]["targets"]
         log = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        values = np.array([row[2:] for row in rows], float).reshape(len(rows), 2 * len(targets))
-    except ValueError as error:
-        raise ValueError(f"{directory}: log.jsonl or {path.name} is not as train.py leaves it ({error})") from None
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        values = np.array([row[2:] for row in rows], float)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{directory}: is not as train.py leaves a finished run ({reason})") from None
+    columns = [*targets, *(f"{target}_label" for target in targets)]
+    if header[2:] != columns or values.shape[1:] != (len(columns),):
+        raise ValueError(f"{path}: has columns {header}, expected file, speaker, then {', '.join(targets)} and labels")
     speakers = [from_cell(row[1]) for row in rows]
     return Run(result, log, speakers, values[:, len(targets) :], values[:, : len(targets)])
 

@@ -381,7 +381,7 @@ MERGES = "\n".join(
         (LAUGHS, "no alias"),
         (LAUGHS + "\ntargets: *x29", "no alias"),
         (MERGES, "no alias"),
-        ("targets: " + "[" * 100_000, "at most 10 levels"),
+        ("targets: " + "[" * 50_000, "at most 10 levels"),
         ("seed: 1\nlr: 1\nseed: 2", "seed is given more than once"),
         ("# " * 50_000, "has 100,000 bytes"),
         ("seed: !!int ''", "is not YAML"),
@@ -673,6 +673,22 @@ def test_no_name_becomes_a_formula_in_a_table_and_numbers_stay_numbers(tmp_path)
     cells = [cell for text in texts for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
     assert cells.count(f"'{FORMULA}") == 5
     assert [cell for cell in cells if cell[:1] in "=+-@" and cell] == ["-0.5", *["-0.2500", "-1.5"] * len(NAMES)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("result.json", "{}"), ("result.json", "[]"), ("log.jsonl", "{"), ("predictions_test.csv", ""),
+     ("predictions_test.csv", "file,speaker,valence,valence_label\na,b,1"),
+     ("predictions_test.csv", "file,speaker,valence,valence_label\na,b,1,x")],
+)  # fmt: skip
+def test_a_broken_run_among_those_compared_is_named(tmp_path, name, text):
+    (tmp_path / "result.json").write_text('{"config": {"targets": ["valence"]}}', "utf-8")
+    (tmp_path / "log.jsonl").write_text("{}\n", "utf-8")
+    (tmp_path / "predictions_test.csv").write_text("file,speaker,valence,valence_label\na,b,1,2\n", "utf-8")
+    results.read_run(tmp_path)
+    (tmp_path / name).write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*( is not as train.py leaves | has columns )"):
+        results.read_run(tmp_path)
 
 
 def test_predictions_of_a_file_whose_name_is_not_utf8_are_written(tmp_path):
