@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora import LoRALinear
 from model import Wav2Vec2
-from weights import hugging_face_key, matches, read_json
+from weights import hugging_face_key, matches, read_json, require_finite, unusable
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "init_lora_weights"}
@@ -116,7 +116,7 @@ def read_settings(directory: Path, base: str | None) -> tuple[int, float]:
     if theirs != base and is_hub_id(theirs) and is_hub_id(base):
         raise ValueError(f"{path}: the adapter was made for {theirs}, and the backbone is {base}")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 2**31:
         raise ValueError(f"{path}: expected r and lora_alpha as numbers, found {rank!r} and {alpha!r}")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
@@ -132,7 +132,8 @@ def read_pairs(path: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     except SafetensorError as error:
         raise ValueError(f"{path}: is not a whole safetensors file ({error})") from None
     pairs: dict[str, dict[str, Tensor]] = {}
-    problems = []
+    require_finite(tensors, path)
+    problems = [f"{key} {problem}" for key, tensor in tensors.items() if (problem := unusable(tensor))]
     for key, tensor in tensors.items():
         if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key):
             pairs.setdefault(match[1], {})[match[2]] = tensor

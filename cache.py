@@ -344,12 +344,17 @@ def read_index(directory: Path) -> Iterator[tuple[int, str, int, int, int, int, 
     for index in sorted(directory.glob("*.csv")):
         with open(index, newline="", **ENCODING) as file:
             whole = (line for line in file if line.endswith("\n") and "\0" not in line)  # Python 3.10 takes no \\0
-            for row in csv.reader(whole):
-                try:
-                    crc, shard, offset, frames, size, mtime_ns, path = row
-                    yield int(crc), shard, int(offset), int(frames), int(size), int(mtime_ns), path
-                except ValueError:  # the header
-                    continue
+            with suppress(csv.Error):  # damage: what follows it is computed again
+                for row in csv.reader(whole):
+                    try:
+                        crc, shard, offset, frames, size, mtime_ns, path = row
+                        numbers = int(crc), int(offset), int(frames)
+                        entry = numbers[0], shard, *numbers[1:], int(size), int(mtime_ns), path
+                    except ValueError:  # the header
+                        continue
+                    sane = all(0 <= n < limit for n, limit in zip(numbers, (2**32, 2**62, 2**31), strict=True))
+                    if sane and numbers[2] > 0 and Path(shard).name == shard:
+                        yield entry
 
 
 def read_description(directory: Path) -> dict:
@@ -358,8 +363,10 @@ def read_description(directory: Path) -> dict:
         raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
     try:
         identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
-        _ = identity["width"] * getattr(torch, identity["dtype"]).itemsize
-    except (ValueError, KeyError, TypeError, AttributeError):
+        known = type(width := identity["width"]) is int and width > 0 and getattr(torch, identity["dtype"]).itemsize
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        known = False
+    if not known:
         raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
     return identity
 
@@ -377,8 +384,9 @@ def verify(directory: str | Path) -> list[str]:
     for crc, shard, offset, frames, _, _, path in read_index(directory):
         size, data = (frames + scale_rows) * row_bytes, b""
         with suppress(OSError), open(directory / shard, "rb", buffering=0) as file:
-            file.seek(offset)
-            data = file.read(size)
+            if size <= file_size(directory / shard):  # else memory for what a damaged index claims
+                file.seek(offset)
+                data = file.read(size)
         if len(data) < size:
             cut.append(path)
         elif zlib.crc32(data) != crc:

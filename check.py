@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data import SPLITS, Problem, TooShortError, Utterance, read_original
+from data import SPLITS, Problem, TooShortError, Utterance, read_original, text_cell
 
 SILENT = 1e-3  # of full scale: no sample is farther from the mean; -60 dB
 CLIPPED = 1e-3  # the share of samples at full scale that is heard
@@ -172,12 +172,15 @@ def speakers_csv(utterances: Sequence[Utterance], seconds: Sequence[float]) -> s
     lengths = defaultdict(list)
     for utterance, length in zip(utterances, seconds, strict=True):
         lengths[SPLITS.index(utterance.split), utterance.speaker].append(length)
-    rows = [(SPLITS[at], who, len(each), f"{sum(each) / 3600:.4f}") for (at, who), each in sorted(lengths.items())]
+    rows = [
+        (SPLITS[at], text_cell(who), len(each), f"{sum(each) / 3600:.4f}")
+        for (at, who), each in sorted(lengths.items())
+    ]
     return csv_text([("split", "speaker", "utterances", "hours"), *rows])
 
 
 def problems_csv(problems: Sequence[Problem]) -> str:
-    rows = [(severity(problem.kind), *problem) for problem in problems]
+    rows = [(severity(problem.kind), *map(text_cell, problem)) for problem in problems]
     return csv_text([("severity", "problem", "file", "detail"), *rows])
 
 

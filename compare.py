@@ -26,10 +26,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 import run
-from config import Config, load_config, split_words
+from config import Config, load_config, parse, split_words
+from manifest import text_cell
 from results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
 
 HERE = Path(__file__).parent
@@ -74,8 +74,8 @@ def parse_sweep(text: str) -> tuple[str, list]:
     """`key=v1,v2,...` as the key and YAML values, of which each may be a list or null."""
     key, equals, values = text.partition("=")
     try:
-        parsed = yaml.safe_load(f"[{values}]")
-    except (yaml.YAMLError, ValueError):
+        parsed = parse(f"[{values}]", text)
+    except ValueError:
         parsed = None
     if not equals or not parsed:
         raise ValueError(f"--sweep: expected key=value,value,..., as in trainable_layers=0,1,2; found {text!r}")
@@ -231,7 +231,7 @@ def write_table(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> 
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(records)
+            writer.writerows({**record, "method": text_cell(record["method"])} for record in records)
 
     run.replace(out / "table.csv", save)
     return text, runs, records

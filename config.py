@@ -1,6 +1,7 @@
 """The configuration: one flat frozen dataclass. A YAML key is a field's name, so a search finds every use of it."""
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ class Config:
         for key in ("head_width", "lora_rank", "warmup", "seed", "weight_decay"):
             self.require(key, getattr(self, key) >= 0, "at least 0")
         self.require("seed", self.seed < 2**63, "below 2^63")
+        for key, most in (("head_width", 2**14), ("lora_rank", 2**10), ("epochs", 10**6)):  # of no use beyond
+            self.require(key, getattr(self, key) <= most, f"at most {most}")
         for key in ("lr", "head_lr", "clip", "lora_alpha"):
             self.require(key, getattr(self, key) > 0, "a number above 0")
         for key in (field.name for field in fields(self) if field.name.endswith(("dropout", "_drop", "_prob"))):
@@ -85,7 +88,11 @@ class Config:
         self.require(
             "micro_batch_size", self.micro_batch_size is None or self.micro_batch_size >= 1, "at least 1 or null"
         )
-        self.require("targets", len(set(self.targets)) == len(self.targets) > 0, "different names, at least one")
+        self.require(
+            "targets",
+            0 < len(set(self.targets)) == len(self.targets) <= 100,
+            "different names, at least one, at most 100",
+        )
         low_high = (0, 1) if self.label_range is None else self.label_range
         self.require("label_range", len(low_high) == 2 and low_high[0] < low_high[1], "[low, high]")
         self.require("backbone", bool(self.backbone), "a directory, a file or a name on the hub")
@@ -120,6 +127,7 @@ class Config:
             raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
 
 
+MAX_SIZE, MAX_DEPTH = 1 << 16, 10  # bytes and levels of a YAML file; a configuration has a few hundred and two
 TYPES = typing.get_type_hints(Config)
 DEFAULTS = {field.name: field.default for field in fields(Config)}
 
@@ -130,6 +138,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         known = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise FileNotFoundError(f"{path}: no such config" + (f"; {path.parent} holds {known}" if known else ""))
+    if (size := path.stat().st_size) > MAX_SIZE:
+        raise ValueError(f"{path}: has {size:,} bytes, expected at most {MAX_SIZE:,} of a configuration")
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte order mark
     except UnicodeDecodeError as error:
@@ -154,9 +164,19 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(text: str, where: str) -> object:
+    """A YAML value. Aliases, of which a few lines unfold to fill the memory, and deep nesting are refused unread."""
     try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+                raise ValueError(f"expected no alias such as *name, and at most {MAX_DEPTH} levels")
+        node = yaml.compose(text, yaml.SafeLoader)
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"{max(keys, key=keys.count)} is given more than once")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+    except Exception as error:  # a tag on a value that does not fit it can raise nearly any of them
         raise ValueError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
 
 
@@ -194,7 +214,7 @@ def coerce(value: object, kind: object, key: str) -> object:
             return number
     elif kind in (int, str, bool, type(None)) and type(value) is kind:
         return value
-    raise ValueError(f"{key}: expected {describe(kind)}, found {value!r}")
+    raise ValueError(f"{key}: expected {describe(kind)}, found {reprlib.repr(value)}")  # of any size: from a checkpoint
 
 
 def describe(kind: object) -> str:

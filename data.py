@@ -18,6 +18,7 @@ import io
 import math
 import numbers
 import os
+import stat
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,12 +44,15 @@ from manifest import (
     label_problems,
     raise_listed,
     read_manifest,
+    text_cell,
 )
 
 SAMPLE_RATE = 16_000  # Hz, what every Wav2Vec 2.0 was trained on
 MIN_SAMPLES = 400  # at SAMPLE_RATE: one frame of the CNN, 25 ms
 BLOCK = 1 << 20  # samples decoded at once
+MIN_SAMPLE_RATE = 1000  # Hz; less is a damaged header, and a second becomes hours at 16 kHz
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
+MAX_SAMPLES = 1 << 30  # of a file, at its rate and at 16 kHz: 6 hours at 48 kHz, 4 GB; FLAC packs silence to nothing
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -121,7 +125,7 @@ def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None
     try:
         with _open(path) as sound:
             samples, sample_rate, waveform = sound.frames, sound.samplerate, None
-            if sample_rate > MAX_SAMPLE_RATE:
+            if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
                 raise ValueError(f"its header declares a sample rate of {sample_rate} Hz; convert it again")
             if decode_pcm or sound.format not in ("WAV", "WAVEX") or not sound.subtype.startswith("PCM_"):
                 waveform = _decode(sound)
@@ -129,6 +133,7 @@ def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None
         if at_16k < MIN_SAMPLES:
             found = f"{at_16k} samples at 16 kHz"
             raise TooShortError(f"too short: {found}, expected at least {MIN_SAMPLES}; leave it out")
+        require_length(samples, sample_rate)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such audio file; check the path or leave it out") from None
     except OSError as error:
@@ -143,6 +148,8 @@ def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None
 def _open(path: str) -> soundfile.SoundFile:
     """Open a sound whose end is there: libsndfile reads a WAV or OGG that was cut short without a word."""
     source: str | io.BytesIO = path
+    if stat.S_ISFIFO(os.stat(path).st_mode):  # to open it would wait for whoever writes into it
+        raise ValueError("is no file but a pipe; leave it out")
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -192,12 +199,19 @@ def _ogg_ends(file: BinaryIO, size: int) -> bool:
     return len(page) > 27 and page[5] & 4 > 0 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
+def require_length(samples: int, sample_rate: int) -> None:
+    if samples * max(1, SAMPLE_RATE / sample_rate) > MAX_SAMPLES:
+        raise ValueError(f"is longer than {MAX_SAMPLES} samples; cut it into several files")
+
+
 def _decode(sound: soundfile.SoundFile) -> np.ndarray:
     """All samples with the channels averaged: (S,) float32 at the own rate; part by part, for hours of stereo."""
     parts = [np.empty(0, np.float32)]
     try:
-        while len(part := sound.read(BLOCK, dtype="float32", always_2d=True)):  # (BLOCK, channels)
+        size, count = max(1, BLOCK // sound.channels), 0
+        while len(part := sound.read(size, dtype="float32", always_2d=True)):  # (S, channels)
             parts.append(part.mean(axis=1))
+            require_length(count := count + len(part), sound.samplerate)
     except RuntimeError as error:
         raise ValueError(f"truncated or damaged: {error}; copy or convert it again") from None
     samples = np.concatenate(parts)

@@ -26,7 +26,7 @@ import run
 import weights
 from adapter import save_adapter
 from card import card
-from config import Config, make_config
+from config import Config
 from model import FIELD, EmotionModel, normalize
 
 RANDOM = "random, as "  # begins the source of a backbone of the demo that has no checkpoint
@@ -74,10 +74,9 @@ def export(directory: str | Path, out: str | Path, form: str) -> Path:
 
 def read_run(directory: Path) -> tuple[dict, Config, str]:
     """What `result.json` holds, the configuration, and the backbone's source. Raises where there is no finished run."""
-    best = run.load_checkpoint(directory / "best.pt")
+    best, config = run.load_best(directory)
     if not (directory / "result.json").is_file():
         raise ValueError(f"{directory}: has no result.json, so this run is not finished; train.py continues it")
-    config = make_config(best["config"], str(directory))
     if config.backbone == "logmel":
         raise ValueError(f"{directory}: has backbone: logmel, which other programs do not know; there is but a head")
     return weights.read_json(directory / "result.json"), config, best["backbone"]["source"]

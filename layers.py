@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import run
-from config import Config, make_config
+from config import Config
 from freeze import load_trained
 from lora import merge
 from model import EmotionModel, Wav2Vec2
@@ -191,8 +191,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     device, directory = run.pick_device(arguments.device), Path(arguments.run)
-    checkpoint = run.load_checkpoint(directory / "best.pt")
-    config = make_config(checkpoint["config"], str(directory))
+    checkpoint, config = run.load_best(directory)
     if config.backbone == "logmel":
         raise ValueError(f"{directory}: found backbone logmel, which has no layers; expected a run of Wav2Vec 2.0")
     out = Path(arguments.out or directory)

@@ -17,6 +17,7 @@ from typing import NamedTuple, TextIO
 SPLITS = ("train", "dev", "test")
 REQUIRED_COLUMNS = ("path", "split", "speaker", "activation", "valence")
 LABEL_COLUMNS = ("activation", "valence", "dominance")
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # at the start of a cell; the last are the wide = + - @
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,8 @@ def parse_manifest(path: str | Path, file: TextIO) -> list[Utterance]:
         raise ValueError(f"{path}: the manifest is empty, expected a header {','.join(REQUIRED_COLUMNS)}")
     if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
         raise ValueError(f"{path}: no column {', '.join(missing)}; found {header}, separated by commas")
+    if twice := [column for column in (*REQUIRED_COLUMNS, *LABEL_COLUMNS) if header.count(column) > 1]:
+        raise ValueError(f"{path}: column {twice[0]} is there more than once; found {header}")
     at = {column: header.index(column) for column in header}
     targets = [(target, at[target]) for target in LABEL_COLUMNS if target in at]
     folder = os.path.dirname(os.path.abspath(path))
@@ -99,6 +102,20 @@ def number(target: str, cell: str) -> float:
         return float(cell)
     except ValueError:
         raise ValueError(f"{target} {cell!r} is not a number") from None
+
+
+def text_cell(text: str) -> str:
+    """A name for a table that a spreadsheet opens too: an apostrophe before what it would run as a formula.
+
+    For names of files and speakers, which come from others; `from_cell` takes it away. Numbers may begin with a sign.
+    The first characters are those of OWASP's page "CSV Injection".
+    """
+    return f"'{text}" if text.lstrip("'").startswith(FORMULA) else text
+
+
+def from_cell(cell: str) -> str:
+    """The name that `text_cell` made into this cell."""
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA) else cell
 
 
 def raise_listed(heading: str, problems: Sequence[str], limit: int = 20) -> None:

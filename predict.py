@@ -158,7 +158,7 @@ def row_writer(stream: TextIO, kind: str, targets: Sequence[str]) -> Callable[[l
         return lambda rows: stream.writelines(f"{json.dumps(row)}\n" for row in rows)
     writer = csv.DictWriter(stream, ["file", "start", "end", *targets], lineterminator="\n")
     writer.writeheader()
-    return writer.writerows
+    return lambda rows: writer.writerows({**row, "file": data.text_cell(row["file"])} for row in rows)
 
 
 # ---------------------------------------------------------------- pictures

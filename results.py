@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from manifest import from_cell
 from metrics import bootstrap, bootstrap_p, holm, interval, paired_t_test
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")
@@ -46,21 +47,27 @@ Runs = dict[str, dict[int, Run]]  # by method and seed, the finished ones
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: is not JSON; delete it and run the same command again") from None
 
 
 def read_run(directory: Path) -> Run:
     """Raises OSError or ValueError for a directory that is not as train.py leaves it."""
-    result = read_json(directory / "result.json")
-    log = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    path, targets = directory / "predictions_test.csv", result["config"]["targets"]
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
-    if header[2:] != [*targets, *(f"{target}_label" for target in targets)]:
+    result, path = read_json(directory / "result.json"), directory / "predictions_test.csv"
+    try:
+        targets = result["config"]["targets"]
+        log = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        values = np.array([row[2:] for row in rows], float)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{directory}: is not as train.py leaves a finished run ({reason})") from None
+    columns = [*targets, *(f"{target}_label" for target in targets)]
+    if header[2:] != columns or values.shape[1:] != (len(columns),):
         raise ValueError(f"{path}: has columns {header}, expected file, speaker, then {', '.join(targets)} and labels")
-    values = np.array([row[2:] for row in rows], float)
-    return Run(result, log, [row[1] for row in rows], values[:, len(targets) :], values[:, : len(targets)])
+    speakers = [from_cell(row[1]) for row in rows]
+    return Run(result, log, speakers, values[:, len(targets) :], values[:, : len(targets)])
 
 
 def run_directory(out: Path, method: str, seed: int) -> Path:

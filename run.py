@@ -439,16 +439,30 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
             model = weights.load_emotion_model(source)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
+        require_finite(model, {"source": str(source)})
         data.say_once(f"note: {LICENCE}")
         return model.to(pick_device(device))
-    best = load_checkpoint(directory / "best.pt")
-    config = make_config(best["config"], str(directory))
-    model, identity = build_model(config, tuple(best["label_range"]))
-    require_backbone(directory / "best.pt", best, identity)
-    load_trained(model, best["trained"])
+    path, (best, config) = directory / "best.pt", load_best(directory)
+    try:
+        model, identity = build_model(config, tuple(config.label_range))
+        require_backbone(path, best, identity)
+        load_trained(model, best["trained"])
+        require_finite(model, identity)
+    except (FileNotFoundError, ValueError) as error:
+        kind, reason = ValueError if isinstance(error, ValueError) else FileNotFoundError, str(error)
+        raise kind(f"{path}: {reason.removeprefix(f'{path}: ')}") from None
     if merged:
         merge(model)
     return model.to(pick_device(device)).eval()
+
+
+def load_best(directory: Path) -> tuple[dict, Config]:
+    """A run's best checkpoint and its configuration, `label_range` filled in; raises as `load_checkpoint` does."""
+    path = directory / "best.pt"
+    best = load_checkpoint(path)
+    if not isinstance(best.get("config"), dict) or not isinstance(best.get("label_range"), list):
+        raise ValueError(f"{path}: is no checkpoint of train.py: it has no configuration or label_range")
+    return best, make_config(best["config"] | {"label_range": best["label_range"]}, str(path))
 
 
 def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
@@ -459,14 +473,29 @@ def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a run's directory, as train.py writes it")
     try:
+        weights.require_plain(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: is not a whole checkpoint ({first_line(error)})") from None
     if not isinstance(checkpoint, dict) or not {"trained", "backbone"} <= checkpoint.keys():
         raise ValueError(f"{path}: is no checkpoint of train.py")
+    trained, backbone = checkpoint["trained"], checkpoint["backbone"]
+    told = isinstance(backbone, dict) and all(isinstance(backbone.get(key), str) for key in ("source", "sha256"))
+    if not told or not isinstance(trained, dict):
+        raise ValueError(f"{path}: is no checkpoint of train.py: it does not tell its backbone, or what was trained")
+    checkpoint["trained"] = trained = weights.stored_tensors(trained, path)
+    for key, tensor in trained.items():
+        if problem := weights.unusable(tensor):
+            raise ValueError(f"{path}: {key} {problem}")
+    weights.require_finite(trained, path)
     if identity is not None:
         require_backbone(path, checkpoint, identity)
     return checkpoint
+
+
+def require_finite(model: EmotionModel, identity: dict[str, str]) -> None:
+    """Raise ValueError for NaN or infinite weights, those alone that are in memory and so are used."""
+    weights.require_finite(dict(model.named_parameters()), identity["source"])
 
 
 def require_backbone(path: Path, checkpoint: dict, identity: dict[str, str]) -> None:

@@ -35,6 +35,7 @@ from config import Config, load_config
 from freeze import count, load_trained, table, train_mode, trained_state
 from metrics import bootstrap_ci, ccc, ccc_loss
 from model import EmotionModel
+from results import read_json
 
 COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_dir", "cache_tier"}  # may change in a run's course
 ADVICE = "lower lr or head_lr, or set precision: fp32, under another name"
@@ -148,7 +149,7 @@ def train(config: Config) -> dict:
     precision = run.pick_precision(config.precision, device)
     directory = open_directory(config)
     if (directory / "result.json").is_file():
-        return json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        return read_json(directory / "result.json")
 
     # Data
     with parallel.first_alone():  # it writes the demo corpus
@@ -169,6 +170,7 @@ def train(config: Config) -> dict:
         prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds), config.cache_tier)
         prefix.cache.note_user(directory, backbone["source"])
     prefix.drop_if_cached()
+    run.require_finite(model, backbone)
     run.prepare(model, device, precision, config.tf32, config.compile)
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -183,7 +185,7 @@ def train(config: Config) -> dict:
     began, prefix.build_seconds = began - state["seconds"], state["cache_build"]
 
     def save() -> None:
-        require_finite(epoch, state["losses"], batches, paths)
+        check_losses(epoch, state["losses"], batches, paths)
         state["seconds"], state["cache_build"] = time.perf_counter() - began, prefix.build_seconds
         state["peak"] = max(state["peak"], run.peak_memory(device))  # of every process that worked on this run
         last = {"trained": trained_state(model), "backbone": backbone, "optimizer": optimizer.state_dict()}
@@ -212,7 +214,7 @@ def train(config: Config) -> dict:
                 state["train_seconds"] = time.perf_counter() - start
                 bar.update()
                 if device.type == "cpu" or len(losses) % 20 == 0 or len(losses) == steps:  # reading it makes a GPU wait
-                    require_finite(epoch, losses, batches, paths)
+                    check_losses(epoch, losses, batches, paths)
                     rate = state["done"] / state["train_seconds"]
                     so_far = f", dev CCC {state['best']:.3f}" if state["log"] else ""
                     bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {rate:.0f} s of audio/s")
@@ -268,19 +270,20 @@ def resume(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> dict:
-    """Put model, optimizer and scaler where a run was stopped; returns the rest of its state."""
+    """Put model, optimizer and scaler where a run was stopped; returns the rest of its state. Raises ValueError."""
     last = run.load_checkpoint(path, backbone)
-    load_trained(model, last["trained"])
-    optimizer.load_state_dict(last["optimizer"])
-    scaler.load_state_dict(last["scaler"])
-    state = last["state"]
-    print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
+    try:
+        load_trained(model, last["trained"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        state = last["state"]
+        print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
+    except Exception as error:  # of a file of something else, nearly any of them
+        raise ValueError(f"{path}: does not fit this run ({run.first_line(error)}); delete it to train anew") from None
     return state
 
 
-def require_finite(
-    epoch: int, losses: Sequence[Tensor], batches: Sequence[Sequence[int]], paths: Sequence[str]
-) -> None:
+def check_losses(epoch: int, losses: Sequence[Tensor], batches: Sequence[Sequence[int]], paths: Sequence[str]) -> None:
     """Raise ValueError if one of the last twenty losses of an epoch is not finite; it names the files of the batch."""
     first = max(0, len(losses) - 20)
     finite = [bool(loss.isfinite()) for loss in losses[first:]]
@@ -371,12 +374,13 @@ def write_predictions(
     """CSV of the test set: file, speaker, prediction and label of every target, all in the corpus scale."""
 
     def save(file: Path) -> None:
-        with open(file, "w", newline="", encoding="utf-8") as stream:
+        with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             writer = csv.writer(stream)
             writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets)])
             for utterance, row in zip(utterances, predictions.tolist(), strict=True):
                 labels = [utterance.labels[target] for target in targets]
-                writer.writerow([utterance.path, utterance.speaker, *(f"{value:.4f}" for value in row), *labels])
+                names = map(data.text_cell, (utterance.path, utterance.speaker))
+                writer.writerow([*names, *(f"{value:.4f}" for value in row), *labels])
 
     run.replace(path, save)
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -88,6 +89,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+MAX_LAYERS = 1000  # of a checkpoint; the largest published has 48
+MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
 SETTINGS_FILES = ("config.json", "preprocessor_config.json")
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
 
@@ -139,28 +142,32 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     backbone = make_backbone(tensors, settings, path)
     width = len(tensors["classifier.dense.weight"])
     targets = name_targets(settings, len(tensors["classifier.out_proj.weight"]), path)
-    model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
+    with torch.device("meta"):  # no memory for a head before it is known to fit
+        model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
     model.head[1] = nn.Tanh()
     places = {f"{ours}.{kind}": f"{key}.{kind}" for key, ours in EMOTION_HEAD.items() for kind in ("weight", "bias")}
     if surplus := [key for key in tensors if key.startswith("classifier.") and key not in places.values()]:
         raise ValueError(f"{path}: {len(surplus)} tensors of no known place in its head: {', '.join(surplus[:8])}")
+    state = {}
     for name, parameter in model.head.named_parameters():
         found = tensors.get(places[name], torch.empty(0))
-        if found.shape != parameter.shape:
-            shapes = f"{tuple(found.shape)}, expected {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: does not fit its own architecture: {places[name]} is {shapes}")
-        parameter.data = found.float()
+        if found.shape != parameter.shape or unusable(found):
+            what = unusable(found) or f"is {tuple(found.shape)}, expected {tuple(parameter.shape)}"
+            raise ValueError(f"{path}: does not fit its own architecture: {places[name]} {what}")
+        state[name] = found.float()
+    model.head.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def is_emotion_head(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the head of the published emotion models is among tensors by their source keys."""
-    return all(f"{key}.weight" in tensors for key in EMOTION_HEAD)
+    return all(f"{key}.weight" in tensors and tensors[f"{key}.weight"].ndim == 2 for key in EMOTION_HEAD)
 
 
 def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
     """The targets of an emotion head by our names, in the order of its outputs: from `id2label` if that names them."""
-    names = [str(name).lower() for _, name in sorted(dict(settings.get("id2label") or {}).items())]
+    labels = settings.get("id2label")
+    names = [str(name).lower() for _, name in sorted(labels.items())] if isinstance(labels, dict) else []
     if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
         names = list(PUBLISHED)
     targets = tuple(TARGETS.get(name, "") for name in names)
@@ -391,7 +398,7 @@ def sha256_of(module: nn.Module) -> str:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
@@ -414,7 +421,7 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
             content = read_pickle(path)
             settings |= fairseq_settings(content)
             content = content["model"] if isinstance(content.get("model"), Mapping) else content
-            tensors |= {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+            tensors |= stored_tensors(content, path)
     model_type = settings.get("model_type", "wav2vec2")
     if model_type not in KNOWN:
         raise ValueError(f"{files[0]}: is a {model_type} checkpoint; expected {', '.join(KNOWN)}")
@@ -449,6 +456,7 @@ def read_pickle(path: Path) -> dict:
     """A `.bin` or `.pt` file, by PyTorch's restricted unpickler: tensors, containers and stand-ins, nothing else."""
     with torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS]):
         try:
+            require_plain(path)
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
@@ -457,14 +465,57 @@ def read_pickle(path: Path) -> dict:
             found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
             what = f"names {found[1] or found[2]}, which could run code" if found else "is not a PyTorch file"
             raise ValueError(f"{path}: {what}; expected tensors alone. Ask for a .safetensors file") from None
-        except MemoryError:
-            raise
         except Exception as error:  # damage can surface as nearly any of them
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{path}: is not a whole PyTorch file ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
     return content
+
+
+def require_plain(path: Path) -> None:
+    """Raise ValueError for a zip file with what PyTorch never writes and a small file could fill the memory with.
+
+    These are compressed members, members that share their bytes, and a large pickle: of a byte it can make an object.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # the format before PyTorch 1.6
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+                raise ValueError("it has compressed members, or members that share their bytes")
+            for member in members:
+                pickled = member.filename.endswith(".pkl")
+                if pickled and (member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member)):
+                    raise ValueError("it holds more than tensors and plain values")
+
+
+def stored_tensors(content: Mapping, path: Path) -> dict[str, Tensor]:
+    """The tensors in what was unpickled, by name, without attributes. Raises ValueError if they are not in the file."""
+    named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {key: Tensor.detach(value) for key, value in named.items()}
+    declared, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
+    if declared > 2 * size:  # of two tensors with one memory each counts
+        raise ValueError(f"{path}: declares {declared:,} bytes of tensors, but has only {size:,}")
+    return tensors
+
+
+def unusable(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being plain numbers in memory, if anything does: restricted pickles hold other kinds."""
+    if type(tensor) is not Tensor or tensor.is_nested or tensor.layout != torch.strided:
+        return "is no plain tensor"
+    if tensor.device.type != "cpu" or not tensor.is_floating_point():
+        return f"is {tensor.dtype} on {tensor.device}, expected floating point on the CPU"
+    return None
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError if a tensor of `source` that is in memory holds NaN or infinite values."""
+    if damaged := [key for key, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]:
+        more = f" and {len(damaged) - 8} more" if len(damaged) > 8 else ""
+        raise ValueError(f"{source}: NaN or infinite values in {', '.join(damaged[:8])}{more}; fetch or train it anew")
 
 
 def fairseq_settings(content: Mapping) -> dict:
@@ -476,15 +527,15 @@ def fairseq_settings(content: Mapping) -> dict:
         items = level.items() if isinstance(level, Mapping) else ()
         values = {key: value.get("_val", value) if isinstance(value, StandIn) else value for key, value in items}
         unset = ("???", "${")  # omegaconf: missing, and a reference to another setting
-        return {key: value for key, value in values.items() if not str(value).startswith(unset)}
+        return {key: v for key, v in values.items() if not (isinstance(v, str) and v.startswith(unset))}
 
     settings = plain(content.get("cfg")) or plain(content.get("args"))
     found: dict = {}
-    while settings:  # the innermost last: it is the backbone's
+    for _ in range(4):  # the innermost last: it is the backbone's. fairseq nests two, and a level may hold itself
         model = plain(settings.get("model")) or settings
         found |= {**plain(settings.get("task")), **model}
         settings = plain(model.get("w2v_args"))
-    return found
+    return {key: value for key, value in found.items() if isinstance(value, str | int | float)}
 
 
 # --- from their names and sizes to ours ------------------------------------------------------------------------------
@@ -500,6 +551,8 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
         elif name in state:
             raise ValueError(f"{path}: holds {name} twice, as {sources[name]} and as {key}")
         elif name is not None:
+            if problem := unusable(tensor):
+                raise ValueError(f"{path}: {key} {problem}")
             state[name] = tensor
             sources[name] = key
     for architecture, pattern in OTHERS.items():
@@ -538,6 +591,8 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         width, per_group, kernel = state["position.conv.weight"].shape
         ffn = state["layers.0.feed_forward.fc1.weight"].shape[0]
         layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+        if 0 in (*channels, width, per_group, kernel, ffn) or width % per_group:
+            raise ValueError
     except (KeyError, IndexError, ValueError):
         message = f"{path}: holds no encoder of Wav2Vec 2.0, HuBERT or WavLM (found {len(state)} of its tensors)"
         raise ValueError(message) from None
@@ -546,17 +601,24 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
     conv_norm = "layer" if "feature_encoder.norms.1.weight" in state else "group"
 
     def setting(*names: str, default: object) -> object:
-        return next((settings[name] for name in names if settings.get(name) is not None), default)
+        name = next((name for name in names if settings.get(name) is not None), None)
+        value = settings.get(name, default)
+        if type(value) is not type(default) or (not isinstance(value, bool | list) and not 0 < value < 2**31):
+            raise ValueError(f"{path}: {name} is {value!r} in its settings; expected a value such as {default!r}")
+        return value
 
     expected = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "activation_fn": "gelu", "add_adapter": False}
     expected |= {"adapter_attn_dim": None, "conv_pos_batch_norm": False, "feat_proj_layer_norm": True}
     for name, value in expected.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {settings[name]!r} in its settings; only {value!r} is known here")
-    strides = tuple(setting("conv_stride", default=Wav2Vec2Config.conv_strides))
+    strides = tuple(setting("conv_stride", default=list(Wav2Vec2Config.conv_strides)))
     if (kernels, strides) != (Wav2Vec2Config.conv_kernels, Wav2Vec2Config.conv_strides):
         raise ValueError(f"{path}: convolutions have kernels {kernels} and strides {strides}; only the usual are known")
     heads = setting("num_attention_heads", "encoder_attention_heads", default=max(1, min(width // 64, 16)))
+    layers = setting("num_hidden_layers", "encoder_layers", default=layers)
+    if layers > MAX_LAYERS:
+        raise ValueError(f"{path}: has {layers} layers, expected at most {MAX_LAYERS}")
     if width % heads:
         raise ValueError(f"{path}: {heads} attention heads in its settings do not divide its width {width}")
     normalized = setting("do_normalize", "normalize", default="architectures" in settings or conv_norm == "layer")
@@ -565,7 +627,7 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         conv_norm=conv_norm,
         conv_bias="feature_encoder.convs.0.bias" in state,
         width=width,
-        layers=setting("num_hidden_layers", "encoder_layers", default=layers),
+        layers=layers,
         heads=heads,
         ffn=ffn,
         pre_norm=setting("do_stable_layer_norm", "layer_norm_first", default=conv_norm == "layer"),

@@ -21,6 +21,8 @@ except (ImportError, OSError, RuntimeError):
 def pytest_addoption(parser) -> None:
     parser.addoption("--full-size", action="store_true", help="compare models of the published sizes too: minutes, GB")
     parser.addoption("--kills", type=int, default=10, help="how often the tests of resuming kill a run; 100: minutes")
+    help = "mutated files that each reader is given; the everyday suite has a few, several thousand take minutes"
+    parser.addoption("--fuzz", type=int, default=60, metavar="N", help=help)
 
 
 @pytest.fixture

@@ -85,11 +85,11 @@ def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monke
     """On a GPU losses are looked at every twenty steps: what a stop would save is looked at before, as here."""
     config, losses = settings(epochs=2), [torch.tensor(0.5), torch.tensor(math.nan)]
     with pytest.raises(ValueError, match=r"epoch 7, step 2: .*\(2\):\n  b\n  c$"):
-        train.require_finite(7, losses, [[0], [1, 2]], ["a", "b", "c"])
-    train.require_finite(7, losses[:1], [[0], [1, 2]], ["a", "b", "c"])
-    train.require_finite(7, [], [], [])
+        train.check_losses(7, losses, [[0], [1, 2]], ["a", "b", "c"])
+    train.check_losses(7, losses[:1], [[0], [1, 2]], ["a", "b", "c"])
+    train.check_losses(7, [], [], [])
     prefixes, real_prefix, real_step = [], run.Prefix, train.step
-    checks, real_check = [], train.require_finite
+    checks, real_check = [], train.check_losses
 
     def prefix(*arguments):
         prefixes.append(real_prefix(*arguments))
@@ -106,7 +106,7 @@ def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monke
 
     monkeypatch.setattr(run, "Prefix", prefix)
     monkeypatch.setattr(train, "step", step)
-    monkeypatch.setattr(train, "require_finite", check)
+    monkeypatch.setattr(train, "check_losses", check)
     with pytest.raises(ValueError, match="epoch 1, step 1: loss or gradient"):
         train.train(config)
     assert not (directory_of(config) / "last.pt").exists()
