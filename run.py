@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import random
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ import data
 import weights
 from adapter import FILES as ADAPTER_FILES
 from adapter import merge_adapter
-from cache import ActivationCache, Tier, pick_tier
+from cache import ActivationCache, Tier, check_space, pick_tier
 from config import Config, load_config, make_config, split_words
 from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
 from logmel import LogMel
@@ -202,6 +203,7 @@ class Prefix:
         self.cache: ActivationCache | None = None
         self.tier: Tier | None = None
         self.complete = False
+        self.space = 0  # bytes that the cache still needs
         self.build_seconds = 0.0
         self.stop = threading.Event()
 
@@ -219,7 +221,8 @@ class Prefix:
         kind |= {"pooling": self.model.pooling} if pooled else {}
         self.cache = ActivationCache(root, kind, self.paths, width, getattr(torch, dtype))
         rows = len(self.model.sources(self.depth)) * (2 if self.model.pooling == "mean_std" else 1)
-        self.cache.check_space(seconds, rows if pooled else None)
+        self.space = self.cache.space(seconds, rows if pooled else None)
+        check_space({self.cache.directory: self.space})
         self.tier, self.tier_when_complete = Tier(self.cache, self.device), tier
         return self.cache
 
@@ -326,6 +329,7 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
         directories[path] = prefix.cache.directory
         for other in set(group.values()) - {deepest(group.values())}:
             other.model.to("meta")  # the deepest computes for all
+    check_space({directory: prefix.space for group in groups.values() for directory, prefix in group.items()})
     built = {}
     for (*_, device, precision, tf32), group in groups.items():
         prepare(deepest(group.values()).model, device, precision, tf32)
@@ -338,7 +342,10 @@ def deepest(prefixes: Iterable[Prefix]) -> Prefix:
 
 
 def fill(prefixes: Sequence[Prefix]) -> list[dict]:
-    """Complete the caches of prefixes that share backbone and audio: no hidden state is computed twice for a batch."""
+    """Complete the caches of prefixes that share backbone and audio: no hidden state is computed twice for a batch.
+
+    Several processes may do so at once: each in an order of its own, without what another has done by then.
+    """
     last = deepest(prefixes)
     size = min(prefix.at_once for prefix in prefixes)
     missing = [
@@ -346,11 +353,19 @@ def fill(prefixes: Sequence[Prefix]) -> list[dict]:
         for batch in in_order(range(len(last.paths)), size)
         if not all(prefix.cache.has(batch) for prefix in prefixes)
     ]
+    random.shuffle(missing)
     seconds: dict[Prefix, float] = {}
     start = time.perf_counter()
-    audio = data.prefetch(lambda batch: [data.read_audio(last.paths[number]) for number in batch], missing)
+
+    def load(batch: Sequence[int]) -> list[Tensor]:
+        there = all(prefix.cache.has(batch) for prefix in prefixes)
+        return [] if there else [data.read_audio(last.paths[number]) for number in batch]
+
+    audio = data.prefetch(load, missing)
     for numbers, waveforms in zip(tqdm(missing, desc="cache", unit="batch", disable=None), audio, strict=True):
-        sources = {p: p.model.sources(p.depth) for p in prefixes if not p.cache.has(numbers)}
+        sources = {p: p.model.sources(p.depth) for p in prefixes if waveforms and not p.cache.has(numbers)}
+        if not sources:
+            continue
         depths = sorted(set().union(*sources.values()))
         parts: dict[Prefix, list[Tensor]] = {prefix: [] for prefix in sources}
         own = dict.fromkeys(sources, 0.0)  # of each prefix, beside what all share
