@@ -1,28 +1,31 @@
 """The activation cache: what the frozen prefix makes of each utterance, on disk.
 
-A directory holds activations of one kind: of the same weights, depth, preprocessing and type, which `cache.json` tells.
-Every process that writes has two files of its own, `<writer>.bin` with activations one after the other and
-`<writer>.csv` with a line for each, written after its activation: whatever moment a process dies at, only what it had
-in hand is lost, and several may write at once. An entry is for one state of one audio file (path, size, time of
-change) and is checked against its CRC-32 the first time it is read: a wrong activation is never used.
+A directory holds activations of one kind: of the same weights, depth, preprocessing and type, which `cache.json` tells
+and of which its name is the hash. Every process that writes has two files of its own: `<writer>.bin` with activations
+one after the other, and `<writer>.index` with a line for each, written after its activation. Whatever moment a process
+dies at, only what it had in hand is lost; several may write at once, and find what the others have written.
+
+An entry is for one state of one audio file: path, size and time of change, not the content, so that a file replaced by
+one of the same size and time is not noticed. A line of an index begins with its CRC-32, into which the directory's
+name goes, and holds that of its activation, which is checked when it is first read: a damaged activation is never used.
 
 A complete cache may be read from another tier than the disk: a `Tier` keeps it in memory or on the GPU.
 
     python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses, or those of several
     torchrun --nproc_per_node=2 cache.py build ...         the same, each of two processes computing half of it
-    python cache.py verify cache/1f0c3a...                 read everything, name what is damaged
+    python cache.py verify cache/1f0c3a... [--repair]      read everything, name what is damaged, and forget it
     python cache.py list cache                             size, content, last use and users of each cache there
     python cache.py clear cache/1f0c3a...                  delete these caches, and say how much that frees
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import math
 import os
 import shutil
 import sys
+import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -34,15 +37,16 @@ import torch
 from torch import Tensor
 
 SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
-FORMAT = 2  # raise it when the same identity would mean other numbers
+FORMAT = 3  # raise it when the same identity would mean other numbers, or the same numbers other files
 SHARD_BYTES = 1 << 31
-COLUMNS = ("crc32", "shard", "offset", "frames", "size", "mtime_ns", "path")
-ENCODING = {"encoding": "utf-8", "errors": "surrogateescape"}  # a path need not be UTF-8
+LINE_BYTES = 100  # of an index, beside the path
 ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
 
 
 class ActivationCache:
     """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it.
+
+    So may other processes: `has`, where it would say no, and `write` look for what they have added.
 
     float16 and float32 are stored as they are. int8 counts from the middle of each channel's range in each utterance in
     254ths of that range, and no value is off by more than half of one: neither a channel of large values nor a large
@@ -58,32 +62,52 @@ class ActivationCache:
         self.scale_rows = SCALE_ROWS if dtype == torch.int8 else 0
         assert width % 4 == 0 or not self.scale_rows, "scales in fp32 lie at multiples of 4 bytes"
         self.entries = np.zeros(len(paths), ENTRY)  # frames 0: not there
+        self.missing: dict[str, tuple[int, ...]] = {}  # by path: size and time of change, before it is read; numbers
+        for number, path in enumerate(map(os.path.abspath, paths)):  # a file may be in the corpus twice
+            self.missing[path] = (*(self.missing.get(path) or file_state(path) or (-1, -1)), number)
+        self.lock = threading.RLock()
+        self.seen: dict[str, int] = {}  # bytes of each index that have been read
         self.shards: list[str] = []
         self.readers: dict[int, object] = {}
         self.writer: tuple | None = None
         self.directory.mkdir(parents=True, exist_ok=True)
-        description = self.directory / "cache.json"
-        if not description.is_file():
-            beside = description.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            beside.write_text(json.dumps(identity, indent=2), encoding="utf-8")
-            os.replace(beside, description)
+        try:
+            read_description(self.directory)
+        except (FileNotFoundError, ValueError):
+            write_whole(self.directory / "cache.json", to_json(identity))
         self.load_index()
 
     def load_index(self) -> None:
-        """Find the entries of our paths; one for another state of a file, or past the end of its shard, is none."""
-        number_of: dict[str, int] = {}  # a file may be in the corpus twice
-        first = [number_of.setdefault(os.path.abspath(path), number) for number, path in enumerate(self.paths)]
-        shards: dict[str, tuple[int, int]] = {}  # number and size
-        for crc, name, offset, frames, size, mtime_ns, path in read_index(self.directory):
-            if (number := number_of.get(path)) is None or file_state(path) != (size, mtime_ns):
-                continue
-            if name not in shards:
-                shards[name] = len(self.shards), file_size(self.directory / name)
-                self.shards.append(name)
-            shard, shard_size = shards[name]
-            if offset + (frames + self.scale_rows) * self.row_bytes <= shard_size:
-                self.entries[number] = (crc, shard, offset, frames, False)
-        self.entries = self.entries[first]
+        """Find what is missing among the lines not yet read; one past the end of its shard is passed over."""
+        with self.lock:
+            sizes: dict[str, int] = {}
+            for index in sorted(self.directory.glob("*.index")):
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    if file_size(index) > self.seen.get(index.name, 0):
+                        self.load_lines(index, sizes)
+            self.missing = self.missing or {}  # a new one: an emptied one keeps its memory
+
+    def load_lines(self, index: Path, sizes: dict[str, int]) -> None:
+        """The same for one index; `sizes` of shards are those found so far."""
+        with open(index, "rb") as file:
+            file.seek(self.seen.get(index.name, 0))
+            for line in file:
+                if not line.endswith(b"\n"):  # torn, or not yet whole
+                    break
+                self.seen[index.name] = self.seen.get(index.name, 0) + len(line)
+                if (entry := read_line(line, self.directory.name)) is None:
+                    continue
+                crc, name, offset, frames, *state, path = entry
+                size, mtime_ns, *numbers = self.missing.get(path, (None, None))
+                if state != [size, mtime_ns]:
+                    continue
+                if name not in sizes:
+                    sizes[name] = file_size(self.directory / name)
+                if offset + (frames + self.scale_rows) * self.row_bytes <= sizes[name]:
+                    if name not in self.shards:
+                        self.shards.append(name)
+                    self.entries[numbers] = np.array((crc, self.shards.index(name), offset, frames, False), ENTRY)
+                    del self.missing[path]
 
     def note_user(self, path: str | Path, backbone: str) -> None:
         """Leave the path of a run or config that uses this cache, and its backbone's name, for `cache.py list`."""
@@ -93,8 +117,11 @@ class ActivationCache:
             (self.directory / f"{name}.user").write_text(json.dumps(note), encoding="utf-8")
 
     def has(self, numbers: Sequence[int]) -> bool:
-        """Whether all of these utterances are there."""
-        return bool((self.entries["frames"][np.asarray(numbers, int)] > 0).all())
+        """Whether all of these utterances are there, by now."""
+        numbers = np.asarray(numbers, int)
+        if not self.entries["frames"][numbers].all():
+            self.load_index()
+        return bool(self.entries["frames"][numbers].all())
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Packed activations `(N, width)` and lengths, fp32 from int8. Raises ValueError for a damaged entry."""
@@ -114,13 +141,16 @@ class ActivationCache:
         entries = self.entries[np.asarray(numbers, int)]
         for number, entry, rows in zip(numbers, entries, stored.split(counts), strict=True):
             part = rows.view(torch.uint8).numpy()
-            file = self.reader(int(entry["shard"]))
-            file.seek(int(entry["offset"]))
-            whole = file.readinto(memoryview(part).cast("B")) == part.nbytes
+            try:
+                whole = self.read_bytes(int(entry["shard"]), int(entry["offset"]), part)
+                problem = "is damaged"
+            except OSError as error:
+                whole, problem = False, f"cannot be read ({error.strerror or error})"
             if not whole or not (entry["checked"] or zlib.crc32(part) == entry["crc32"]):
                 raise ValueError(
-                    f"{self.directory / self.shards[entry['shard']]}: the activation of {self.paths[number]} is "
-                    f"damaged; delete {self.directory} and run again to compute it anew"
+                    f"{self.directory / self.shards[entry['shard']]}: the activation of {self.paths[number]} "
+                    f"{problem}; python cache.py verify --repair {self.directory} forgets what is damaged, and the "
+                    "next run computes that alone anew"
                 )
             self.entries["checked"][number] = True
         return stored
@@ -148,48 +178,56 @@ class ActivationCache:
     def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
 
-        The rounded values are returned so that the epoch that fills the cache trains on what the next ones will read.
+        So the epoch that fills the cache trains on what the next ones will read: rounded, and where an earlier run or
+        another process has written them, what it computed.
         """
+        self.load_index()
         rounded = packed.to("cpu", torch.float32 if self.dtype == torch.int8 else self.dtype)
         start, stored = 0, []
         for number, part in zip(numbers, rounded.split(list(lengths)), strict=True):
-            if not part.isfinite().all():
-                largest = packed[start : start + len(part)].abs().max().item()
-                what = f"the activation of {self.paths[number]} does not fit {self.dtype} (largest {largest:.3g}); "
-                advice = "set cache_dtype: float32" if math.isfinite(largest) else "the model yields no numbers for it"
-                raise ValueError(what + advice)
-            stored.append(self.encode(part))
-            if not self.has([number]):
-                self.append(number, stored[-1].contiguous(), len(part))
+            with self.lock:
+                if self.entries["frames"][number]:
+                    stored.append(self.read_stored([number]))
+                else:
+                    self.require_finite(number, part, packed[start : start + len(part)])
+                    stored.append(self.encode(part).contiguous())
+                    self.append(number, stored[-1], len(part))
             start += len(part)
         return self.decode(torch.cat(stored), lengths)
 
+    def require_finite(self, number: int, rounded: Tensor, computed: Tensor) -> None:
+        """Raise ValueError with the cause if an activation cannot be stored."""
+        if not rounded.isfinite().all():
+            largest = computed.abs().max().item()
+            what = f"the activation of {self.paths[number]} does not fit {self.dtype} (largest {largest:.3g}); "
+            advice = "set cache_dtype: float32" if math.isfinite(largest) else "the model yields no numbers for it"
+            raise ValueError(what + advice)
+
     def append(self, number: int, stored: Tensor, frames: int) -> None:
         """Add the rows of one activation. Raises OSError if they cannot be written; what was written before stays."""
-        data = stored.view(torch.uint8).numpy().tobytes()
-        crc, path = zlib.crc32(data), os.path.abspath(self.paths[number])
-        size, mtime_ns = file_state(path) or (-1, -1)
+        data, path = stored.view(torch.uint8).numpy().tobytes(), os.path.abspath(self.paths[number])
+        crc, (size, mtime_ns, *numbers) = zlib.crc32(data), self.missing[path]
         try:
             name, shard, index = self.writer or self.open_writer()
             offset = shard.tell()
             shard.write(data)
             shard.flush()
-            csv.writer(index).writerow((crc, name, offset, frames, size, mtime_ns, path))
+            index.write(make_line((crc, name, offset, frames, size, mtime_ns, path), self.directory.name))
             index.flush()
         except OSError as error:
             self.close_writer()  # half of what failed is in its files: nothing may follow it
             reason = error.strerror or error
             raise OSError(f"cache {self.directory}: {reason}; free space, or set cache_dir or cache: false") from None
-        self.entries[number] = (crc, self.shards.index(name), offset, frames, True)
+        self.entries[numbers] = np.array((crc, self.shards.index(name), offset, frames, True), ENTRY)
+        del self.missing[path]
         if offset + len(data) > SHARD_BYTES:
             self.close_writer()
 
     def open_writer(self) -> tuple:
         """Two new files, which stay open until `close_writer`."""
         name = uuid.uuid4().hex[:12]
-        shard, index = self.directory / f"{name}.bin", self.directory / f"{name}.csv"
-        self.writer = shard.name, shard.open("xb"), index.open("x", newline="", **ENCODING)
-        csv.writer(self.writer[2]).writerow(COLUMNS)
+        shard, index = self.directory / f"{name}.bin", self.directory / f"{name}.index"
+        self.writer = shard.name, shard.open("xb"), index.open("xb")
         self.shards.append(shard.name)
         return self.writer
 
@@ -204,17 +242,19 @@ class ActivationCache:
             self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
         return self.readers[shard]
 
-    def check_space(self, seconds: float, rows_each: int | None = None) -> None:
-        """Raise OSError if what is missing of `seconds` of audio, or of so many rows each, will not fit on the disk."""
+    def read_bytes(self, shard: int, offset: int, out: np.ndarray) -> bool:
+        """Fill `out` from a shard; whether it has so much."""
+        with self.lock:  # a file has one position
+            file = self.reader(shard)
+            file.seek(offset)
+            return file.readinto(memoryview(out).cast("B")) == out.nbytes
+
+    def space(self, seconds: float, rows_each: int | None = None) -> int:
+        """Bytes on the disk of what is missing of `seconds` of audio, or of so many rows each, with its index."""
         missing = int((self.entries["frames"] == 0).sum())
         rows = missing * rows_each if rows_each else seconds * 50 * missing / max(len(self.entries), 1)
-        rows += missing * self.scale_rows
-        needed, free = int(rows * self.row_bytes), shutil.disk_usage(self.directory).free
-        if needed > free:
-            raise OSError(
-                f"cache {self.directory}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB; "
-                "free space, or set cache_dir or cache: false"
-            )
+        lines = sum(LINE_BYTES + len(path) for path in self.missing)
+        return int((rows + missing * self.scale_rows) * self.row_bytes) + lines
 
     def stored_bytes(self) -> int:
         """Of a complete cache, a file that the corpus names twice counted twice."""
@@ -326,6 +366,11 @@ def directory_name(identity: dict) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def name_of(directory: Path) -> str:
+    """Also of `.`."""
+    return Path(os.path.abspath(directory)).name
+
+
 def file_state(path: str) -> tuple[int, int] | None:
     """Size and time of change, by which a replaced audio file is noticed."""
     try:
@@ -339,61 +384,78 @@ def file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def read_index(directory: Path) -> Iterator[tuple[int, str, int, int, int, int, str]]:
-    """`COLUMNS` of every complete line of every index; the line a killed process was writing is passed over."""
-    for index in sorted(directory.glob("*.csv")):
-        with open(index, newline="", **ENCODING) as file:
-            whole = (line for line in file if line.endswith("\n") and "\0" not in line)  # Python 3.10 takes no \\0
-            with suppress(csv.Error):  # damage: what follows it is computed again
-                for row in csv.reader(whole):
-                    try:
-                        crc, shard, offset, frames, size, mtime_ns, path = row
-                        numbers = int(crc), int(offset), int(frames)
-                        entry = numbers[0], shard, *numbers[1:], int(size), int(mtime_ns), path
-                    except ValueError:  # the header
-                        continue
-                    sane = all(0 <= n < limit for n, limit in zip(numbers, (2**32, 2**62, 2**31), strict=True))
-                    if sane and numbers[2] > 0 and Path(shard).name == shard:
-                        yield entry
+def check_space(needed: dict[Path, int]) -> None:
+    """Raise OSError if a disk has not the bytes that its caches, by directory, need together."""
+    disks: dict[int, list[Path]] = {}
+    for directory in needed:
+        disks.setdefault(os.stat(directory).st_dev, []).append(directory)
+    for directories in disks.values():
+        total, free = sum(needed[directory] for directory in directories), shutil.disk_usage(directories[0]).free
+        if total > free:
+            raise OSError(
+                f"cache {', '.join(map(str, directories))}: needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} "
+                "GB; free space, or set cache_dir or cache: false"
+            )
+
+
+def to_json(identity: dict) -> bytes:
+    """The content of `cache.json`."""
+    return json.dumps(identity, indent=2).encode()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that others find whole or not at all. Raises OSError with its name."""
+    beside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def make_line(entry: tuple, name: str) -> bytes:
+    """A line of an index of the cache of this name: a CRC-32 and what it is of."""
+    text = json.dumps(entry).encode()
+    return b"%08x %s\n" % (zlib.crc32(text, zlib.crc32(name.encode())), text)
+
+
+def read_line(line: bytes, name: str) -> list | None:
+    """CRC-32, shard, offset, frames, size, time of change and path of a line; None if it is not as it was written."""
+    text = line[9:-1]
+    if line[:9] != b"%08x " % zlib.crc32(text, zlib.crc32(name.encode())):
+        return None
+    with suppress(ValueError, RecursionError):  # not by us
+        match json.loads(text):
+            case [int(crc), str(shard), int(offset), int(frames), int(), int(), str()] as entry:
+                sane = 0 <= crc < 2**32 and 0 <= offset < 2**62 and 0 < frames < 2**31 and Path(shard).name == shard
+                return entry if sane else None
+    return None
+
+
+def read_index(directory: Path) -> Iterator[list]:
+    """What `read_line` gives of every whole line of every index."""
+    name = name_of(directory)
+    for index in sorted(directory.glob("*.index")):
+        with open(index, "rb") as file:
+            yield from filter(None, (read_line(line, name) for line in file if line.endswith(b"\n")))
 
 
 def read_description(directory: Path) -> dict:
     """What `cache.json` says: the identity, with "width" and "dtype". Raises FileNotFoundError, or ValueError."""
-    if not (directory / "cache.json").is_file():
+    path = directory / "cache.json"
+    if not path.is_file():
         raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
     try:
-        identity = json.loads((directory / "cache.json").read_text(encoding="utf-8"))
+        identity = json.loads(content := path.read_bytes())
         known = type(width := identity["width"]) is int and width > 0 and getattr(torch, identity["dtype"]).itemsize
+        known = known and to_json(identity) == content and directory_name(identity) == name_of(directory)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
-        raise ValueError(f"{directory / 'cache.json'}: does not describe a cache") from None
+        raise ValueError(f"{path}: does not describe a cache of this name; a run that uses it writes it anew")
     return identity
-
-
-def verify(directory: str | Path) -> list[str]:
-    """Read every activation of a cache; the audio paths of those whose bytes are not what was written.
-
-    What lies past the end of its shard counts only where no whole one took its place: reading passes it over too.
-    """
-    directory = Path(directory)
-    identity = read_description(directory)
-    row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
-    scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
-    whole, cut, damaged = set(), [], []
-    for crc, shard, offset, frames, _, _, path in read_index(directory):
-        size, data = (frames + scale_rows) * row_bytes, b""
-        with suppress(OSError), open(directory / shard, "rb", buffering=0) as file:
-            if size <= file_size(directory / shard):  # else memory for what a damaged index claims
-                file.seek(offset)
-                data = file.read(size)
-        if len(data) < size:
-            cut.append(path)
-        elif zlib.crc32(data) != crc:
-            damaged.append(path)
-        else:
-            whole.add(path)
-    return damaged + [path for path in cut if path not in whole]
 
 
 def main() -> None:
@@ -402,20 +464,25 @@ def main() -> None:
     build = commands.add_parser("build", help="fill the caches that configs use, in one pass over the audio")
     build.add_argument("words", nargs="+", metavar="config | key=value", help="keys are for all of the configs")
     build.add_argument("--report", help="JSON file to write: directory, bytes and seconds of each config's cache")
-    commands.add_parser("verify", help="name damaged activations").add_argument("directory")
+    verified = commands.add_parser("verify", help="name damaged activations")
+    verified.add_argument("directory")
+    verified.add_argument("--repair", action="store_true", help="forget them, so that the next run computes them anew")
     listed = commands.add_parser("list", help="size, content, last use and users of each cache in a folder")
     listed.add_argument("directory", nargs="?", default="cache")
     cleared = commands.add_parser("clear", help="delete caches, without asking, and say what that freed")
     cleared.add_argument("names", nargs="+", metavar="directory", help="of a cache, or its name below ./cache")
     arguments = parser.parse_args()
-    if arguments.command in ("list", "clear"):
-        from caches import clear, list_caches
+    from caches import clear, list_caches, verify
 
+    if arguments.command in ("list", "clear"):
         print(list_caches(arguments.directory) if arguments.command == "list" else clear(arguments.names))
         return
     if arguments.command == "verify":
-        damaged = verify(arguments.directory)
+        damaged = verify(arguments.directory, arguments.repair)
         print("\n".join(damaged) or "every activation is as it was written")
+        if damaged:
+            advice = "forgotten: the next run computes them anew" if arguments.repair else "--repair forgets them"
+            print(f"{len(damaged)} damaged; {advice}")
         sys.exit(bool(damaged))
     import parallel
     from run import build_caches, write_text

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import platform
+import random
 import signal
 import sys
 import threading
@@ -27,7 +28,7 @@ import parallel
 import weights
 from adapter import FILES as ADAPTER_FILES
 from adapter import merge_adapter
-from cache import ActivationCache, Tier, pick_tier
+from cache import ActivationCache, Tier, check_space, pick_tier
 from config import Config, load_config, make_config, split_words
 from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
 from logmel import LogMel
@@ -232,6 +233,7 @@ class Prefix:
         self.cache: ActivationCache | None = None
         self.tier: Tier | None = None
         self.complete = False
+        self.space = 0  # bytes that the cache still needs
         self.build_seconds = 0.0
         self.stop = threading.Event()
 
@@ -249,15 +251,15 @@ class Prefix:
         kind |= {"pooling": self.model.pooling} if pooled else {}
         self.cache = ActivationCache(root, kind, self.paths, width, getattr(torch, dtype))
         rows = len(self.model.sources(self.depth)) * (2 if self.model.pooling == "mean_std" else 1)
-        self.cache.check_space(seconds, rows if pooled else None)
+        self.space = self.cache.space(seconds, rows if pooled else None)
+        check_space({self.cache.directory: self.space})
         self.tier, self.tier_when_complete = Tier(self.cache, self.device), tier
         return self.cache
 
     def drop_if_cached(self) -> None:
         """If the cache holds all that the prefix could compute, give up its weights, and read from the tier wanted."""
         if self.cache is not None and parallel.size() > 1:
-            parallel.wait()
-            self.cache.load_index()  # with what the other processes have written
+            parallel.wait()  # until the others have written theirs
         if self.cache is not None and not self.complete and self.cache.has(range(len(self.paths))):
             drop_prefix(self.model, self.depth)
             self.tier = Tier(self.cache, self.device, pick_tier(self.tier_when_complete, self.cache, self.device))
@@ -362,6 +364,7 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
         directories[path] = prefix.cache.directory
         for other in set(group.values()) - {deepest(group.values())}:
             other.model.to("meta")  # the deepest computes for all
+    check_space({directory: prefix.space for group in groups.values() for directory, prefix in group.items()})
     built = {}
     for (*_, device, precision, tf32), group in groups.items():
         prepare(deepest(group.values()).model, device, precision, tf32)
@@ -376,22 +379,30 @@ def deepest(prefixes: Iterable[Prefix]) -> Prefix:
 def fill(prefixes: Sequence[Prefix]) -> list[dict]:
     """Complete the caches of prefixes that share backbone and audio: no hidden state is computed twice for a batch.
 
-    Several processes share the work.
+    Several commands may do so at once, each in an order of its own and without what another has done by then. The
+    processes of one command share the work.
     """
     last = deepest(prefixes)
     size = min(prefix.at_once for prefix in prefixes)
     missing = [
         batch
-        for batch in in_order(range(len(last.paths)), size)
+        for batch in parallel.share(in_order(range(len(last.paths)), size))
         if not all(prefix.cache.has(batch) for prefix in prefixes)
     ]
-    missing = parallel.share(missing)
-    parallel.wait()  # until all have seen what is missing
+    random.shuffle(missing)
     seconds: dict[Prefix, float] = {}
     start = time.perf_counter()
-    audio = data.prefetch(lambda batch: [data.read_audio(last.paths[number]) for number in batch], missing)
-    for numbers, waveforms in zip(tqdm(missing, desc="cache", unit="batch", disable=None), audio, strict=True):
-        sources = {p: p.model.sources(p.depth) for p in prefixes if not p.cache.has(numbers)}
+
+    def load(batch: Sequence[int]) -> list[Tensor]:
+        there = all(prefix.cache.has(batch) for prefix in prefixes)
+        return [] if there else [data.read_audio(last.paths[number]) for number in batch]
+
+    audio = data.prefetch(load, missing)
+    bar = tqdm(missing, desc="cache", unit="batch", disable=True if parallel.rank() else None)
+    for numbers, waveforms in zip(bar, audio, strict=True):
+        sources = {p: p.model.sources(p.depth) for p in prefixes if waveforms and not p.cache.has(numbers)}
+        if not sources:
+            continue
         depths = sorted(set().union(*sources.values()))
         parts: dict[Prefix, list[Tensor]] = {prefix: [] for prefix in sources}
         own = dict.fromkeys(sources, 0.0)  # of each prefix, beside what all share

@@ -20,6 +20,7 @@ except (ImportError, OSError, RuntimeError):
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--full-size", action="store_true", help="compare models of the published sizes too: minutes, GB")
+    parser.addoption("--soak", type=int, default=10, metavar="N", help="epochs of the runs that must stay flat; 200")
     parser.addoption("--kills", type=int, default=10, help="how often the tests of resuming kill a run; 100: minutes")
     help = "mutated files that each reader is given; the everyday suite has a few, several thousand take minutes"
     parser.addoption("--fuzz", type=int, default=60, metavar="N", help=help)

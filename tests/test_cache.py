@@ -1,6 +1,5 @@
 """What `cache` promises: what is read is what was computed, whatever happened to the disk or the process in between."""
 
-import csv
 import errno
 import json
 import os
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,15 @@ import yaml
 from conftest import tiny_settings
 
 import cache as cache_module
+import caches
 import data
 import freeze
 import lora
 import run
 import train
 import weights
-from cache import ActivationCache, Staging, Tier, main, pick_tier, verify
+from cache import ActivationCache, Staging, Tier, check_space, main, make_line, pick_tier
+from caches import verify
 from config import load_config
 from model import EmotionModel, Layer, Wav2Vec2Config
 
@@ -192,20 +194,15 @@ def test_a_channel_that_varies_by_less_than_fp32_tells_stays_what_it_is(tmp_path
 
 
 def test_int8_takes_a_byte_a_value_and_eight_a_channel(tmp_path):
-    """Half of fp16; `check_space` counts the scales, and the index the frames alone."""
+    """Half of fp16; `space` counts the scales, and the index the frames alone."""
     _, directory = filled(tmp_path, 5, torch.int8)
     frames = [len(activation(number)) for number in range(5)]
     (shard,) = directory.glob("*.bin")
     assert shard.stat().st_size == sum(frames) * WIDTH + 5 * WIDTH * 8
     assert [row[3] for row in cache_module.read_index(directory)] == frames
-    free = 2 * 50 * WIDTH + 2 * WIDTH * 8  # two utterances of a second each
-    cache = open_cache(tmp_path, touch(tmp_path, 2), torch.int8, depth=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
-        cache.check_space(2.0)
-        free -= 1
-        with pytest.raises(OSError, match="needs"):
-            cache.check_space(2.0)
+    paths = touch(tmp_path, 2)
+    cache = open_cache(tmp_path, paths, torch.int8, depth=3)
+    assert cache.space(2.0) == 2 * (50 * WIDTH + WIDTH * 8) + index_bytes(paths)  # two of a second each
 
 
 @pytest.mark.parametrize("byte", [1, 4 * WIDTH + 1, 8 * WIDTH + 1], ids=["a scale", "a middle", "a value"])
@@ -278,7 +275,7 @@ def test_a_format_of_another_version_is_not_read(tmp_path, monkeypatch):
 def test_a_torn_last_line_of_the_index_is_passed_over(tmp_path, cut):
     """What a killed process leaves: the utterance in hand is computed again, all others are there."""
     paths, directory = filled(tmp_path, 4)
-    (index,) = directory.glob("*.csv")
+    (index,) = directory.glob("*.index")
     whole = index.read_bytes()
     index.write_bytes(whole[:-cut])
     cache = open_cache(tmp_path, paths)
@@ -292,11 +289,12 @@ def test_a_torn_last_line_of_the_index_is_passed_over(tmp_path, cut):
 def test_lines_of_zeros_or_of_nothing_known_are_passed_over(tmp_path):
     """What a power failure may leave at the end of a file."""
     paths, directory = filled(tmp_path, 2)
-    (index,) = directory.glob("*.csv")
-    index.write_bytes(index.read_bytes() + b"\0" * 100 + b"\n1,2\n\xff\xfe,,,,,,\nx,a.bin,0,1,2,3,/a.wav\n")
+    (index,) = directory.glob("*.index")
+    lines = b"\0" * 100 + b"\n[1, 2]\n\xff\xfe\n" + make_line(([1], 2), directory.name)
+    index.write_bytes(index.read_bytes() + lines)
     check(open_cache(tmp_path, paths), 0, 1)
-    (directory / "0.csv").write_bytes(b"crc32,sh")  # killed while writing the header
-    (directory / "1.csv").touch()
+    (directory / "0.index").write_bytes(b"12ab")  # killed within its first line
+    (directory / "1.index").touch()
     check(open_cache(tmp_path, paths), 0, 1)
 
 
@@ -329,7 +327,7 @@ def test_a_flipped_bit_is_refused_when_first_read_and_named(tmp_path, number):
     shard.write_bytes(content)
     cache = open_cache(tmp_path, paths)
     for _ in range(2):  # the second time too
-        with pytest.raises(ValueError, match=rf"{shard}: the activation of {paths[number]} is damaged; delete .* anew"):
+        with pytest.raises(ValueError, match=rf"{shard}: the activation of {paths[number]} is damaged; python .* anew"):
             cache.read(range(5))
     check(cache, *(other for other in range(5) if other != number))
     assert verify(directory) == [paths[number]]
@@ -347,23 +345,183 @@ def test_a_shard_cut_short_under_a_running_reader_is_refused(tmp_path):
         cache.read([0, 1])
 
 
+def test_a_flipped_bit_anywhere_is_found_and_never_read(tmp_path):
+    """In every byte of shard, index and cache.json: `verify` tells of it, no activation is wrong, repair mends all.
+
+    The files are alike in size and time, and their names in all but a bit.
+    """
+    count, part = 4, torch.arange(4.0)[:, None].expand(4, 4)
+    paths = touch(tmp_path, count)
+    for path in paths:
+        os.utime(path, ns=(1, 1))
+    cache = ActivationCache(tmp_path / "cache", IDENTITY, paths, 4, torch.float32)
+    cache.write(range(count), part, [1] * count)
+    cache.close()
+    files = {path: path.read_bytes() for path in cache.directory.iterdir()}
+    assert len(files) == 3
+    for path, content in files.items():
+        for place in range(len(content)):
+            flipped = content[place] ^ 1 << place % 8
+            path.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
+            if path.suffix == ".json":
+                with pytest.raises(ValueError, match="does not describe a cache of this name"):
+                    verify(cache.directory)
+            else:
+                assert verify(cache.directory)
+            again = ActivationCache(tmp_path / "cache", IDENTITY, paths, 4, torch.float32)
+            for number in filter(lambda number: again.has([number]), range(count)):
+                with suppress(ValueError):
+                    assert torch.equal(again.read([number])[0], part[number : number + 1])
+            again.close()
+            verify(cache.directory, repair=True)
+            assert verify(cache.directory) == []
+            again = ActivationCache(tmp_path / "cache", IDENTITY, paths, 4, torch.float32)
+            again.write(range(count), part, [1] * count)
+            assert torch.equal(again.read(range(count))[0], part)
+            again.close()
+            assert sum(1 for _ in cache_module.read_index(cache.directory)) == count
+            assert verify(cache.directory) == []
+            for left in set(cache.directory.iterdir()) - files.keys():
+                left.unlink()
+            for other in files:
+                other.write_bytes(files[other])
+    description = cache.directory / "cache.json"
+    description.write_bytes(description.read_bytes().replace(b"\n", b" "))
+    with pytest.raises(ValueError, match="does not describe a cache of this name"):
+        verify(cache.directory)
+
+
+def test_what_was_forgotten_for_its_damage_is_computed_anew_and_nothing_else(tmp_path):
+    """Of two that computed the same the whole one stays; a torn last line, as a full disk leaves it, is no damage."""
+    paths, directory = filled(tmp_path, 4)
+    (shard,), (index,) = directory.glob("*.bin"), directory.glob("*.index")
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    entry = next(cache_module.read_index(directory))
+    (directory / "z.bin").write_bytes(activation(0).numpy().tobytes())
+    (directory / "z.index").write_bytes(make_line((entry[0], "z.bin", *entry[2:]), directory.name) + b"12ab")
+    lines = index.read_bytes().splitlines(keepends=True)
+    index.write_bytes(lines[0] + lines[1].replace(b"1.wav", b"2.wav") + b"".join(lines[2:]))
+    found = verify(directory)
+    assert found == verify(directory, repair=True)
+    assert found[0] == paths[0]
+    assert found[1] == f"{index}, line 2: {lines[1].decode().strip().replace('1.wav', '2.wav')}"
+    assert verify(directory) == []
+    cache = open_cache(tmp_path, paths)
+    check(cache, 0, 2, 3)
+    assert not cache.has([1])
+
+
+def test_an_index_of_another_cache_is_not_read(tmp_path):
+    """A directory that was renamed or mixed up: the name goes into the checksum of each line."""
+    paths, directory = filled(tmp_path, 2)
+    other = open_cache(tmp_path, paths, depth=9)
+    for path in directory.iterdir():
+        shutil.copy(path, other.directory)
+    assert not other.has([0])
+    other = open_cache(tmp_path, paths, depth=9)
+    assert not other.has([0])
+    assert json.loads((other.directory / "cache.json").read_text())["depth"] == 9  # its own again
+    moved = directory.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"moved.cache\.json: does not describe a cache of this name; a run that uses"):
+        verify(moved)
+    (other.directory / "cache.json").unlink()
+    open_cache(tmp_path, paths, depth=9)
+    assert (other.directory / "cache.json").is_file()
+
+
+def test_a_file_that_is_replaced_while_it_is_computed_is_computed_again(tmp_path):
+    """Its state is noted before it is read: what was heard may have been the old sound."""
+    paths = touch(tmp_path, 2)
+    cache = open_cache(tmp_path, paths)
+    Path(paths[0]).write_bytes(b"another sound")
+    write(cache, 0, 1)
+    again = open_cache(tmp_path, paths)
+    assert not again.has([0])
+    check(again, 1)
+
+
+def test_a_cache_that_is_deleted_under_a_run_is_one_clear_error(tmp_path):
+    """Of the one that reads, and of the one that writes where it needs a new file."""
+    paths, directory = filled(tmp_path, 2)
+    reader, writer = open_cache(tmp_path, paths), open_cache(tmp_path, touch(tmp_path, 3))
+    shutil.rmtree(directory)
+    with pytest.raises(ValueError, match=rf"the activation of {paths[0]} cannot be read \(No such file or directory\)"):
+        reader.read([0])
+    with pytest.raises(OSError, match=rf"cache {directory}: No such file or directory; free space, or set cache_dir"):
+        write(writer, 2)
+
+
+def test_a_complete_cache_may_be_read_where_nothing_may_be_written(tmp_path, monkeypatch):
+    """One that a group shares; what it lacks cannot be added."""
+    paths, directory = filled(tmp_path, 3)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    real = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", *a, **k: (refuse if "r" not in mode else real)(self, mode, *a, **k)
+    )
+    for name in ("write_text", "write_bytes", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    cache = open_cache(tmp_path, paths)
+    check_space({directory: cache.space(3.0)})
+    cache.note_user(tmp_path / "run", "x")
+    check(cache, 0, 1, 2)
+    assert verify(directory) == []
+    os.utime(paths[0], ns=(1, 1))
+    cache = open_cache(tmp_path, paths)
+    with pytest.raises(OSError, match=rf"cache {directory}: Permission denied; "):
+        write(cache, 0)
+    with pytest.raises(OSError, match=r"cache\.json: cannot be written \(Permission denied\)"):
+        open_cache(tmp_path, paths, depth=9)
+
+
 # ---------------------------------------------------------------- several files, several writers
 
 
 def test_two_writers_at_once_are_both_read(tmp_path):
-    """Each has files of its own; what both computed is there once for the reader."""
+    """Each has files of its own and finds what the other has written; so does one that only reads."""
     paths = touch(tmp_path, 6)
-    one, two = open_cache(tmp_path, paths), open_cache(tmp_path, paths)
+    one, two, reader = (open_cache(tmp_path, paths) for _ in range(3))
     for a, b in ((0, 3), (1, 2), (2, 4)):
         write(one, a)
+        assert reader.has([a])
         write(two, b)
-    check(one, 0, 1, 2)
-    check(two, 2, 3, 4)
-    assert not one.has([3])
+    for cache in (one, two, reader):
+        check(cache, 0, 1, 2, 3, 4)
+    assert sum(1 for _ in cache_module.read_index(one.directory)) == 5
     third = open_cache(tmp_path, paths)
     check(third, 0, 1, 2, 3, 4)
     assert not third.has([5])
     assert verify(third.directory) == []
+
+
+def test_a_line_that_is_being_written_is_read_once_it_is_whole(tmp_path):
+    """By a process beside it."""
+    paths, directory = filled(tmp_path, 2)
+    (index,) = directory.glob("*.index")
+    whole = index.read_bytes()
+    for length in range(len(whole)):
+        index.write_bytes(whole[:length])
+        cache = open_cache(tmp_path, paths)
+        assert [cache.has([number]) for number in (0, 1)] == [b"\n" in whole[:length], False]
+        index.write_bytes(whole)
+        check(cache, 0, 1)
+
+
+def test_what_is_there_is_what_is_trained_on(tmp_path):
+    """Whoever wrote it: a run that goes on after a stop has the same numbers, even if another rounds differently."""
+    paths, _ = filled(tmp_path, 2)
+    other = [activation(number) + 1 for number in range(3)]
+    Path(tmp_path / "2.wav").touch()
+    cache = open_cache(tmp_path, [*paths, str(tmp_path / "2.wav")])
+    returned = cache.write(range(3), torch.cat(other), [len(part) for part in other])
+    assert torch.equal(returned, torch.cat([activation(0), activation(1), other[2]]))
+    assert torch.equal(cache.read(range(3))[0], returned)
 
 
 def test_a_full_shard_is_followed_by_another_and_readers_go_on(tmp_path, monkeypatch):
@@ -445,25 +603,34 @@ def test_a_full_disk_is_one_clear_error_and_what_was_written_stays(tmp_path, fil
     assert verify(again.directory) == []
 
 
-def test_a_cache_that_will_not_fit_is_refused_before_it_is_begun(tmp_path, monkeypatch):
-    """50 rows a second of what is missing; one row an utterance if pooled; nothing if all is there."""
+def index_bytes(paths: list[str]) -> int:
+    return sum(cache_module.LINE_BYTES + len(path) for path in paths)
+
+
+def test_the_space_is_that_of_what_is_missing(tmp_path):
+    """50 rows a second; one row an utterance if pooled; a line of the index for each."""
     paths = touch(tmp_path, 4)
-    cache = open_cache(tmp_path, paths)
-    with pytest.raises(OSError, match=r"needs 1600000\.0 GB, the disk has [\d.]+ GB; free space, or set cache_dir"):
-        cache.check_space(1e12)
-    cache.check_space(1e12, rows_each=1)
-    row = WIDTH * 4
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100 * 50 * row))
-    cache.check_space(100.0)
-    with pytest.raises(OSError, match=r"needs 0\.0 GB"):
-        cache.check_space(100.1)
+    cache, row = open_cache(tmp_path, paths), WIDTH * 4
+    assert cache.space(100.0) == 100 * 50 * row + index_bytes(paths)
+    assert cache.space(1e12, rows_each=1) == 4 * row + index_bytes(paths)
     write(cache, 0, 1)
-    cache.check_space(200.0)
+    assert cache.space(100.0) == 50 * 50 * row + index_bytes(paths[2:])
     write(cache, 2, 3)
-    cache.check_space(1e12)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 4 * row - 1))
-    with pytest.raises(OSError, match=r"needs 0\.0 GB"):
-        open_cache(tmp_path, paths, depth=9).check_space(1.0, rows_each=1)
+    assert cache.space(1e12) == 0
+
+
+def test_caches_that_will_not_fit_are_refused_before_they_are_begun(tmp_path, monkeypatch):
+    """Those on one disk together."""
+    one, other = (open_cache(tmp_path, touch(tmp_path, 4), depth=depth).directory for depth in (1, 2))
+    with pytest.raises(OSError, match=r"needs 1600000\.0 GB, the disk has [\d.]+ GB; free space, or set cache_dir"):
+        check_space({one: int(16e14)})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100))
+    check_space({one: 60, other: 40})
+    with pytest.raises(OSError, match=rf"cache {one}, {other}: needs 0\.0 GB"):
+        check_space({one: 60, other: 41})
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda path: os.stat_result((0, 0, path == one, *real(path)[3:])))  # two disks
+    check_space({one: 60, other: 41})
 
 
 # ---------------------------------------------------------------- killed
@@ -644,10 +811,8 @@ def test_an_index_of_50000_utterances_opens_quickly_and_in_little_memory(tmp_pat
     paths = [f"{tmp_path}/corpus/MSP-PODCAST_{number:08d}.wav" for number in range(count)]
     monkeypatch.setattr(cache_module, "file_state", lambda path: (5, 6))  # instead of 50,000 files
     directory = open_cache(tmp_path, paths).directory
-    with open(directory / "a.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(cache_module.COLUMNS)
-        rows.writerows((number, "a.bin", 32 * number, 1, 5, 6, path) for number, path in enumerate(paths))
+    entries = ((number, "a.bin", 32 * number, 1, 5, 6, path) for number, path in enumerate(paths))
+    (directory / "a.index").write_bytes(b"".join(make_line(entry, directory.name) for entry in entries))
     with open(directory / "a.bin", "wb") as file:
         file.truncate(32 * count)
     began = time.process_time()
@@ -689,7 +854,7 @@ def test_verify_names_what_is_damaged_and_its_exit_status_says_so(tmp_path, monk
     done = subprocess.run(
         [sys.executable, "cache.py", "verify", str(directory)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout, done.stderr) == (1, f"{paths[2]}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (1, f"{paths[2]}\n1 damaged; --repair forgets them\n", "")
 
 
 def test_verify_of_what_is_no_cache_is_one_clear_message(tmp_path, monkeypatch):
@@ -698,17 +863,19 @@ def test_verify_of_what_is_no_cache_is_one_clear_message(tmp_path, monkeypatch):
     description = tmp_path / "cache.json"
     for text in ("{", "[]", '{"width": 8}', '{"width": 8, "dtype": "complex"}', '{"width": "8", "dtype": "no"}'):
         description.write_text(text)
-        assert command_line(monkeypatch, "verify", tmp_path) == f"error: {description}: does not describe a cache"
+        message = f"error: {description}: does not describe a cache of this name; a run that uses it writes it anew"
+        assert command_line(monkeypatch, "verify", tmp_path) == message
 
 
 def test_list_tells_size_content_and_users_of_each_cache(tmp_path, monkeypatch, capsys):
-    """The largest first; of its users those that are still there; a torn note and a broken cache.json are no end."""
+    """The largest first; of its users those that are still there; damaged notes and a broken cache.json are no end."""
     (_, large), (_, small) = filled(tmp_path, 5), filled(tmp_path, 2, torch.int8)
     cache = open_cache(tmp_path, touch(tmp_path, 5))
     (tmp_path / "run").mkdir()
     for name in ("run", "gone"):
         cache.note_user(tmp_path / name, "facebook/some")
-    (large / "torn.user").write_text('{"path')
+    for name, text in (("torn", '{"path'), ("other", '{"path": 1, "backbone": "x"}'), ("list", "[1]")):
+        (large / f"{name}.user").write_text(text)
     size = sum(path.stat().st_size for path in large.iterdir()) / 1e6
     assert command_line(monkeypatch, "list", tmp_path / "cache") is None
     first, second, third, *rest = capsys.readouterr().out.splitlines()
@@ -718,9 +885,13 @@ def test_list_tells_size_content_and_users_of_each_cache(tmp_path, monkeypatch, 
     assert rest[0].startswith(f"{small}: ") and "2 utterances" in rest[0]
     assert rest[1:3] == ["  SHA-256 abc..., hidden state 2, 8 of int8", "  used by nothing that is still there"]
     assert rest[3].startswith(f"{tmp_path / 'cache'}: 2 caches, ")
+    monkeypatch.setattr(caches, "FORMAT", cache_module.FORMAT + 1)
+    assert caches.describe(small).splitlines()[-1] == "  of another version: read no more"
     (small / "cache.json").write_text("{")
     assert command_line(monkeypatch, "list", tmp_path / "cache") is None
-    assert f"cannot be told: {small / 'cache.json'}: does not describe a cache" in capsys.readouterr().out
+    assert (
+        f"cannot be told: {small / 'cache.json'}: does not describe a cache of this name; " in capsys.readouterr().out
+    )
     missing = tmp_path / "none"
     message = f"error: {missing}: no such folder; expected one of caches, as cache_dir names it"
     assert command_line(monkeypatch, "list", missing) == message
@@ -951,6 +1122,60 @@ def test_a_build_tells_what_each_cache_would_have_cost(several, monkeypatch):
     words.append(str(several["heads"]))
     seconds = [report["seconds"] for report in run.build_caches([*words, "batch_size=10"]).values()]
     assert seconds == [None, None, 6.0]
+
+
+def test_two_builds_at_once_share_the_work(several, monkeypatch):
+    """What the other has done by then is not done again, and what each has is what one alone has."""
+    paths, read, real = [str(several[name]) for name in ("lora", "last2")], [], data.read_audio
+
+    def read_audio(path: str) -> torch.Tensor:
+        read.append(path)
+        if len(read) == 1:
+            run.build_caches(paths)  # another process, from beginning to end
+        return real(path)
+
+    monkeypatch.setattr(data, "read_audio", read_audio)
+    built = run.build_caches(paths)
+    assert len(read) == 20 + 4  # the batch in hand
+    for path in paths:
+        assert verify(built[path]["directory"]) == []
+        assert sum(1 for _ in cache_module.read_index(Path(built[path]["directory"]))) == 20
+
+
+def test_a_damaged_activation_ends_a_run_and_is_mended_by_one_command(several, monkeypatch, capsys):
+    """Which the message names; the same command then reads one file, and goes on where it was."""
+    path = several["lora"]
+    directory = Path(run.build_caches([str(path)])[str(path)]["directory"])
+    (shard,) = directory.glob("*.bin")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    config = load_config(path, ["epochs=1", "name=mended"])
+    with pytest.raises(ValueError, match=f"is damaged; python cache.py verify --repair {directory} forgets") as error:
+        train.train(config)
+    assert command_line(monkeypatch, *str(error.value).split("python cache.py ")[1].split()[:3]) == 1
+    assert "1 damaged; forgotten: the next run computes them anew" in capsys.readouterr().out
+    read, real = [], data.read_audio
+    monkeypatch.setattr(data, "read_audio", lambda path: (read.append(path), real(path))[1])
+    assert train.train(config)["epochs"] == 1
+    assert len(set(read)) <= config.batch_size
+    assert verify(directory) == []
+
+
+def test_the_caches_of_one_build_must_fit_together(several, monkeypatch):
+    """Each alone would; and what is estimated is what is written, index included, to some per cent."""
+    paths = [str(path) for path in several.values()]
+    needed, real = {}, run.check_space
+    monkeypatch.setattr(run, "check_space", lambda these: (needed.update(these), real(these))[1])
+    free = shutil.disk_usage(several["lora"].parent)
+    built = run.build_caches(paths)
+    for report in built.values():
+        written = sum(file.stat().st_size for file in Path(report["directory"]).glob("*.[bi]*"))
+        assert 0.9 * written < needed[Path(report["directory"])] < 1.2 * written
+    shutil.rmtree(Path(built[paths[0]]["directory"]).parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=max(needed.values())))
+    with pytest.raises(OSError, match=r"cache .*, .*, .*: needs 0\.0 GB, the disk has"):
+        run.build_caches(paths)
 
 
 def test_the_build_command_reports_to_a_file(several, tmp_path, monkeypatch, capsys):

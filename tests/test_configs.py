@@ -84,7 +84,7 @@ def test_a_config_trains_end_to_end(path, tmp_path, tiny_checkpoint, tiny_manife
 
     caches = [json.loads(file.read_text()) for file in tmp_path.glob("cache/*/cache.json")]
     assert [(kind["depth"], kind["dtype"]) for kind in caches] == ([(depth, "float16")] if cached else [])
-    rows = sum(len(file.read_text().splitlines()) - 1 for file in tmp_path.glob("cache/*/*.csv"))
+    rows = sum(len(file.read_text().splitlines()) for file in tmp_path.glob("cache/*/*.index"))
     assert rows == (20 if cached else 0)  # every utterance of every split, once
 
     monkeypatch.undo()

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import adapter
 import cache
+import caches
 import check
 import corpora
 import data
@@ -347,11 +348,11 @@ def cache_reader(folder: Path) -> Reader:
             for number, part in enumerate(expected.split([1, 2, 3])):
                 if again.has([number]):
                     assert torch.equal(again.read([number])[0], part)
-            cache.verify(again.directory)
+            caches.verify(again.directory)
         finally:
             again.close()
 
-    (index,) = first.directory.glob("*.csv")
+    (index,) = first.directory.glob("*.index")
     return [index, first.directory / "cache.json", index.with_suffix(".bin")], read
 
 
@@ -621,15 +622,18 @@ def test_a_run_does_not_go_on_from_what_is_not_its_state(finished, change):
 
 @pytest.mark.parametrize(
     "line",
-    ["1,{shard},-8,1,1,1,x",
-     "1,{shard},0,99999999999999,1,1,{path}", "-1,{shard},0,1,{state},{path}", "1,../a,0,1,1,1,x",
-     "1,a\0b,0,1,1,1,x", f"1,{{shard}},{10**30},1,{{state}},{{path}}", "9" * 200_000],
+    [(1, "{shard}", -8, 1, 1, 1, "x"), (1, "{shard}", 0, 99999999999999, 1, 1, "{path}"),
+     (-1, "{shard}", 0, 1, "{size}", "{time}", "{path}"), (1, "../a", 0, 1, 1, 1, "x"), (1, "a\0b", 0, 1, 1, 1, "x"),
+     (1, "{shard}", 10**30, 1, 1, 1, "{path}"), (1, 2, 0, 1, 1, 1, "x"), {"a": 1}, "9" * 200_000],
 )  # fmt: skip
 def test_an_index_of_a_cache_that_claims_the_impossible_is_passed_over(tmp_path, line):
+    """Also with the checksum that a line of ours would have."""
     (index, *_), read = cache_reader(tmp_path)
-    state = ",".join(map(str, cache.file_state(str(tmp_path / "0.wav"))))
-    text = line.format(shard=index.with_suffix(".bin").name, path=tmp_path / "0.wav", state=state)
-    index.write_text(index.read_text("utf-8") + text + "\n", "utf-8")
+    size, time = cache.file_state(str(tmp_path / "0.wav"))
+    words = {"{shard}": index.with_suffix(".bin").name, "{path}": str(tmp_path / "0.wav"), "{size}": size}
+    words["{time}"] = time
+    entry = [words.get(value, value) for value in line] if isinstance(line, tuple) else line
+    index.write_bytes(index.read_bytes() + cache.make_line(entry, index.parent.name))
     read(index)
 
 
@@ -638,7 +642,7 @@ def test_a_cache_that_does_not_tell_what_it_holds_is_not_verified(tmp_path, text
     (_, description, _), _ = cache_reader(tmp_path)
     description.write_text(text, "utf-8")
     with pytest.raises(ValueError, match=r"cache\.json: does not describe a cache"):
-        cache.verify(description.parent)
+        caches.verify(description.parent)
 
 
 # ---------------------------------------------------------------- tables, and paths of manifests

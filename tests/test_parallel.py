@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import run
 import train
-from cache import verify
+from cache import read_index
+from caches import verify
 from config import Config
 
 pytestmark = [
@@ -162,17 +163,17 @@ def test_a_cache_that_several_processes_fill_is_whole_and_each_wrote_its_share(r
     assert len(directories) == 2  # of LoRA and of the heads
     for directory in directories:
         assert verify(directory) == []
-        lines = [path.read_text().splitlines()[1:] for path in directory.glob("*.csv")]
+        lines = [path.read_text().splitlines() for path in directory.glob("*.index")]
         assert len(lines) == size
         assert all(lines)
         assert 20 <= sum(map(len, lines)) <= 20 + 2 * size
 
 
-def entries(directory: Path) -> dict[str, tuple[str, str]]:
+def entries(directory: Path) -> dict[str, tuple[int, int]]:
     """Checksum and frames of each file in a cache."""
-    rows = [row for path in directory.glob("*.csv") for row in read_csv(path)]
-    assert len(rows) == 20
-    return {row["path"]: (row["crc32"], row["frames"]) for row in rows}
+    lines = list(read_index(directory))
+    assert len(lines) == 20
+    return {path: (crc, frames) for crc, _, _, frames, _, _, path in lines}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -180,7 +181,7 @@ def test_a_cache_that_several_processes_build_is_the_cache_of_one(runs, size):
     """`cache.py build`: bit for bit, nothing twice, and each had a part of the work."""
     one, several = (next(runs.glob(f"build.yaml {n}/*/cache.json")).parent for n in (1, size))
     assert entries(several) == entries(one)
-    assert len(list(several.glob("*.csv"))) == size
+    assert len(list(several.glob("*.index"))) == size
     assert verify(several) == []
 
 
