@@ -243,9 +243,8 @@ def batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int
     Each batch has `batch_size` indices but the last, which has the remainder. A remainder of one joins the
     batch before it, because the CCC of one utterance is 0/0; for the same reason `batch_size` is at least 2.
     """
-    for what, found in (("batch_size", batch_size), ("utterances to train on", count)):
-        if found < 2:
-            raise ValueError(f"{what}: found {found}, expected 2 or more: the CCC of one is 0/0")
+    if batch_size < 2:
+        raise ValueError(f"batch_size: found {batch_size}, expected 2 or more: the CCC of one is 0/0")
     order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
     cut = [order[start : start + batch_size] for start in range(0, count, batch_size)]
     if len(cut) > 1 and len(cut[-1]) == 1:

@@ -128,6 +128,8 @@ def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, 
     utterances = data.load_corpus(*corpus_keys(config))
     label_range = find_label_range(config)
     data.check_labels(utterances, config.targets, label_range, config.allow_speaker_overlap)
+    if sum(utterance.split == "train" for utterance in utterances) < 2:
+        raise ValueError("split 'train' has one utterance, expected 2 or more: the CCC of one is 0/0")
     return utterances, label_range
 
 

@@ -1,8 +1,12 @@
 """What several test files need: small checkpoints, written here key by key and without our own loader."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor; before PyTorch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import numpy as np
 import pytest

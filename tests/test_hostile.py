@@ -608,7 +608,7 @@ def finished(tmp_path_factory, tiny_checkpoint, tiny_manifest) -> tuple[Config, 
 
 @pytest.mark.parametrize(
     "change",
-    [{"optimizer": {}}, {"optimizer": None}, {"random": {"cpu": torch.zeros(3), "cuda": []}},
+    [{"optimizer": {}}, {"optimizer": None},
      {"state": {}}, {"state": {"losses": [1]}}, {"trained": {}}, {"trained": {"a": 5}}, {"backbone": {"sha256": 1}}],
 )  # fmt: skip
 def test_a_run_does_not_go_on_from_what_is_not_its_state(finished, change):

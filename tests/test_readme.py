@@ -45,6 +45,7 @@ def rows(text: str) -> list[list[str]]:
 
 COMMANDS = [shlex.split(command) for command in commands(README)]
 OURS = [words for words in COMMANDS if words[0] == "python" and words[1].endswith(".py")]
+OURS += [["python", *words[2:]] for words in COMMANDS if words[0] == "torchrun"]  # behind --nproc_per_node
 
 
 # ---------------------------------------------------------------- commands
@@ -62,7 +63,7 @@ def test_the_first_screen_has_the_two_commands():
 
 def test_every_command_is_one_that_is_known():
     """So that a new one is checked here as well."""
-    known = ("python", "pip", "git", "cd")
+    known = ("python", "torchrun", "pip", "git", "cd")
     assert [words for words in COMMANDS if words[0] not in known] == []
     assert [words for words in COMMANDS if words[0] == "python" and words not in OURS and words[1] != "-m"] == []
     for words in COMMANDS:
