@@ -180,15 +180,20 @@ def logged(arguments: Sequence[str], log: Path) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a killed process has said is in the file
-        done = subprocess.run([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment)
-        if done.returncode:
-            reason = f"exit code {done.returncode}"
-            if done.returncode < 0:
-                reason = f"signal {-done.returncode}, {signal.strsignal(-done.returncode)}"
-            if done.returncode == -9:
+        command = [sys.executable, *arguments]
+        with subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                process.terminate()  # it ends its step and saves
+                process.wait()
+                raise
+        if code:
+            reason = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+            if code == -9:
                 reason += ", perhaps for memory"
             file.write(f"\n{FAILED}{reason}\n".encode())
-    return done.returncode
+    return code
 
 
 def finished(out: Path, name: str, seed: int) -> bool:
@@ -328,6 +333,8 @@ def main() -> None:
         raise ValueError("\n  ".join(["nothing was run:", *dict.fromkeys(wrong)]))
     stopped = False
     if not arguments.table:
+        for number in run.STOP_SIGNALS:
+            signal.signal(number, signal.default_int_handler)
         stopped = run_all(methods, seeds, out)
     out.mkdir(parents=True, exist_ok=True)
     text, runs, records = write_table(methods, seeds, out)

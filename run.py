@@ -400,7 +400,7 @@ def fill(prefixes: Sequence[Prefix]) -> list[dict]:
         return [] if there else [data.read_audio(last.paths[number]) for number in batch]
 
     audio = data.prefetch(load, missing)
-    bar = tqdm(missing, desc="cache", unit="batch", disable=True if parallel.rank() else None)
+    bar = tqdm(missing, desc="cache", unit="batch", disable=parallel.rank() > 0 or None)
     for numbers, waveforms in zip(bar, audio, strict=True):
         sources = {p: p.model.sources(p.depth) for p in prefixes if waveforms and not p.cache.has(numbers)}
         if not sources:

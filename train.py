@@ -195,7 +195,7 @@ def train(config: Config) -> dict:
     steps = len(data.batches(len(split["train"]), config.batch_size, config.seed, 0))
     options = prefix.dtype, config.clip, config.micro_batch_size
     before = steps * state["epoch"] + len(state["losses"])
-    bar = tqdm(total=steps * config.epochs, initial=before, unit="step", disable=True if parallel.rank() else None)
+    bar = tqdm(total=steps * config.epochs, initial=before, unit="step", disable=parallel.rank() > 0 or None)
     with run.stop_between_batches(prefix.stop, save), run.out_of_memory() as short_of_memory:
         while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < config.patience:
             epoch, losses, start = state["epoch"] + 1, state["losses"], time.perf_counter() - state["train_seconds"]

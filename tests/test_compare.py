@@ -4,8 +4,11 @@ import csv
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -268,6 +271,27 @@ def test_a_killed_process_is_said_to_be_one(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text("import os\nprint('epoch 1')\nos.kill(os.getpid(), 9)")
     assert compare.logged([str(tmp_path / "program.py")], tmp_path / "log.txt") == -9
     assert compare.last_lines(tmp_path / "log.txt") == ["epoch 1", "signal 9, Killed, perhaps for memory"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+def test_an_interrupt_waits_until_the_run_has_saved(tmp_path):
+    """However long its step takes, where `subprocess.run` would kill it after a quarter of a second."""
+    program, log = tmp_path / "program.py", tmp_path / "log.txt"
+    program.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.6), print('saved'), sys.exit(1)))\n"
+        "print('begun', flush=True)\ntime.sleep(60)\n"
+    )
+
+    def interrupt() -> None:
+        while not log.is_file() or b"begun" not in log.read_bytes():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        compare.logged([str(program)], log)
+    assert log.read_text().split() == ["begun", "saved"]
 
 
 def test_control_c_leaves_the_table_of_what_is_finished(configs, monkeypatch, capsys, tmp_path):
