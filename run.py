@@ -28,12 +28,13 @@ import parallel
 import weights
 from adapter import FILES as ADAPTER_FILES
 from adapter import merge_adapter
-from cache import ActivationCache, Tier, check_space, pick_tier
+from cache import ActivationCache, check_space
 from config import Config, load_config, make_config, split_words
 from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
 from logmel import LogMel
 from lora import inject, merge
 from model import EmotionModel, Wav2Vec2Config
+from tier import Tier, pick_tier
 
 Item = TypeVar("Item")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -32,10 +32,26 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "adapter": ({"lora", "model", "weights"}, {}),
     "cache": ({"model"}, {"run": "main", "caches": "main", "parallel": "main"}),  # its small command line
     "caches": ({"cache"}, {}),
+    "tier": ({"cache"}, {}),
     "card": ({"adapter"}, {}),
     "parallel": (set(), {}),
     "run": (
-        {"adapter", "cache", "check", "config", "data", "freeze", "logmel", "lora", "model", "parallel", "weights"},
+        set(
+            [
+                "adapter",
+                "cache",
+                "check",
+                "config",
+                "data",
+                "freeze",
+                "logmel",
+                "lora",
+                "model",
+                "parallel",
+                "tier",
+                "weights",
+            ]
+        ),
         {},
     ),
 }
