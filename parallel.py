@@ -25,6 +25,12 @@ def start() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
+def finish() -> None:
+    """Part from the others, at the end of it all."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -37,6 +37,7 @@ from metrics import bootstrap_ci, ccc, ccc_loss
 from model import EmotionModel
 from results import read_json
 
+RESULTS = ("best.pt", "last.pt", "result.json")  # what makes a directory that of a run
 COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_dir", "cache_tier"}  # may change in a run's course
 ADVICE = "lower lr or head_lr, or set precision: fp32, under another name"
 
@@ -107,9 +108,13 @@ def schedule(number: int, total: int, warmup: int) -> float:
     return min((number + 1) / max(warmup, 1), (total - number) / max(total - warmup, 1), 1.0)
 
 
-def seed_step(seed: int, number: int) -> None:
+def seed_step(seed: int, number: int, device: torch.device) -> None:
     """Let the random numbers of a step (dropout, masking) follow from these and the process: none is kept to resume."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, number, parallel.rank()]).generate_state(1)[0]))
+    value = int(np.random.SeedSequence([seed, number, parallel.rank()]).generate_state(1)[0])
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(value)  # without a look at every other kind of device: 0.1 ms
+    else:
+        torch.manual_seed(value)
 
 
 @torch.no_grad()
@@ -126,19 +131,18 @@ def evaluate(model: EmotionModel, prefix: run.Prefix, numbers: Sequence[int], ba
 def open_directory(config: Config) -> Path:
     """The run's directory. Raises ValueError if another configuration has run there; COST_KEYS alone may change."""
     directory = Path(config.output_dir) / config.name
-    path, here = directory / "config.yaml", run.plain(config)
-    results = [directory / name for name in ("best.pt", "last.pt", "result.json")]
     if parallel.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".*.tmp"):  # by a process that was killed while it saved
             left.unlink()
-        if not path.is_file() or not any(result.is_file() for result in results):
+        path, here = directory / "config.yaml", run.plain(config)
+        if not path.is_file() or not any((directory / name).is_file() for name in RESULTS):
             run.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
+        there = run.plain(load_config(path))
+        changed = [key for key in here if here[key] != there[key] and key not in COST_KEYS]
+        if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
+            raise ValueError(f"{directory} holds another run ({'; '.join(told)}); choose another name=")
     parallel.wait()
-    there = run.plain(load_config(path))
-    changed = [key for key in here if here[key] != there[key] and key not in COST_KEYS]
-    if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
-        raise ValueError(f"{directory} holds another run ({'; '.join(told)}); choose another name=")
     return directory
 
 
@@ -148,7 +152,7 @@ def train(config: Config) -> dict:
     device = run.pick_device(config.device)
     precision = run.pick_precision(config.precision, device)
     directory = open_directory(config)
-    if (directory / "result.json").is_file():
+    if parallel.any_of((directory / "result.json").is_file()):
         return read_json(directory / "result.json")
 
     # Data
@@ -180,7 +184,7 @@ def train(config: Config) -> dict:
     state |= {"losses": [], "done": 0.0, "train_seconds": 0.0}  # of the epoch under way; a loss for each step so far
     state["total_parameters"], state["trainable_parameters"] = count(model)
     if (directory / "last.pt").is_file():
-        state |= resume(directory / "last.pt", backbone, model, optimizer, scaler)
+        state |= resume(directory / "last.pt", backbone, model, optimizer, scaler, device)
     parallel.require_same(corpus=corpus, backbone=backbone, epoch=state["epoch"], step=len(state["losses"]))
     began, prefix.build_seconds = began - state["seconds"], state["cache_build"]
 
@@ -206,7 +210,7 @@ def train(config: Config) -> dict:
             for batch, x, lengths in prefix(batches[len(losses) :]):
                 number = steps * (epoch - 1) + len(losses)
                 set_rates(optimizer, schedule(number, steps * config.epochs, config.warmup))
-                seed_step(config.seed, number)
+                seed_step(config.seed, number, device)
                 target = labels[batch].to(device, non_blocking=True)
                 loss, _ = step(model, x, lengths, target, prefix.depth, optimizer, scaler, *options)
                 losses.append(loss)
@@ -218,7 +222,7 @@ def train(config: Config) -> dict:
                     rate = state["done"] / state["train_seconds"]
                     so_far = f", dev CCC {state['best']:.3f}" if state["log"] else ""
                     bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {rate:.0f} s of audio/s")
-            train_loss = torch.stack([loss.to(device) for loss in losses]).mean().item()  # some may be from last.pt
+            train_loss = torch.stack(losses).mean().item()
             train_seconds = state["train_seconds"] = time.perf_counter() - start
             dev = ccc(evaluate(model, prefix, split["dev"], together), labels[split["dev"]]).tolist()
             if not all(map(math.isfinite, dev)):  # the last step may have been the one too many
@@ -242,23 +246,23 @@ def train(config: Config) -> dict:
             bar.write(f"epoch {epoch:3}  loss {train_loss:.3f}  dev CCC  {scores}  {train_seconds:8.1f} s")
     bar.close()
     if short_of_memory:
-        longest = sorted(range(len(paths)), key=seconds.__getitem__)[-config.batch_size :]
-        advice = advise_on_memory(model, prefix, longest, labels[longest], optimizer, scaler, options)
+        advice = advise_on_memory(model, prefix, seconds, labels, optimizer, scaler, config.batch_size, *options)
         raise MemoryError(f"{short_of_memory[0]}\n{advice}")
 
     # Test
     parallel.wait()  # until best.pt is there
-    load_trained(model, run.load_checkpoint(directory / "best.pt", backbone)["trained"])
+    best = run.load_checkpoint(directory / "best.pt", backbone)
+    parallel.require_same(best_epoch=best["epoch"])
+    load_trained(model, best["trained"])
     predictions = data.unscale_labels(evaluate(model, prefix, split["test"], together), label_range).numpy()
-    if prefix.cache is not None:
-        prefix.cache.close()
     tested = [utterances[i] for i in split["test"]]
     write_predictions(directory / "predictions_test.csv", config.targets, tested, predictions)
-    peak = max(state["peak"], run.peak_memory(device))  # before the statistics, which are no part of the method
+    state["peak"] = max(state["peak"], run.peak_memory(device))  # before the statistics, no part of the method
     result = summarise(config, state, tested, predictions, time.perf_counter() - began)
     result |= {"device": run.device_name(device), "precision": precision, "backbone": backbone, "corpus": corpus}
-    cache_bytes = prefix.cache.stored_bytes() if prefix.cache else 0
-    result |= {"peak_memory_bytes": peak, "processes": parallel.size(), "cache_bytes": cache_bytes}
+    result["cache_bytes"] = prefix.cache.stored_bytes() if prefix.cache else 0
+    if prefix.cache:
+        prefix.cache.close()
     run.write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
@@ -269,6 +273,7 @@ def resume(
     model: EmotionModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    device: torch.device,
 ) -> dict:
     """Put model, optimizer and scaler where a run was stopped; returns the rest of its state. Raises ValueError."""
     last = run.load_checkpoint(path, backbone)
@@ -276,17 +281,17 @@ def resume(
         load_trained(model, last["trained"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
-        state = last["state"]
+        state = last["state"] | {"losses": [loss.to(device) for loss in last["state"]["losses"]]}
         print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
     except Exception as error:  # of a file of something else, nearly any of them
         raise ValueError(f"{path}: does not fit this run ({run.first_line(error)}); delete it to train anew") from None
     return state
 
 
-def check_losses(epoch: int, losses: Sequence[Tensor], batches: Sequence[Sequence[int]], paths: Sequence[str]) -> None:
+def check_losses(epoch: int, losses: list[Tensor], batches: Sequence[Sequence[int]], paths: Sequence[str]) -> None:
     """Raise ValueError if one of the last twenty losses of an epoch is not finite; it names the files of the batch."""
     first = max(0, len(losses) - 20)
-    finite = [bool(loss.isfinite()) for loss in losses[first:]]
+    finite = torch.stack(losses[first:]).isfinite().tolist() if losses else []
     if False in finite:
         step = first + finite.index(False)
         what = (
@@ -298,27 +303,31 @@ def check_losses(epoch: int, losses: Sequence[Tensor], batches: Sequence[Sequenc
 def advise_on_memory(
     model: EmotionModel,
     prefix: run.Prefix,
-    numbers: Sequence[int],
+    seconds: Sequence[float],
     labels: Tensor,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    options: tuple,
+    batch_size: int,
+    dtype: torch.dtype,
+    clip: float,
+    micro_batch_size: int | None,
 ) -> str:
-    """What to set so that a step on these utterances fits in memory; found by taking it, so the model is lost."""
+    """What to set so that a step on the longest utterances fits in memory; found by taking it, so the model is lost."""
     same = "the loss stays that of the whole batch, and the same command with it goes on from what was last saved"
-    *rest, size = options
-    size = size or len(numbers)
+    size = micro_batch_size or batch_size
     if parallel.size() > 1:  # the others wait for this one, or have ended
         return f"set micro_batch_size below {math.ceil(size / parallel.size())}: {same}"
+    longest = sorted(range(len(seconds)), key=seconds.__getitem__)[-batch_size:]
     while size > 1:
         size //= 2
         prefix.at_once = size
         with run.out_of_memory() as short:
-            for _, x, lengths in prefix([numbers]):
-                step(model, x, lengths, labels.to(x.device), prefix.depth, optimizer, scaler, *rest, size)
+            for _, x, lengths in prefix([longest]):
+                target = labels[longest].to(x.device)
+                step(model, x, lengths, target, prefix.depth, optimizer, scaler, dtype, clip, size)
         if not short:
-            longest = f"the {len(numbers)} longest utterances"
-            return f"measured: a step on {longest} fits with micro_batch_size={size}; {same}"
+            what = f"a step on the {len(longest)} longest utterances"
+            return f"measured: {what} fits with micro_batch_size={size}; {same}"
     return "measured: not one utterance at a time fits; train fewer layers, or set gradient_checkpointing: true"
 
 
@@ -360,6 +369,8 @@ def summarise(
         "epochs": state["epoch"],
         "best_epoch": state["best_epoch"],
         "dev_ccc": state["best"],
+        "peak_memory_bytes": state["peak"],
+        "processes": parallel.size(),
         "trainable_parameters": state["trainable_parameters"],
         "total_parameters": state["total_parameters"],
         "audio_seconds_per_second": statistics.median(row["audio_seconds_per_second"] for row in state["log"]),
@@ -412,6 +423,7 @@ def main() -> None:
     try:
         with redirect_stdout(None if parallel.rank() else sys.stdout):
             print(report(train(config), Path(config.output_dir) / config.name))
+        parallel.finish()
     except run.Stopped:
         sys.exit("\nstopped and saved after the last step; the same command continues there")
     except KeyboardInterrupt:
