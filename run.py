@@ -354,10 +354,12 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
         config = load_config(path, overrides)
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
-        utterances, label_range = load_utterances(config)
+        with parallel.first_alone():  # it writes the demo corpus
+            utterances, label_range = load_utterances(config)
         audio = tuple(utterance.path for utterance in utterances)
         seconds = seconds_of(audio)  # before the model, as it names what is wrong with the corpus
-        model, identity = build_model(config, label_range)
+        with parallel.first_alone():  # it downloads
+            model, identity = build_model(config, label_range)
         prefix = Prefix(model, audio, device, precision, config.micro_batch_size or config.batch_size)
         prefix.open_cache(config.cache_dir, config.cache_dtype, identity, seconds)
         prefix.cache.note_user(path, identity["source"])

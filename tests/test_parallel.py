@@ -17,6 +17,7 @@ from conftest import tiny_settings
 from test_train import WALL_TIME, read_csv, read_log
 from torch import Tensor, nn
 
+import parallel
 import run
 import train
 from cache import read_index
@@ -237,3 +238,58 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
     assert "process 1 of 2: error: the disk is full" in done.stderr
     assert "process 0 of 2: error: another process of this run has ended, its message tells why" in done.stderr
     assert not (tmp_path / "runs" / "two" / "result.json").exists()
+
+
+# ---------------------------------------------------------------- who waits for whom
+
+
+def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
+    """torchrun stops all where one ends, so all wait for each `last.pt`: at a stop it would be cut off otherwise."""
+    events, prefixes, prefix, save, wait, step = [], [], run.Prefix, run.save, parallel.wait, train.step
+
+    def stop_at_once(*given):
+        prefixes[-1].stop.set()
+        return step(*given)
+
+    monkeypatch.setattr(run, "Prefix", lambda *given: prefixes.append(prefix(*given)) or prefixes[-1])
+    monkeypatch.setattr(run, "save", lambda path, value: (save(path, value), events.append(path.name)))
+    monkeypatch.setattr(parallel, "wait", lambda: (wait(), events.append("wait")))
+    monkeypatch.setattr(train, "step", stop_at_once)
+    with pytest.raises(run.Stopped):
+        train.train(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
+    assert events[-2:] == ["last.pt", "wait"]
+
+
+@pytest.mark.parametrize("work", ["train", "build"])
+def test_the_first_process_alone_writes_the_demo_and_downloads(
+    tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch, work
+):
+    """Two that did so at once would find half of each other's files."""
+    keys, alone = tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a", epochs=1, cache=True), []
+
+    @contextmanager
+    def first_alone():
+        alone.append(None)
+        yield
+        alone.pop()
+
+    def inside(real):
+        def function(*given):
+            assert alone, real.__name__
+            return real(*given)
+
+        return function
+
+    for name in ("load_utterances", "build_model"):
+        monkeypatch.setattr(run, name, inside(getattr(run, name)))
+    monkeypatch.setattr(parallel, "first_alone", first_alone)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    train.train(Config(**keys)) if work == "train" else run.build_caches([str(path)])
+
+
+def test_an_output_dir_that_is_not_shared_is_noticed_at_once(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
+    """Not after all epochs, when another node misses the best checkpoint."""
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml: not there; output_dir must be on a disk that all"):
+        train.open_directory(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))

@@ -451,6 +451,42 @@ def test_a_run_does_not_continue_on_another_backbone(settings, tmp_path, tiny_ch
         train.train(config)
 
 
+CHANGES = {
+    "label": lambda lines: [*lines[:-1], lines[-1].rpartition(",")[0] + ",1.5"],
+    "utterance": lambda lines: lines[:-1],
+    "split": lambda lines: [*lines[:-1], lines[-1].replace(",test,", ",dev,").replace(",test-", ",dev-")],
+    "order": lambda lines: [lines[0], *reversed(lines[1:])],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_run_does_not_continue_on_another_corpus(settings, tmp_path, tiny_manifest, monkeypatch, change):
+    """Batches and development scores would be of something else; the same files elsewhere are the same corpus."""
+    manifest = Path(shutil.copytree(tiny_manifest.parent, tmp_path / "corpus")) / "manifest.csv"
+    config = settings(manifest=str(manifest), epochs=2)
+    stop(monkeypatch, STEPS + 1, config)
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join(change(lines)) + "\n")
+    with pytest.raises(ValueError, match=r"last\.pt: was trained on other utterances, labels or lengths than the"):
+        train.train(config)
+    (manifest.parent / "moved").mkdir()
+    for path in manifest.parent.glob("*.wav"):
+        path.rename(manifest.parent / "moved" / path.name)
+    manifest.write_text("\n".join([lines[0], *("moved/" + line for line in lines[1:])]) + "\n")
+    assert train.train(config)["epochs"] == 2
+
+
+def test_a_run_does_not_continue_in_another_precision(settings, monkeypatch):
+    """`precision: auto` is bf16 on one GPU and fp16 on another."""
+    config, real = settings(epochs=2), run.pick_precision
+    stop(monkeypatch, STEPS + 1, config)
+    monkeypatch.setattr(run, "pick_precision", lambda *_: "bf16")
+    with pytest.raises(ValueError, match=r"last\.pt: was trained in fp32, but this device takes bf16; go on with"):
+        train.train(config)
+    monkeypatch.setattr(run, "pick_precision", real)
+    assert train.train(config)["epochs"] == 2
+
+
 # ---------------------------------------------------------------- which epoch counts
 
 
