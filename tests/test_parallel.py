@@ -293,3 +293,39 @@ def test_an_output_dir_that_is_not_shared_is_noticed_at_once(tmp_path, tiny_chec
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     with pytest.raises(FileNotFoundError, match=r"config\.yaml: not there; output_dir must be on a disk that all"):
         train.open_directory(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
+
+
+def test_a_stop_of_any_process_stops_this_one(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
+    """One that went on alone would wait for the others forever."""
+    config = Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a"))
+    monkeypatch.setattr(parallel, "any_of", lambda flag: not flag)
+    model, _ = run.build_model(config, (1, 7))
+    paths = [utterance.path for utterance in run.load_utterances(config)[0]]
+    with pytest.raises(run.Stopped):
+        next(run.Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
+
+
+def test_processes_that_would_train_something_else_are_refused(monkeypatch):
+    """Nodes with manifests, checkpoints or saves of their own."""
+
+    def all_gather_object(others: list, values: dict) -> None:
+        others[:] = [values, values, {**values, "step": 4}]
+
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    parallel.require_same(corpus="a")
+    with pytest.raises(ValueError, match="step: 3 in process 0 and 4 in process 2; all need the same"):
+        parallel.require_same(corpus="a", step=3)
+
+
+def test_the_first_process_alone_writes_and_each_has_random_numbers_of_its_own(tmp_path, monkeypatch):
+    """With the same masks of dropout for every share, utterances of a batch would not be independent."""
+    drawn = {}
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        run.write_text(tmp_path / str(rank), "")
+        for _ in range(2):
+            train.seed_step(0, 5, torch.device("cpu"))
+            drawn.setdefault(rank, []).append(torch.rand(4).tolist())
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert drawn[0][0] == drawn[0][1] != drawn[1][0] == drawn[1][1]
