@@ -539,8 +539,8 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         write(beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # PyTorch's writer has errors of its own for a full disk
-        reason = first_line(error) if isinstance(error, OSError) else f"is the disk full? {first_line(error)}"
-        raise OSError(f"{path}: cannot be written ({reason}); what was there is unharmed") from None
+        advice = "" if isinstance(error, OSError) else "; is the disk full?"  # PyTorch's own words do not tell
+        raise OSError(f"{path}: cannot be written ({first_line(error)}); what was there is unharmed{advice}") from None
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

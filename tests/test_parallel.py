@@ -329,3 +329,19 @@ def test_the_first_process_alone_writes_and_each_has_random_numbers_of_its_own(t
             drawn.setdefault(rank, []).append(torch.rand(4).tolist())
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
     assert drawn[0][0] == drawn[0][1] != drawn[1][0] == drawn[1][1]
+
+
+def test_a_parameter_that_only_another_process_used_gets_its_gradient(monkeypatch):
+    """As of a layer that layer drop left out here; one that nobody used has none, and is not moved by weight decay."""
+    here, there, nowhere = (nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+    here.grad = torch.ones(2, 3)
+
+    def all_reduce(tensor: Tensor) -> None:  # as if another process had 5 for each of `here` and `there`
+        tensor += torch.tensor([1, 1, 0]) if tensor.dtype == torch.int32 else torch.full((12,), 5.0)
+
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    parallel.add_gradients([here, there, nowhere])
+    assert here.grad.tolist() == [[6.0] * 3] * 2
+    assert there.grad.tolist() == [[5.0] * 3] * 2
+    assert nowhere.grad is None

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -401,6 +402,16 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
     assert (state["epoch"], state["losses"]) == (1, [])
     train.train(parts)
     assert_same_run(directory_of(whole), directory_of(parts))
+
+
+def test_a_signal_that_is_repeated_at_once_is_one():
+    """torchrun repeats a Ctrl-C to its processes: they save all the same."""
+    stop, saved = threading.Event(), []
+    with pytest.raises(run.Stopped), run.stop_between_batches(stop, lambda: saved.append(stop.is_set())):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise run.Stopped
+    assert saved == [True]
 
 
 def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatch, capsys):
