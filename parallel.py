@@ -57,7 +57,7 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).split(". ")[0]
+        reason = str(error).split("] ", 1)[-1].split(". ")[0]  # without PyTorch's own file and line
         raise ConnectionError(f"another process of this run has ended, its message tells why ({reason})") from None
 
 

@@ -354,10 +354,12 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
         config = load_config(path, overrides)
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
-        utterances, label_range = load_utterances(config)
+        with parallel.first_alone():  # it writes the demo corpus
+            utterances, label_range = load_utterances(config)
         audio = tuple(utterance.path for utterance in utterances)
         seconds = seconds_of(audio)  # before the model, as it names what is wrong with the corpus
-        model, identity = build_model(config, label_range)
+        with parallel.first_alone():  # it downloads
+            model, identity = build_model(config, label_range)
         prefix = Prefix(model, audio, device, precision, config.micro_batch_size or config.batch_size)
         prefix.open_cache(config.cache_dir, config.cache_dtype, identity, seconds)
         prefix.cache.note_user(path, identity["source"])
@@ -537,7 +539,8 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         write(beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # PyTorch's writer has errors of its own for a full disk
-        raise OSError(f"{path}: cannot be written ({first_line(error)}); what was there is unharmed") from None
+        advice = "" if isinstance(error, OSError) else "; is the disk full?"  # PyTorch's own words do not tell
+        raise OSError(f"{path}: cannot be written ({first_line(error)}); what was there is unharmed{advice}") from None
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

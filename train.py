@@ -11,6 +11,7 @@ run is the uninterrupted one, bit by bit: random numbers of a step follow from t
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import platform
@@ -143,6 +144,8 @@ def open_directory(config: Config) -> Path:
         if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
             raise ValueError(f"{directory} holds another run ({'; '.join(told)}); choose another name=")
     parallel.wait()
+    if not (directory / "config.yaml").is_file():
+        raise FileNotFoundError(f"{directory / 'config.yaml'}: not there; output_dir must be on a disk that all share")
     return directory
 
 
@@ -176,6 +179,7 @@ def train(config: Config) -> dict:
     prefix.drop_if_cached()
     run.require_finite(model, backbone)
     run.prepare(model, device, precision, config.tf32, config.compile)
+    run_on = {"backbone": backbone, "corpus": corpus, "precision": precision}  # the same from beginning to end
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
@@ -184,16 +188,17 @@ def train(config: Config) -> dict:
     state |= {"losses": [], "done": 0.0, "train_seconds": 0.0}  # of the epoch under way; a loss for each step so far
     state["total_parameters"], state["trainable_parameters"] = count(model)
     if (directory / "last.pt").is_file():
-        state |= resume(directory / "last.pt", backbone, model, optimizer, scaler, device)
-    parallel.require_same(corpus=corpus, backbone=backbone, epoch=state["epoch"], step=len(state["losses"]))
+        state |= resume(directory / "last.pt", run_on, model, optimizer, scaler, device)
+    parallel.require_same(**run_on, epoch=state["epoch"], step=len(state["losses"]))
     began, prefix.build_seconds = began - state["seconds"], state["cache_build"]
 
     def save() -> None:
         check_losses(epoch, state["losses"], batches, paths)
         state["seconds"], state["cache_build"] = time.perf_counter() - began, prefix.build_seconds
         state["peak"] = max(state["peak"], run.peak_memory(device))  # of every process that worked on this run
-        last = {"trained": trained_state(model), "backbone": backbone, "optimizer": optimizer.state_dict()}
+        last = run_on | {"trained": trained_state(model), "optimizer": optimizer.state_dict()}
         run.save(directory / "last.pt", last | {"scaler": scaler.state_dict(), "state": state})
+        parallel.wait()  # until it is there: torchrun stops all where one ends
 
     together = min(config.batch_size, (config.micro_batch_size or config.batch_size) * parallel.size())
     steps = len(data.batches(len(split["train"]), config.batch_size, config.seed, 0))
@@ -250,7 +255,6 @@ def train(config: Config) -> dict:
         raise MemoryError(f"{short_of_memory[0]}\n{advice}")
 
     # Test
-    parallel.wait()  # until best.pt is there
     best = run.load_checkpoint(directory / "best.pt", backbone)
     parallel.require_same(best_epoch=best["epoch"])
     load_trained(model, best["trained"])
@@ -259,7 +263,7 @@ def train(config: Config) -> dict:
     write_predictions(directory / "predictions_test.csv", config.targets, tested, predictions)
     state["peak"] = max(state["peak"], run.peak_memory(device))  # before the statistics, no part of the method
     result = summarise(config, state, tested, predictions, time.perf_counter() - began)
-    result |= {"device": run.device_name(device), "precision": precision, "backbone": backbone, "corpus": corpus}
+    result |= {"device": run.device_name(device), **run_on}
     result["cache_bytes"] = prefix.cache.stored_bytes() if prefix.cache else 0
     if prefix.cache:
         prefix.cache.close()
@@ -269,14 +273,23 @@ def train(config: Config) -> dict:
 
 def resume(
     path: Path,
-    backbone: dict[str, str],
+    run_on: dict,
     model: EmotionModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     device: torch.device,
 ) -> dict:
-    """Put model, optimizer and scaler where a run was stopped; returns the rest of its state. Raises ValueError."""
-    last = run.load_checkpoint(path, backbone)
+    """Put model, optimizer and scaler where a run was stopped; returns the rest of its state.
+
+    Raises ValueError, also where backbone, corpus or precision of `run_on` are others than they were.
+    """
+    last = run.load_checkpoint(path, run_on["backbone"])
+    if last.get("corpus") != run_on["corpus"]:
+        found = "other utterances, labels or lengths than the corpus has now"
+        raise ValueError(f"{path}: was trained on {found}; put it back, or train anew under another name")
+    if last.get("precision") != run_on["precision"]:
+        found = f"in {last.get('precision')}, but this device takes {run_on['precision']}"
+        raise ValueError(f"{path}: was trained {found}; go on with one of that kind, or anew under another name")
     try:
         load_trained(model, last["trained"])
         optimizer.load_state_dict(last["optimizer"])
@@ -332,8 +345,9 @@ def advise_on_memory(
 
 
 def describe(name: str, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> dict:
-    """The corpus in numbers: utterances, speakers and hours of each split."""
-    corpus: dict = {"name": name}
+    """The corpus in numbers: utterances, speakers and hours of each split; and a SHA-256 of all but paths and sound."""
+    rows = [[Path(u.path).name, u.split, u.speaker, u.labels, s] for u, s in zip(utterances, seconds, strict=True)]
+    corpus: dict = {"name": name, "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
     for split in data.SPLITS:
         chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == split]
         hours = sum(s for _, s in chosen) / 3600
@@ -419,8 +433,8 @@ def main() -> None:
     for number in run.STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     config = load_config(arguments.config, arguments.overrides)
-    parallel.start()
     try:
+        parallel.start()
         with redirect_stdout(None if parallel.rank() else sys.stdout):
             print(report(train(config), Path(config.output_dir) / config.name))
         parallel.finish()

@@ -17,6 +17,7 @@ from conftest import tiny_settings
 from test_train import WALL_TIME, read_csv, read_log
 from torch import Tensor, nn
 
+import parallel
 import run
 import train
 from cache import read_index
@@ -237,3 +238,110 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
     assert "process 1 of 2: error: the disk is full" in done.stderr
     assert "process 0 of 2: error: another process of this run has ended, its message tells why" in done.stderr
     assert not (tmp_path / "runs" / "two" / "result.json").exists()
+
+
+# ---------------------------------------------------------------- who waits for whom
+
+
+def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
+    """torchrun stops all where one ends, so all wait for each `last.pt`: at a stop it would be cut off otherwise."""
+    events, prefixes, prefix, save, wait, step = [], [], run.Prefix, run.save, parallel.wait, train.step
+
+    def stop_at_once(*given):
+        prefixes[-1].stop.set()
+        return step(*given)
+
+    monkeypatch.setattr(run, "Prefix", lambda *given: prefixes.append(prefix(*given)) or prefixes[-1])
+    monkeypatch.setattr(run, "save", lambda path, value: (save(path, value), events.append(path.name)))
+    monkeypatch.setattr(parallel, "wait", lambda: (wait(), events.append("wait")))
+    monkeypatch.setattr(train, "step", stop_at_once)
+    with pytest.raises(run.Stopped):
+        train.train(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
+    assert events[-2:] == ["last.pt", "wait"]
+
+
+@pytest.mark.parametrize("work", ["train", "build"])
+def test_the_first_process_alone_writes_the_demo_and_downloads(
+    tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch, work
+):
+    """Two that did so at once would find half of each other's files."""
+    keys, alone = tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a", epochs=1, cache=True), []
+
+    @contextmanager
+    def first_alone():
+        alone.append(None)
+        yield
+        alone.pop()
+
+    def inside(real):
+        def function(*given):
+            assert alone, real.__name__
+            return real(*given)
+
+        return function
+
+    for name in ("load_utterances", "build_model"):
+        monkeypatch.setattr(run, name, inside(getattr(run, name)))
+    monkeypatch.setattr(parallel, "first_alone", first_alone)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    train.train(Config(**keys)) if work == "train" else run.build_caches([str(path)])
+
+
+def test_an_output_dir_that_is_not_shared_is_noticed_at_once(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
+    """Not after all epochs, when another node misses the best checkpoint."""
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml: not there; output_dir must be on a disk that all"):
+        train.open_directory(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
+
+
+def test_a_stop_of_any_process_stops_this_one(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
+    """One that went on alone would wait for the others forever."""
+    config = Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a"))
+    monkeypatch.setattr(parallel, "any_of", lambda flag: not flag)
+    model, _ = run.build_model(config, (1, 7))
+    paths = [utterance.path for utterance in run.load_utterances(config)[0]]
+    with pytest.raises(run.Stopped):
+        next(run.Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
+
+
+def test_processes_that_would_train_something_else_are_refused(monkeypatch):
+    """Nodes with manifests, checkpoints or saves of their own."""
+
+    def all_gather_object(others: list, values: dict) -> None:
+        others[:] = [values, values, {**values, "step": 4}]
+
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    parallel.require_same(corpus="a")
+    with pytest.raises(ValueError, match="step: 3 in process 0 and 4 in process 2; all need the same"):
+        parallel.require_same(corpus="a", step=3)
+
+
+def test_the_first_process_alone_writes_and_each_has_random_numbers_of_its_own(tmp_path, monkeypatch):
+    """With the same masks of dropout for every share, utterances of a batch would not be independent."""
+    drawn = {}
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        run.write_text(tmp_path / str(rank), "")
+        for _ in range(2):
+            train.seed_step(0, 5, torch.device("cpu"))
+            drawn.setdefault(rank, []).append(torch.rand(4).tolist())
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert drawn[0][0] == drawn[0][1] != drawn[1][0] == drawn[1][1]
+
+
+def test_a_parameter_that_only_another_process_used_gets_its_gradient(monkeypatch):
+    """As of a layer that layer drop left out here; one that nobody used has none, and is not moved by weight decay."""
+    here, there, nowhere = (nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+    here.grad = torch.ones(2, 3)
+
+    def all_reduce(tensor: Tensor) -> None:  # as if another process had 5 for each of `here` and `there`
+        tensor += torch.tensor([1, 1, 0]) if tensor.dtype == torch.int32 else torch.full((12,), 5.0)
+
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    parallel.add_gradients([here, there, nowhere])
+    assert here.grad.tolist() == [[6.0] * 3] * 2
+    assert there.grad.tolist() == [[5.0] * 3] * 2
+    assert nowhere.grad is None

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -403,6 +404,16 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
     assert_same_run(directory_of(whole), directory_of(parts))
 
 
+def test_a_signal_that_is_repeated_at_once_is_one():
+    """torchrun repeats a Ctrl-C to its processes: they save all the same."""
+    stop, saved = threading.Event(), []
+    with pytest.raises(run.Stopped), run.stop_between_batches(stop, lambda: saved.append(stop.is_set())):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise run.Stopped
+    assert saved == [True]
+
+
 def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatch, capsys):
     """SIGTERM before the first step and in one: a status that is not 0, no traceback; then the command continues."""
     path = write_config(tmp_path, **run.plain(settings()))
@@ -449,6 +460,42 @@ def test_a_run_does_not_continue_on_another_backbone(settings, tmp_path, tiny_ch
     (backbone / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"last\.pt: was trained on other weights of .*backbone than are found now"):
         train.train(config)
+
+
+CHANGES = {
+    "label": lambda lines: [*lines[:-1], lines[-1].rpartition(",")[0] + ",1.5"],
+    "utterance": lambda lines: lines[:-1],
+    "split": lambda lines: [*lines[:-1], lines[-1].replace(",test,", ",dev,").replace(",test-", ",dev-")],
+    "order": lambda lines: [lines[0], *reversed(lines[1:])],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_run_does_not_continue_on_another_corpus(settings, tmp_path, tiny_manifest, monkeypatch, change):
+    """Batches and development scores would be of something else; the same files elsewhere are the same corpus."""
+    manifest = Path(shutil.copytree(tiny_manifest.parent, tmp_path / "corpus")) / "manifest.csv"
+    config = settings(manifest=str(manifest), epochs=2)
+    stop(monkeypatch, STEPS + 1, config)
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join(change(lines)) + "\n")
+    with pytest.raises(ValueError, match=r"last\.pt: was trained on other utterances, labels or lengths than the"):
+        train.train(config)
+    (manifest.parent / "moved").mkdir()
+    for path in manifest.parent.glob("*.wav"):
+        path.rename(manifest.parent / "moved" / path.name)
+    manifest.write_text("\n".join([lines[0], *("moved/" + line for line in lines[1:])]) + "\n")
+    assert train.train(config)["epochs"] == 2
+
+
+def test_a_run_does_not_continue_in_another_precision(settings, monkeypatch):
+    """`precision: auto` is bf16 on one GPU and fp16 on another."""
+    config, real = settings(epochs=2), run.pick_precision
+    stop(monkeypatch, STEPS + 1, config)
+    monkeypatch.setattr(run, "pick_precision", lambda *_: "bf16")
+    with pytest.raises(ValueError, match=r"last\.pt: was trained in fp32, but this device takes bf16; go on with"):
+        train.train(config)
+    monkeypatch.setattr(run, "pick_precision", real)
+    assert train.train(config)["epochs"] == 2
 
 
 # ---------------------------------------------------------------- which epoch counts
@@ -784,7 +831,7 @@ def test_a_failing_save_leaves_the_old_checkpoint_whole(settings, tmp_path, monk
         patch.setattr(torch, "save", save)
         train.train(config)
     expected = f"{directory / name}: cannot be written ({trouble}); what was there is unharmed"
-    assert str(error.value) == expected
+    assert str(error.value) == expected + ("; is the disk full?" if isinstance(trouble, RuntimeError) else "")
     assert torch.load(directory / "last.pt", weights_only=True)["state"]["epoch"] == 1
     epochs = {"best.pt": 1, "last.pt": 2}[name]  # best.pt is saved first
     assert torch.load(directory / "best.pt", weights_only=True)["epoch"] == epochs
