@@ -7,7 +7,7 @@ Every method runs in processes of its own, on the same audio files and the same 
 times do not depend on them). Methods that are compared take turns, so that they see the same machine: first computing
 caches and predictions, then, in new processes, training steps. A step of a cached method reads a cache that was filled
 before, as from the second epoch on; its process never holds the prefix's weights. Ours run the very code of a training
-run: `run.build_model`, `run.Prefix`, `train.step`, `train.evaluate`.
+run: `run.build_model`, `frozen.Prefix`, `train.step`, `train.evaluate`.
 
 Each method has a peer, in turn with it: transformers (and PEFT) set up as well as they can be, with nothing trained,
 drawn or back-propagated that ours does not, sdpa, fused AdamW. The *naive* peer (`--naive`) is what is often copied:
@@ -41,6 +41,8 @@ from torch import nn
 from tqdm import tqdm
 
 import freeze
+import frozen
+import hardware
 import lora
 import run
 import weights
@@ -129,7 +131,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             for _ in range(WARM_UP + 5):
                 start = time.perf_counter()
                 product(x, weight)
-                run.synchronize(device)
+                hardware.synchronize(device)
                 seconds.append(time.perf_counter() - start)
             best = max(best, 2 * rows * inputs * outputs / statistics.median(seconds[WARM_UP:]))
     return best
@@ -139,9 +141,9 @@ def ours(config: Config, phase: str, folder: Path, paths: list[str]) -> tuple[Ac
     """What a worker of ours answers to in a phase, and its parameters: all in the order in which train.py does it."""
     import train
 
-    device, numbers, counter = run.pick_device(config.device), range(len(paths)), itertools.count()
+    device, numbers, counter = hardware.pick_device(config.device), range(len(paths)), itertools.count()
     model, identity = run.build_model(config, LABEL_RANGE)
-    prefix = run.Prefix(model, paths, device, config.precision)
+    prefix = frozen.Prefix(model, paths, device, config.precision)
 
     def open_cache(number: int) -> None:
         prefix.open_cache(str(folder / f"cache-{config.name}" / str(number)), config.cache_dtype, identity)
@@ -151,7 +153,7 @@ def ours(config: Config, phase: str, folder: Path, paths: list[str]) -> tuple[Ac
         if not prefix.cache.has(numbers):
             raise ValueError(f"{prefix.cache.directory}: is not whole, expected what `build` left")
         prefix.drop_if_cached()
-    run.prepare(model, device, config.precision, config.tf32, config.compile and phase == "step")
+    hardware.prepare(model, device, config.precision, config.tf32, config.compile and phase == "step")
 
     def build() -> None:
         open_cache(next(counter))  # a new one each time
@@ -188,7 +190,7 @@ def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Act
 
     from metrics import ccc_loss
 
-    device, dtype = run.pick_device(config.device), run.DTYPES[config.precision]
+    device, dtype = hardware.pick_device(config.device), hardware.DTYPES[config.precision]
     model, base = (naive_model if naive else peer_model)(config)
     width, targets = base.config.hidden_size, len(config.targets)
     head = nn.Sequential(nn.Linear(width, config.head_width), nn.GELU(), nn.Linear(config.head_width, targets))
@@ -294,12 +296,12 @@ def work(arguments: argparse.Namespace) -> None:
     held = [p for p in parameters if not p.is_meta]
     trained = sum(p.numel() for p in held if p.requires_grad)
     floor = sum(p.numel() * p.element_size() for p in held) + 12 * trained  # gradient and two moments, fp32
-    device = run.pick_device(config.device)
+    device = hardware.pick_device(config.device)
     for line in sys.stdin:
         start = time.perf_counter()
         actions[line.strip()]()
-        run.synchronize(device)
-        figures = {"seconds": time.perf_counter() - start, "peak_memory_bytes": run.peak_memory(device)}
+        hardware.synchronize(device)
+        figures = {"seconds": time.perf_counter() - start, "peak_memory_bytes": hardware.peak_memory(device)}
         figures |= {"trainable_parameters": trained, "floor_bytes": floor}
         print(json.dumps(figures), file=answers, flush=True)
 
@@ -448,7 +450,7 @@ def main() -> None:
     out = Path(arguments.out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: {out.parent} is no directory")
-    device = run.pick_device(arguments.device)
+    device = hardware.pick_device(arguments.device)
     torch.set_num_threads(arguments.threads)
     options = {key: getattr(arguments, key) for key in ("turns", "lengths", "rounds", "epochs", "precision", "threads")}
     options |= {"device": str(device), "peer": arguments.peer, "configs": [path.stem for path in arguments.configs]}
@@ -466,15 +468,15 @@ def main() -> None:
         for number, turn in enumerate(turns):
             soundfile.write(f"{folder}/{number}.wav", turn, RATE)
         seconds = [len(turn) / RATE for turn in turns]
-        rates = [matmul_rate(device, run.DTYPES[arguments.precision])]
+        rates = [matmul_rate(device, hardware.DTYPES[arguments.precision])]
         measured = [measure_group(group, arguments, architecture) for group in groups]
         measured.sort(key=lambda group: -group[-1]["trainable_parameters"])  # full finetuning first
-        rates.append(matmul_rate(device, run.DTYPES[arguments.precision]))  # again: the machine may be quieter now
+        rates.append(matmul_rate(device, hardware.DTYPES[arguments.precision]))  # again: the machine may be quieter now
     for record in itertools.chain(*measured):
         for phase in filter(record.get, ("step", "build", "infer")):
             bound = record["operations"][phase] / max(rates)
             record[phase] |= {"bound_seconds": bound, "share": bound / record[phase]["seconds"]}
-    result = {"machine": run.device_name(device), "versions": versions(), "options": options}
+    result = {"machine": hardware.device_name(device), "versions": versions(), "options": options}
     result |= {"warm_up": WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
     result |= {"audio_seconds": sum(seconds), "padded_seconds": max(seconds) * len(seconds), "groups": measured}
     run.write_text(out, json.dumps(result, indent=2) + "\n")
@@ -500,7 +502,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", choices=("mixed", "equal"), default="mixed", help="2.75 to 11 s, or 5.7 s each")
     parser.add_argument("--rounds", type=at_least(1), default=5, help=f"that count, after {WARM_UP} of warm-up")
     parser.add_argument("--epochs", type=at_least(1), default=10, help="in the time of a training run, cache included")
-    parser.add_argument("--precision", default="fp32", choices=run.DTYPES, help="of every method")
+    parser.add_argument("--precision", default="fp32", choices=hardware.DTYPES, help="of every method")
     parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--out", default="bench.json", help="JSON; the picture has the same name and ends in .png")

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+import frozen
 import run
 from config import Config, load_config, parse, split_words
 from manifest import text_cell
@@ -333,7 +334,7 @@ def main() -> None:
         raise ValueError("\n  ".join(["nothing was run:", *dict.fromkeys(wrong)]))
     stopped = False
     if not arguments.table:
-        for number in run.STOP_SIGNALS:
+        for number in frozen.STOP_SIGNALS:
             signal.signal(number, signal.default_int_handler)
         stopped = run_all(methods, seeds, out)
     out.mkdir(parents=True, exist_ok=True)

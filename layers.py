@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import frozen
+import hardware
 import run
 from config import Config
 from freeze import load_trained
@@ -90,14 +92,16 @@ def changes(before: Wav2Vec2, after: Wav2Vec2, trained: Sequence[str]) -> tuple[
 
 
 @torch.no_grad()
-def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: run.Prefix, count: int) -> tuple[list[float], int]:
+def similarities(
+    pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: frozen.Prefix, count: int
+) -> tuple[list[float], int]:
     """CKA of every hidden state, 0 to L, over `count` utterances, and their frames; exactly 1 to where `prefix` ends.
 
     Both models go on from the prefix's output.
     """
     depths = range(prefix.depth + 1, pretrained.config.layers + 1)
     found, frames = [LinearCKA() for _ in depths], 0
-    batches = run.in_order(range(count), TOGETHER) if depths else []
+    batches = frozen.in_order(range(count), TOGETHER) if depths else []
     for _, x, lengths in tqdm(prefix(batches), total=len(batches), unit="batch", disable=None, leave=False):
         y, frames = x, frames + len(x)
         for depth, cka in zip(depths, found, strict=True):
@@ -190,7 +194,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    device, directory = run.pick_device(arguments.device), Path(arguments.run)
+    device, directory = hardware.pick_device(arguments.device), Path(arguments.run)
     checkpoint, config = run.load_best(directory)
     if config.backbone == "logmel":
         raise ValueError(f"{directory}: found backbone logmel, which has no layers; expected a run of Wav2Vec 2.0")
@@ -200,10 +204,11 @@ def main() -> None:
     data.check_audio(chosen)
 
     pretrained, model, source = load_pair(directory, checkpoint, config)
-    prefix = run.Prefix(model, [utterance.path for utterance in chosen], device, "fp32")  # ends before the first LoRA
+    paths = [utterance.path for utterance in chosen]
+    prefix = frozen.Prefix(model, paths, device, "fp32")  # ends before the first LoRA
     merge(model)
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
-    run.prepare(model, device, "fp32")
+    hardware.prepare(model, device, "fp32")
     similarity, frames = similarities(pretrained.to(device), model.backbone, prefix, len(chosen))
     for row, value in zip(layers, similarity[1:], strict=True):
         row["similarity"] = value

@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import hardware
 import run
 from config import load_config
 from model import EmotionModel
@@ -137,7 +138,7 @@ def predict(model: EmotionModel, stream: Iterator[Window], batch: int = 8, preci
     device = next(model.parameters()).device
     for group in takewhile(len, data.prefetch(lambda _: list(islice(stream, batch)), repeat(None))):
         waveforms = [window.waveform[window.start : window.stop].to(device) for window in group]
-        with torch.autocast(device.type, run.DTYPES[precision], enabled=precision != "fp32"):
+        with torch.autocast(device.type, hardware.DTYPES[precision], enabled=precision != "fp32"):
             predictions = model.infer(waveforms)
         yield group, data.unscale_labels(predictions.cpu(), model.label_range).tolist()
 
@@ -215,7 +216,7 @@ def parse_arguments() -> argparse.Namespace:
         ("hop", hop is None or 0 < hop <= window, f"above 0 and at most the window, {window:g} seconds"),
         ("batch", arguments.batch >= 1, "at least 1"),
         ("format", arguments.format in FORMATS, " or ".join(FORMATS)),
-        ("precision", arguments.precision in run.DTYPES, ", ".join(run.DTYPES)),
+        ("precision", arguments.precision in hardware.DTYPES, ", ".join(hardware.DTYPES)),
     ):
         if not fulfilled:
             raise ValueError(f"--{name}: expected {expected}, found {getattr(arguments, name)}")
@@ -236,9 +237,9 @@ def demo_note(model: str) -> str:
 def main() -> None:
     arguments = parse_arguments()
     files, failed, out = find_audio(arguments.audio), [], arguments.out
-    device = run.pick_device(arguments.device)
+    device = hardware.pick_device(arguments.device)
     model = run.load_run(arguments.model)
-    run.prepare(model, device, arguments.precision)
+    hardware.prepare(model, device, arguments.precision)
     if note := demo_note(arguments.model):
         print(note, file=sys.stderr)
     stream = windows(files, arguments.window, arguments.hop, failed)

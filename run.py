@@ -1,26 +1,16 @@
 """One place that turns a configuration into a model, and a run's directory into a model again."""
 
-import ctypes
-import gc
 import os
-import platform
-import random
-import signal
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import yaml
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 import check
 import data
@@ -28,100 +18,18 @@ import parallel
 import weights
 from adapter import FILES as ADAPTER_FILES
 from adapter import merge_adapter
-from cache import ActivationCache, check_space
+from cache import check_space
 from config import Config, load_config, make_config, split_words
-from freeze import cast_frozen, drop_prefix, freeze, layer_numbers, load_trained, prefix_depth
+from freeze import freeze, layer_numbers, load_trained
+from frozen import Prefix, deepest, fill
+from hardware import pick_device, pick_precision, prepare
 from logmel import LogMel
 from lora import inject, merge
 from model import EmotionModel, Wav2Vec2Config
-from tier import Tier, pick_tier
 
-Item = TypeVar("Item")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, and what a cluster sends
-STOP_SIGNALS += [signal.SIGBREAK] if sys.platform == "win32" else []  # Windows lets no other process send those two
 LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
-
-
-class Stopped(KeyboardInterrupt):
-    """The run is to end here, between two batches."""
-
-
-@contextmanager
-def stop_between_batches(stop: threading.Event, save: Callable[[], object]) -> Iterator[None]:
-    """Within, a signal of STOP_SIGNALS sets `stop`, at which a `Prefix` raises `Stopped`; then `save` is called.
-
-    A second signal does not wait, unless it comes within a second: torchrun repeats a Ctrl-C to its processes. Where
-    signals cannot be caught, outside the main thread, they are left as they are.
-    """
-    first = 0.0
-
-    def note_signal(*_: object) -> None:
-        nonlocal first
-        if stop.is_set() and time.monotonic() - first > 1:
-            raise KeyboardInterrupt
-        first = first or time.monotonic()
-        stop.set()
-
-    caught = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, note_signal) for number in caught}
-    try:
-        yield
-    except Stopped:
-        save()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def out_of_memory() -> Iterator[list[str]]:
-    """End the work within where a GPU has no memory left, free what it held, and leave the reason in the list."""
-    reasons: list[str] = []
-    try:
-        yield reasons
-    except RuntimeError as error:
-        if "out of memory" not in str(error):  # CUDA's error has a type of its own, that of MPS has not
-            raise
-        reasons.append(first_line(error))
-        traceback.clear_frames(error.__traceback__)  # which hold the tensors
-    if reasons:
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; for "auto" CUDA, then MPS, then the CPU. Raises ValueError if it is not there.
-
-    Of several processes each takes the GPU with its own number.
-    """
-    alone = parallel.size() == 1
-    found = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in found.items() if there)
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and not alone:
-        device = torch.device("cuda", parallel.local_rank())
-    if not found.get(device.type) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        there = ", ".join(kind for kind, is_there in found.items() if is_there)
-        raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; this machine has {there}")
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto": bf16 on a GPU that computes in it, fp16 on one that does not, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "fp32"
 
 
 def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, float]]:
@@ -218,126 +126,6 @@ def assemble(config: Config, backbone: nn.Module, label_range: tuple[float, floa
     return model.eval()
 
 
-class Prefix:
-    """The frozen prefix's output for numbered utterances: computed, or read from a cache that it fills as it goes."""
-
-    def __init__(
-        self,
-        model: EmotionModel,
-        paths: Sequence[str],
-        device: torch.device,
-        precision: str,
-        at_once: int | None = None,
-    ):
-        """`at_once` bounds how many utterances the prefix computes together."""
-        self.model, self.paths, self.device, self.at_once = model, paths, device, at_once
-        self.depth, self.dtype = prefix_depth(model), DTYPES[precision]
-        self.precision = precision
-        self.cache: ActivationCache | None = None
-        self.tier: Tier | None = None
-        self.complete = False
-        self.space = 0  # bytes that the cache still needs
-        self.build_seconds = 0.0
-        self.stop = threading.Event()
-
-    def open_cache(
-        self, root: str, dtype: str, identity: dict, seconds: float = 0.0, tier: str = "auto"
-    ) -> ActivationCache:
-        """From here on keep what is computed below `root`, and read what is there; `seconds` of audio must fit."""
-        if tier == "gpu" and self.device.type == "cpu":
-            raise ValueError("cache_tier: found gpu, but the device is the CPU; expected auto, disk or ram")
-        config = self.model.backbone.config
-        width = config.conv_channels[-1] if self.depth < 0 else config.width
-        kind = {"backbone": identity["sha256"], "depth": self.depth, "precision": self.precision}
-        kind["normalize_waveform"] = config.normalize_waveform
-        pooled = self.depth > config.layers
-        kind |= {"pooling": self.model.pooling} if pooled else {}
-        self.cache = ActivationCache(root, kind, self.paths, width, getattr(torch, dtype))
-        rows = len(self.model.sources(self.depth)) * (2 if self.model.pooling == "mean_std" else 1)
-        self.space = self.cache.space(seconds, rows if pooled else None)
-        check_space({self.cache.directory: self.space})
-        self.tier, self.tier_when_complete = Tier(self.cache, self.device), tier
-        return self.cache
-
-    def drop_if_cached(self) -> None:
-        """If the cache holds all that the prefix could compute, give up its weights, and read from the tier wanted."""
-        if self.cache is not None and parallel.size() > 1:
-            parallel.wait()  # until the others have written theirs
-        if self.cache is not None and not self.complete and self.cache.has(range(len(self.paths))):
-            drop_prefix(self.model, self.depth)
-            self.tier = Tier(self.cache, self.device, pick_tier(self.tier_when_complete, self.cache, self.device))
-            self.complete = True
-
-    def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor, list[int]]]:
-        """Each batch's numbers, and of this process's share packed activations on the device in fp32 and lengths.
-
-        Reads one batch ahead. Raises `Stopped` instead of the next batch once `stop` is set, in any process.
-        """
-        shares = [parallel.share(batch) for batch in batches]
-        for batch, numbers, loaded in zip(batches, shares, data.prefetch(self.load, shares), strict=True):
-            if parallel.any_of(self.stop.is_set()):
-                raise Stopped
-            x, lengths = loaded if isinstance(loaded, tuple) else self.encode(numbers, loaded)
-            yield batch, x.to(self.device, non_blocking=True).float(), lengths
-
-    def load(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]] | list[Tensor]:
-        """A batch from the cache, or its waveforms: all of them even if one is missing, so that results repeat."""
-        if self.cache is not None and self.cache.has(numbers):
-            return self.tier.read(numbers)
-        return [data.read_audio(self.paths[number]) for number in numbers]
-
-    def encode(self, numbers: Sequence[int], waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        start, packed, lengths = time.perf_counter(), [], []
-        for part in in_order(waveforms, self.at_once or len(waveforms)):
-            with self.autocast():
-                x, frames = self.model.encode(self.send(part), self.depth)
-            packed.append(x)
-            lengths += frames
-        x = torch.cat(packed) if len(packed) > 1 else packed[0]
-        if self.cache is not None:
-            x = self.cache.write(numbers, x, lengths)
-            self.build_seconds += time.perf_counter() - start
-        return x, lengths
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def send(self, waveforms: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Waveforms on the device, in one copy."""
-        return torch.cat(list(waveforms)).to(self.device).split([len(waveform) for waveform in waveforms])
-
-
-def in_order(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """Groups of `size` in the given order; the last has the remainder."""
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def prepare(
-    model: EmotionModel, device: torch.device, precision: str, tf32: bool = False, compiled: bool = False
-) -> None:
-    """Move what is in memory to its device, frozen matrices in the type that they are used in."""
-    if device.type == "cpu":
-        keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
-    if precision != "fp32":
-        cast_frozen(model, DTYPES[precision])
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
-    for layer in model.backbone.layers if compiled else ():
-        layer.finish = torch.compile(layer.finish, dynamic=True)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what PyTorch frees: a large tensor in fresh pages takes several times as long to write."""
-    with suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
-
-
 def build_caches(words: Sequence[str]) -> dict[str, dict]:
     """Compute what the caches of configs lack; those alike in corpus and backbone share one pass over the audio.
 
@@ -375,71 +163,6 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
         prepare(deepest(group.values()).model, device, precision, tf32)
         built |= dict(zip(group, fill(list(group.values())), strict=True))
     return {path: built[directory] for path, directory in directories.items()}
-
-
-def deepest(prefixes: Iterable[Prefix]) -> Prefix:
-    return max(prefixes, key=lambda prefix: prefix.depth)
-
-
-def fill(prefixes: Sequence[Prefix]) -> list[dict]:
-    """Complete the caches of prefixes that share backbone and audio: no hidden state is computed twice for a batch.
-
-    Several commands may do so at once, each in an order of its own and without what another has done by then. The
-    processes of one command share the work.
-    """
-    last = deepest(prefixes)
-    size = min(prefix.at_once for prefix in prefixes)
-    missing = [
-        batch
-        for batch in parallel.share(in_order(range(len(last.paths)), size))
-        if not all(prefix.cache.has(batch) for prefix in prefixes)
-    ]
-    random.shuffle(missing)
-    seconds: dict[Prefix, float] = {}
-    start = time.perf_counter()
-
-    def load(batch: Sequence[int]) -> list[Tensor]:
-        there = all(prefix.cache.has(batch) for prefix in prefixes)
-        return [] if there else [data.read_audio(last.paths[number]) for number in batch]
-
-    audio = data.prefetch(load, missing)
-    bar = tqdm(missing, desc="cache", unit="batch", disable=parallel.rank() > 0 or None)
-    for numbers, waveforms in zip(bar, audio, strict=True):
-        sources = {p: p.model.sources(p.depth) for p in prefixes if waveforms and not p.cache.has(numbers)}
-        if not sources:
-            continue
-        depths = sorted(set().union(*sources.values()))
-        parts: dict[Prefix, list[Tensor]] = {prefix: [] for prefix in sources}
-        own = dict.fromkeys(sources, 0.0)  # of each prefix, beside what all share
-        with last.autocast():
-            states = last.model.states(last.send(waveforms), depths)
-            for depth, (x, lengths) in zip(depths, states, strict=True):
-                synchronize(last.device)
-                common = time.perf_counter() - start - sum(own.values())
-                for prefix in (p for p in sources if depth in sources[p]):
-                    begin = time.perf_counter()
-                    parts[prefix].append(prefix.model.part(x, lengths, prefix.depth))
-                    if depth == sources[prefix][-1]:
-                        prefix.cache.write(numbers, *prefix.model.join(parts.pop(prefix), lengths))
-                        seconds[prefix] = seconds.get(prefix, 0.0) + common
-                    own[prefix] += time.perf_counter() - begin
-        for prefix in own:
-            seconds[prefix] += own[prefix]
-        start = time.perf_counter()
-    parallel.wait()
-    for prefix in prefixes:
-        prefix.cache.close()
-        prefix.cache.load_index()  # with what other processes have written
-    return [
-        {"directory": str(p.cache.directory), "seconds": seconds.get(p), "bytes": p.cache.stored_bytes()}
-        for p in prefixes
-    ]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> EmotionModel:
@@ -561,26 +284,3 @@ def write_yaml(path: Path, value: dict) -> None:
 def plain(config: Config) -> dict:
     """A configuration as values that JSON, YAML and a checkpoint can all hold."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None
-    return f"{name or platform.machine()} ({device.type}, {torch.get_num_threads()} threads)"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where one is used, else the most that this process has held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # ru_maxrss would count the parent process from before our program began
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

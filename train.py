@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
+import frozen
+import hardware
 import parallel
 import run
 from config import Config, load_config
@@ -119,11 +121,11 @@ def seed_step(seed: int, number: int, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: EmotionModel, prefix: run.Prefix, numbers: Sequence[int], batch_size: int) -> Tensor:
+def evaluate(model: EmotionModel, prefix: frozen.Prefix, numbers: Sequence[int], batch_size: int) -> Tensor:
     """Predictions `(len(numbers), K)` on the CPU, labels scaled to 0..1."""
     model.eval()
     predictions = []
-    for batch, x, lengths in prefix(run.in_order(numbers, batch_size)):
+    for batch, x, lengths in prefix(frozen.in_order(numbers, batch_size)):
         with torch.autocast(x.device.type, prefix.dtype, enabled=prefix.dtype != torch.float32):
             predictions.append(parallel.gather(model(x, lengths, prefix.depth).float(), len(batch)))
     return torch.cat(predictions).cpu()
@@ -152,8 +154,8 @@ def open_directory(config: Config) -> Path:
 def train(config: Config) -> dict:
     """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
     began = time.perf_counter()
-    device = run.pick_device(config.device)
-    precision = run.pick_precision(config.precision, device)
+    device = hardware.pick_device(config.device)
+    precision = hardware.pick_precision(config.precision, device)
     directory = open_directory(config)
     if parallel.any_of((directory / "result.json").is_file()):
         return read_json(directory / "result.json")
@@ -171,14 +173,14 @@ def train(config: Config) -> dict:
     # Model, and its frozen prefix: computed, or read from the cache and then not even in memory
     with parallel.first_alone():  # it downloads
         model, backbone = run.build_model(config, label_range)
-    prefix = run.Prefix(model, paths, device, precision, config.micro_batch_size)
-    print(f"{table(model)}\n{run.device_name(device)}, {precision}")
+    prefix = frozen.Prefix(model, paths, device, precision, config.micro_batch_size)
+    print(f"{table(model)}\n{hardware.device_name(device)}, {precision}")
     if config.cache:
         prefix.open_cache(config.cache_dir, config.cache_dtype, backbone, sum(seconds), config.cache_tier)
         prefix.cache.note_user(directory, backbone["source"])
     prefix.drop_if_cached()
     run.require_finite(model, backbone)
-    run.prepare(model, device, precision, config.tf32, config.compile)
+    hardware.prepare(model, device, precision, config.tf32, config.compile)
     run_on = {"backbone": backbone, "corpus": corpus, "precision": precision}  # the same from beginning to end
     optimizer = make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -195,7 +197,7 @@ def train(config: Config) -> dict:
     def save() -> None:
         check_losses(epoch, state["losses"], batches, paths)
         state["seconds"], state["cache_build"] = time.perf_counter() - began, prefix.build_seconds
-        state["peak"] = max(state["peak"], run.peak_memory(device))  # of every process that worked on this run
+        state["peak"] = max(state["peak"], hardware.peak_memory(device))  # of every process that worked on this run
         last = run_on | {"trained": trained_state(model), "optimizer": optimizer.state_dict()}
         run.save(directory / "last.pt", last | {"scaler": scaler.state_dict(), "state": state})
         parallel.wait()  # until it is there: torchrun stops all where one ends
@@ -205,7 +207,7 @@ def train(config: Config) -> dict:
     options = prefix.dtype, config.clip, config.micro_batch_size
     before = steps * state["epoch"] + len(state["losses"])
     bar = tqdm(total=steps * config.epochs, initial=before, unit="step", disable=parallel.rank() > 0 or None)
-    with run.stop_between_batches(prefix.stop, save), run.out_of_memory() as short_of_memory:
+    with frozen.stop_between_batches(prefix.stop, save), hardware.out_of_memory() as short_of_memory:
         while state["epoch"] < config.epochs and state["epoch"] - state["best_epoch"] < config.patience:
             epoch, losses, start = state["epoch"] + 1, state["losses"], time.perf_counter() - state["train_seconds"]
             bar.set_description(f"epoch {epoch}")
@@ -261,9 +263,9 @@ def train(config: Config) -> dict:
     predictions = data.unscale_labels(evaluate(model, prefix, split["test"], together), label_range).numpy()
     tested = [utterances[i] for i in split["test"]]
     write_predictions(directory / "predictions_test.csv", config.targets, tested, predictions)
-    state["peak"] = max(state["peak"], run.peak_memory(device))  # before the statistics, no part of the method
+    state["peak"] = max(state["peak"], hardware.peak_memory(device))  # before the statistics, no part of the method
     result = summarise(config, state, tested, predictions, time.perf_counter() - began)
-    result |= {"device": run.device_name(device), **run_on}
+    result |= {"device": hardware.device_name(device), **run_on}
     result["cache_bytes"] = prefix.cache.stored_bytes() if prefix.cache else 0
     if prefix.cache:
         prefix.cache.close()
@@ -315,7 +317,7 @@ def check_losses(epoch: int, losses: list[Tensor], batches: Sequence[Sequence[in
 
 def advise_on_memory(
     model: EmotionModel,
-    prefix: run.Prefix,
+    prefix: frozen.Prefix,
     seconds: Sequence[float],
     labels: Tensor,
     optimizer: torch.optim.Optimizer,
@@ -334,7 +336,7 @@ def advise_on_memory(
     while size > 1:
         size //= 2
         prefix.at_once = size
-        with run.out_of_memory() as short:
+        with hardware.out_of_memory() as short:
             for _, x, lengths in prefix([longest]):
                 target = labels[longest].to(x.device)
                 step(model, x, lengths, target, prefix.depth, optimizer, scaler, dtype, clip, size)
@@ -430,7 +432,7 @@ def main() -> None:
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
     arguments = parser.parse_args()
-    for number in run.STOP_SIGNALS:
+    for number in frozen.STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     config = load_config(arguments.config, arguments.overrides)
     try:
@@ -438,7 +440,7 @@ def main() -> None:
         with redirect_stdout(None if parallel.rank() else sys.stdout):
             print(report(train(config), Path(config.output_dir) / config.name))
         parallel.finish()
-    except run.Stopped:
+    except frozen.Stopped:
         sys.exit("\nstopped and saved after the last step; the same command continues there")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command continues from what was last saved")

@@ -35,9 +35,11 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "tier": ({"cache"}, {}),
     "card": ({"adapter"}, {}),
     "parallel": (set(), {}),
+    "hardware": ({"freeze", "model", "parallel"}, {}),
+    "frozen": ({"cache", "data", "freeze", "hardware", "model", "parallel", "tier"}, {}),
     "run": (
-        {"adapter", "cache", "check", "config", "data", "freeze", "logmel", "lora", "model", "parallel"}
-        | {"tier", "weights"},
+        {"adapter", "cache", "check", "config", "data", "freeze", "frozen", "hardware", "logmel", "lora"}
+        | {"model", "parallel", "weights"},
         {},
     ),
 }

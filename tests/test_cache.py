@@ -23,6 +23,7 @@ import cache as cache_module
 import caches
 import data
 import freeze
+import frozen
 import lora
 import run
 import train
@@ -840,7 +841,7 @@ def corpus(tmp_path_factory) -> list[str]:
 
 def fit(
     paths: list[str], method: tuple, root: Path | None, dtype: str, tier: str = "auto"
-) -> tuple[list[float], dict, run.Prefix]:
+) -> tuple[list[float], dict, frozen.Prefix]:
     """Losses of three epochs, and the inputs of the part that trains, by epoch and utterance."""
     layers, rank, depth = method
     torch.manual_seed(0)
@@ -851,7 +852,7 @@ def fit(
     labels = torch.rand(len(paths), 2, generator=torch.Generator().manual_seed(1))
     optimizer = train.make_optimizer(model, 1e-3, 1e-2, 0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    prefix = run.Prefix(model, paths, torch.device("cpu"), "fp32")
+    prefix = frozen.Prefix(model, paths, torch.device("cpu"), "fp32")
     assert prefix.depth == depth
     if root is not None:
         prefix.open_cache(str(root), dtype, {"sha256": "tiny"}, tier=tier)
@@ -896,7 +897,7 @@ def test_training_on_the_cache_has_the_losses_of_training_without(tmp_path, corp
 @pytest.mark.parametrize("method", [LAST_LAYER, HEADS_ONLY], ids=["last", "heads"])
 def test_training_is_the_same_from_every_tier(tmp_path, corpus, monkeypatch, method, tier):
     """On a cache that is partly there, which the first epoch completes; with a file that the corpus names twice."""
-    monkeypatch.setattr(run, "pick_tier", lambda name, cache, device: tier)  # "gpu" is refused on a CPU
+    monkeypatch.setattr(frozen, "pick_tier", lambda name, cache, device: tier)  # "gpu" is refused on a CPU
     corpus = [*corpus, corpus[0]]
     expected, expected_inputs, _ = fit(corpus, method, tmp_path / "whole", "float16", "disk")
     fit(corpus[3:7], method, tmp_path / "part", "float16", "disk")
@@ -958,7 +959,7 @@ def activations(path: Path) -> tuple[Path, torch.Tensor, list[int]]:
     config = load_config(path)
     utterances, label_range = run.load_utterances(config)
     model, identity = run.build_model(config, label_range)
-    prefix = run.Prefix(model, [utterance.path for utterance in utterances], torch.device("cpu"), "fp32")
+    prefix = frozen.Prefix(model, [utterance.path for utterance in utterances], torch.device("cpu"), "fp32")
     cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity)
     numbers = range(len(utterances))
     assert cache.has(numbers)
@@ -995,7 +996,7 @@ def test_a_build_tells_what_each_cache_would_have_cost(several, monkeypatch):
     """A deeper prefix costs more than a shallower one; what is complete costs nothing, which is told apart from 0."""
     clock = [0.0]
     real_layer = Layer.forward
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(frozen.time, "perf_counter", lambda: clock[0])
 
     def layer(self: torch.nn.Module, *inputs) -> torch.Tensor:
         clock[0] += 1.0  # the only thing that takes time

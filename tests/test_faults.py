@@ -8,6 +8,8 @@ from conftest import tiny_settings
 from test_train import STEPS, command_line, directory_of, read_log, write_config
 
 import data
+import frozen
+import hardware
 import run
 import train
 from config import Config
@@ -88,7 +90,7 @@ def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monke
         train.check_losses(7, losses, [[0], [1, 2]], ["a", "b", "c"])
     train.check_losses(7, losses[:1], [[0], [1, 2]], ["a", "b", "c"])
     train.check_losses(7, [], [], [])
-    prefixes, real_prefix, real_step = [], run.Prefix, train.step
+    prefixes, real_prefix, real_step = [], frozen.Prefix, train.step
     checks, real_check = [], train.check_losses
 
     def prefix(*arguments):
@@ -104,7 +106,7 @@ def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monke
         prefixes[-1].stop.set()
         return real_step(*arguments)[0] * math.nan, None
 
-    monkeypatch.setattr(run, "Prefix", prefix)
+    monkeypatch.setattr(frozen, "Prefix", prefix)
     monkeypatch.setattr(train, "step", step)
     monkeypatch.setattr(train, "check_losses", check)
     with pytest.raises(ValueError, match="epoch 1, step 1: loss or gradient"):
@@ -231,6 +233,6 @@ def test_out_of_memory_in_mid_run_loses_no_epoch(settings, tmp_path, monkeypatch
 
 def test_any_other_error_is_not_taken_for_one_of_memory():
     """Nor is it hidden."""
-    with pytest.raises(RuntimeError, match="shapes"), run.out_of_memory() as short:
+    with pytest.raises(RuntimeError, match="shapes"), hardware.out_of_memory() as short:
         raise RuntimeError("shapes do not match")
     assert short == []

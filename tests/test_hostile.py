@@ -30,6 +30,7 @@ import caches
 import check
 import corpora
 import data
+import hardware
 import predict
 import results
 import run
@@ -118,7 +119,7 @@ def fuzz(reader: Reader, count: int, seed: int, folder: Path) -> None:
     """Read `count` mutated files. Only a result, ValueError or OSError may come of it, soon, and in little memory."""
     files, read = reader
     contents = {file: file.read_bytes() for file in files}
-    peak, errors, slowest = run.peak_memory(torch.device("cpu")), 0, 0.0
+    peak, errors, slowest = hardware.peak_memory(torch.device("cpu")), 0, 0.0
     for number in range(count):
         random = np.random.default_rng([seed, number])
         file = files[random.integers(len(files))]
@@ -141,7 +142,7 @@ def fuzz(reader: Reader, count: int, seed: int, folder: Path) -> None:
         slowest = max(slowest, seconds := time.perf_counter() - start)
         assert seconds < HANG, f"{where}: took {seconds:.0f} s"
         file.write_bytes(contents[file])
-    grown = run.peak_memory(torch.device("cpu")) - peak
+    grown = hardware.peak_memory(torch.device("cpu")) - peak
     print(f"{count} inputs: {errors} errors, {count - errors} results, slowest {slowest:.2f} s, +{grown / 1e6:.0f} MB")
     assert grown < MEMORY
     assert not (Path("executed").exists() or (folder / "executed").exists())

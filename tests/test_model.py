@@ -17,6 +17,7 @@ from conftest import TINY, perturb, speech_like, tiny_settings
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import hardware
 import lora
 import model
 import run
@@ -700,7 +701,7 @@ def test_compiled_layers_are_the_same_and_compiled_once_for_all_lengths(backbone
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     emotion = emotion_model(copy.deepcopy(backbone))
-    run.prepare(emotion, torch.device("cpu"), "fp32", compiled=True)
+    hardware.prepare(emotion, torch.device("cpu"), "fp32", compiled=True)
     graphs = []
     for lengths in ([5, 7], [12, 30, 8], [3], [50, 2, 7, 9]):
         x = packed(backbone.config, lengths).requires_grad_()

@@ -17,6 +17,7 @@ from conftest import tiny_settings
 from test_train import WALL_TIME, read_csv, read_log
 from torch import Tensor, nn
 
+import frozen
 import parallel
 import run
 import train
@@ -245,17 +246,17 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
 
 def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
     """torchrun stops all where one ends, so all wait for each `last.pt`: at a stop it would be cut off otherwise."""
-    events, prefixes, prefix, save, wait, step = [], [], run.Prefix, run.save, parallel.wait, train.step
+    events, prefixes, prefix, save, wait, step = [], [], frozen.Prefix, run.save, parallel.wait, train.step
 
     def stop_at_once(*given):
         prefixes[-1].stop.set()
         return step(*given)
 
-    monkeypatch.setattr(run, "Prefix", lambda *given: prefixes.append(prefix(*given)) or prefixes[-1])
+    monkeypatch.setattr(frozen, "Prefix", lambda *given: prefixes.append(prefix(*given)) or prefixes[-1])
     monkeypatch.setattr(run, "save", lambda path, value: (save(path, value), events.append(path.name)))
     monkeypatch.setattr(parallel, "wait", lambda: (wait(), events.append("wait")))
     monkeypatch.setattr(train, "step", stop_at_once)
-    with pytest.raises(run.Stopped):
+    with pytest.raises(frozen.Stopped):
         train.train(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
     assert events[-2:] == ["last.pt", "wait"]
 
@@ -301,8 +302,8 @@ def test_a_stop_of_any_process_stops_this_one(tmp_path, tiny_checkpoint, tiny_ma
     monkeypatch.setattr(parallel, "any_of", lambda flag: not flag)
     model, _ = run.build_model(config, (1, 7))
     paths = [utterance.path for utterance in run.load_utterances(config)[0]]
-    with pytest.raises(run.Stopped):
-        next(run.Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
+    with pytest.raises(frozen.Stopped):
+        next(frozen.Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
 
 
 def test_processes_that_would_train_something_else_are_refused(monkeypatch):

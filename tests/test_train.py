@@ -29,6 +29,8 @@ from tqdm import tqdm
 import corpora
 import data
 import freeze
+import frozen
+import hardware
 import metrics
 import run
 import train
@@ -346,7 +348,7 @@ STOPPED = {  # moments: a function of train.py that a run calls between its sign
 }
 
 
-@pytest.mark.parametrize("name", [number.name for number in run.STOP_SIGNALS])
+@pytest.mark.parametrize("name", [number.name for number in frozen.STOP_SIGNALS])
 @pytest.mark.parametrize("moment", STOPPED.values(), ids=STOPPED)
 def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp_path, monkeypatch, name, moment):
     """Ctrl-C and SIGTERM: no step is lost or repeated, and the whole is bit by bit the run that was not stopped."""
@@ -365,12 +367,12 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp
             signal.raise_signal(signal.Signals[name])
         return (step if moment[0] == "step" else real)(*arguments)
 
-    before = [signal.getsignal(number) for number in run.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in frozen.STOP_SIGNALS]
     monkeypatch.setattr(train, "step", step)
     monkeypatch.setattr(train, moment[0], signalled)
-    with pytest.raises(run.Stopped):
+    with pytest.raises(frozen.Stopped):
         train.train(parts)
-    assert [signal.getsignal(number) for number in run.STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in frozen.STOP_SIGNALS] == before
     taken = len(steps)
     state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
     assert STEPS * state["epoch"] + len(state["losses"]) == taken < 4 * STEPS
@@ -397,7 +399,7 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         patch.setattr(train, "step", step)
         train.train(parts)
-    assert not isinstance(caught.value, run.Stopped)
+    assert not isinstance(caught.value, frozen.Stopped)
     state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
     assert (state["epoch"], state["losses"]) == (1, [])
     train.train(parts)
@@ -407,17 +409,17 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
 def test_a_signal_that_is_repeated_at_once_is_one():
     """torchrun repeats a Ctrl-C to its processes: they save all the same."""
     stop, saved = threading.Event(), []
-    with pytest.raises(run.Stopped), run.stop_between_batches(stop, lambda: saved.append(stop.is_set())):
+    with pytest.raises(frozen.Stopped), frozen.stop_between_batches(stop, lambda: saved.append(stop.is_set())):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        raise run.Stopped
+        raise frozen.Stopped
     assert saved == [True]
 
 
 def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatch, capsys):
     """SIGTERM before the first step and in one: a status that is not 0, no traceback; then the command continues."""
     path = write_config(tmp_path, **run.plain(settings()))
-    before = {number: signal.getsignal(number) for number in run.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in frozen.STOP_SIGNALS}
     ends = []
     for function in ("describe", "schedule"):  # called before the loop, and in it
         real = getattr(train, function)
@@ -489,12 +491,12 @@ def test_a_run_does_not_continue_on_another_corpus(settings, tmp_path, tiny_mani
 
 def test_a_run_does_not_continue_in_another_precision(settings, monkeypatch):
     """`precision: auto` is bf16 on one GPU and fp16 on another."""
-    config, real = settings(epochs=2), run.pick_precision
+    config, real = settings(epochs=2), hardware.pick_precision
     stop(monkeypatch, STEPS + 1, config)
-    monkeypatch.setattr(run, "pick_precision", lambda *_: "bf16")
+    monkeypatch.setattr(hardware, "pick_precision", lambda *_: "bf16")
     with pytest.raises(ValueError, match=r"last\.pt: was trained in fp32, but this device takes bf16; go on with"):
         train.train(config)
-    monkeypatch.setattr(run, "pick_precision", real)
+    monkeypatch.setattr(hardware, "pick_precision", real)
     assert train.train(config)["epochs"] == 2
 
 
@@ -1051,7 +1053,7 @@ def test_seeds_differ_in_batches_and_initialisation_and_not_in_data(settings, mo
 def test_the_result_tells_the_corpus_the_cache_and_the_memory_of_every_process(settings, monkeypatch):
     """What a comparison shows beside the scores; a resumed run remembers the peak of the process before."""
     peaks = iter([3_000_000, 1_000_000, 2_000_000])
-    monkeypatch.setattr(run, "peak_memory", lambda device: next(peaks))
+    monkeypatch.setattr(hardware, "peak_memory", lambda device: next(peaks))
     result = train.train(settings(cache=True, epochs=2))
     corpus = result["corpus"]
     assert (corpus["name"], corpus["train"]["utterances"], corpus["dev"]["speakers"]) == ("manifest", 12, 2)
