@@ -190,7 +190,7 @@ def train(config: Config) -> dict:
     state |= {"losses": [], "done": 0.0, "train_seconds": 0.0}  # of the epoch under way; a loss for each step so far
     state["total_parameters"], state["trainable_parameters"] = count(model)
     if (directory / "last.pt").is_file():
-        state |= resume(directory / "last.pt", run_on, model, optimizer, scaler, device)
+        state = resume(directory / "last.pt", run_on, state, model, optimizer, scaler, device)
     parallel.require_same(**run_on, epoch=state["epoch"], step=len(state["losses"]))
     began, prefix.build_seconds = began - state["seconds"], state["cache_build"]
 
@@ -276,12 +276,13 @@ def train(config: Config) -> dict:
 def resume(
     path: Path,
     run_on: dict,
+    state: dict,
     model: EmotionModel,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     device: torch.device,
 ) -> dict:
-    """Put model, optimizer and scaler where a run was stopped; returns the rest of its state.
+    """Put model, optimizer and scaler where a run was stopped; returns what `state`, that of a new run, was there.
 
     Raises ValueError, also where backbone, corpus or precision of `run_on` are others than they were.
     """
@@ -296,6 +297,8 @@ def resume(
         load_trained(model, last["trained"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
+        if [*map(type, state.values())] != [type(last["state"][key]) for key in state]:
+            raise TypeError("its state is none of a run")
         state = last["state"] | {"losses": [loss.to(device) for loss in last["state"]["losses"]]}
         print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
     except Exception as error:  # of a file of something else, nearly any of them

@@ -609,13 +609,16 @@ def finished(tmp_path_factory, tiny_checkpoint, tiny_manifest) -> tuple[Config, 
 
 @pytest.mark.parametrize(
     "change",
-    [{"optimizer": {}}, {"optimizer": None},
-     {"state": {}}, {"state": {"losses": [1]}}, {"trained": {}}, {"trained": {"a": 5}}, {"backbone": {"sha256": 1}}],
+    [{"optimizer": {}}, {"optimizer": None}, {"state": {}}, {"state": {"losses": [1]}}, {"state": {"epoch": "1"}},
+     {"state": {"best": [0.5]}}, {"trained": {}}, {"trained": {"a": 5}}, {"backbone": {"sha256": 1}}],
 )  # fmt: skip
 def test_a_run_does_not_go_on_from_what_is_not_its_state(finished, change):
     config, last = finished
     content = last.read_bytes()
-    torch.save(torch.load(last, weights_only=True) | change, last)
+    whole = torch.load(last, weights_only=True)
+    if change.get("state"):  # one value of it
+        change = {"state": whole["state"] | change["state"]}
+    torch.save(whole | change, last)
     with pytest.raises(ValueError, match=r"last\.pt: (does not fit this run|is no checkpoint of train\.py)"):
         train.train(config)
     last.write_bytes(content)
