@@ -445,7 +445,9 @@ def main() -> None:
         parallel.finish()
     except frozen.Stopped:
         sys.exit("\nstopped and saved after the last step; the same command continues there")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not isinstance(error.__cause__ or error, KeyboardInterrupt):  # Python wraps one that meets a class half made
+            raise
         sys.exit("\nstopped; the same command continues from what was last saved")
 
 

@@ -335,8 +335,14 @@ def test_a_run_killed_while_it_saves_continues_as_if_it_had_not_been(settings, t
 def test_an_interrupt_ends_with_what_to_do_and_no_traceback(settings, tmp_path, monkeypatch):
     """Ctrl-C is not an error of the program."""
     path = write_config(tmp_path, **run.plain(settings()))
-    monkeypatch.setattr(data, "check_audio", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert command_line(monkeypatch, path) == "\nstopped; the same command continues from what was last saved"
+    wrapped = RuntimeError("Error calling __set_name__ on a class that was being imported")
+    wrapped.__cause__ = KeyboardInterrupt()  # as Python until 3.11 does
+    for interrupt in (KeyboardInterrupt(), wrapped):
+        monkeypatch.setattr(data, "check_audio", lambda _, error=interrupt: (_ for _ in ()).throw(error))
+        assert command_line(monkeypatch, path) == "\nstopped; the same command continues from what was last saved"
+    monkeypatch.setattr(data, "check_audio", lambda _: (_ for _ in ()).throw(RuntimeError("a fault of the program")))
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        command_line(monkeypatch, path)
 
 
 STOPPED = {  # moments: a function of train.py that a run calls between its signals, and the number of the call
