@@ -46,6 +46,7 @@ import hardware
 import lora
 import run
 import weights
+import writing
 from config import Config, load_config
 from model import FIELD, HOP, EmotionModel, Wav2Vec2, Wav2Vec2Config, linear
 
@@ -479,7 +480,7 @@ def main() -> None:
     result = {"machine": hardware.device_name(device), "versions": versions(), "options": options}
     result |= {"warm_up": WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
     result |= {"audio_seconds": sum(seconds), "padded_seconds": max(seconds) * len(seconds), "groups": measured}
-    run.write_text(out, json.dumps(result, indent=2) + "\n")
+    writing.write_text(out, json.dumps(result, indent=2) + "\n")
     print(f"{tables(result)}\n\n{out}{draw(result, out.with_suffix('.png'))}")
 
 

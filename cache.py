@@ -34,6 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from writing import replace, write_text
+
 SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 FORMAT = 3  # raise it when the same identity would mean other numbers, or the same numbers other files
 SHARD_BYTES = 1 << 31
@@ -72,7 +74,7 @@ class ActivationCache:
         try:
             read_description(self.directory)
         except (FileNotFoundError, ValueError):
-            write_whole(self.directory / "cache.json", to_json(identity))
+            replace(self.directory / "cache.json", lambda file: file.write_bytes(to_json(identity)))
         self.load_index()
 
     def load_index(self) -> None:
@@ -307,18 +309,6 @@ def to_json(identity: dict) -> bytes:
     return json.dumps(identity, indent=2).encode()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that others find whole or not at all. Raises OSError with its name."""
-    beside = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
-        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
 def make_line(entry: tuple, name: str) -> bytes:
     """A line of an index of the cache of this name: a CRC-32 and what it is of."""
     text = json.dumps(entry).encode()
@@ -389,7 +379,7 @@ def main() -> None:
             print(f"{len(damaged)} damaged; {advice}")
         sys.exit(bool(damaged))
     import parallel
-    from run import build_caches, write_text
+    from run import build_caches
 
     parallel.start()
     built = build_caches(arguments.words)

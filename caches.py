@@ -21,8 +21,8 @@ from cache import (
     read_description,
     read_index,
     read_line,
-    write_whole,
 )
+from writing import replace
 
 PARTS = (".bin", ".index", ".user", ".tmp")  # what a cache is made of, beside cache.json
 PARTS += (".csv",)  # the index until format 2
@@ -115,7 +115,8 @@ def verify(directory: str | Path, repair: bool = False) -> list[str]:
                 whole.add(path)
                 kept.append(line)
         if repair and len(kept) < len(lines):
-            write_whole(index, b"".join(kept))
+            content = b"".join(kept)
+            replace(index, lambda file, content=content: file.write_bytes(content))
     return damaged + [path for path in cut if path not in whole]
 
 

@@ -23,6 +23,7 @@ import data
 import frozen
 import hardware
 import run
+import writing
 from config import Config
 from freeze import load_trained
 from lora import merge
@@ -163,7 +164,7 @@ def write_csv(path: Path, rows: Sequence[Row], note: str) -> None:
             writer.writeheader()
             writer.writerows({**row, "note": note} for row in rows)
 
-    run.replace(path, save)
+    writing.replace(path, save)
 
 
 def draw(layers: Sequence[Row], similarity: Sequence[float], note: str, path: Path) -> str:
@@ -226,7 +227,7 @@ def main() -> None:
     )
     rows = [*outside, {"part": "input of layer 0", "similarity": similarity[0]}, *layers]
     text = markdown(rows, [note, heard if frames else "", changed, reading(layers)])
-    run.write_text(out / "layers.md", text)
+    writing.write_text(out / "layers.md", text)
     write_csv(out / "layers.csv", rows, note)
     print(f"{text}\n{out}: layers.md, layers.csv, {draw(layers, similarity, note, out / 'layers')}")
 

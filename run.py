@@ -1,21 +1,19 @@
 """One place that turns a configuration into a model, and a run's directory into a model again."""
 
-import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
 import check
 import data
 import parallel
 import weights
+import writing
 from adapter import FILES as ADAPTER_FILES
 from adapter import merge_adapter
 from cache import check_space
@@ -215,7 +213,7 @@ def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
         weights.require_plain(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: is not a whole checkpoint ({first_line(error)})") from None
+        raise ValueError(f"{path}: is not a whole checkpoint ({writing.first_line(error)})") from None
     if not isinstance(checkpoint, dict) or not {"trained", "backbone"} <= checkpoint.keys():
         raise ValueError(f"{path}: is no checkpoint of train.py")
     trained, backbone = checkpoint["trained"], checkpoint["backbone"]
@@ -244,41 +242,6 @@ def require_backbone(path: Path, checkpoint: dict, identity: dict[str, str]) -> 
             f"{path}: was trained on other weights of {identity['source']} than are found now; "
             "put those back, or train anew under another name"
         )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file beside `path`, then put it in its place: whoever reads `path` finds the old or the new, whole.
-
-    Of several processes only the first does.
-    """
-    if parallel.rank() > 0:
-        return
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer has errors of its own for a full disk
-        advice = "" if isinstance(error, OSError) else "; is the disk full?"  # PyTorch's own words do not tell
-        raise OSError(f"{path}: cannot be written ({first_line(error)}); what was there is unharmed{advice}") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def save(path: Path, value: dict) -> None:
-    replace(path, lambda file: torch.save(value, file))
-
-
-def write_text(path: Path, text: str) -> None:
-    replace(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def write_yaml(path: Path, value: dict) -> None:
-    write_text(path, yaml.safe_dump(value, sort_keys=False))
 
 
 def plain(config: Config) -> dict:

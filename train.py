@@ -34,6 +34,7 @@ import frozen
 import hardware
 import parallel
 import run
+import writing
 from config import Config, load_config
 from freeze import count, load_trained, table, train_mode, trained_state
 from metrics import bootstrap_ci, ccc, ccc_loss
@@ -140,7 +141,7 @@ def open_directory(config: Config) -> Path:
             left.unlink()
         path, here = directory / "config.yaml", run.plain(config)
         if not path.is_file() or not any((directory / name).is_file() for name in RESULTS):
-            run.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
+            writing.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
         there = run.plain(load_config(path))
         changed = [key for key in here if here[key] != there[key] and key not in COST_KEYS]
         if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
@@ -199,7 +200,7 @@ def train(config: Config) -> dict:
         state["seconds"], state["cache_build"] = time.perf_counter() - began, prefix.build_seconds
         state["peak"] = max(state["peak"], hardware.peak_memory(device))  # of every process that worked on this run
         last = run_on | {"trained": trained_state(model), "optimizer": optimizer.state_dict()}
-        run.save(directory / "last.pt", last | {"scaler": scaler.state_dict(), "state": state})
+        writing.save(directory / "last.pt", last | {"scaler": scaler.state_dict(), "state": state})
         parallel.wait()  # until it is there: torchrun stops all where one ends
 
     together = min(config.batch_size, (config.micro_batch_size or config.batch_size) * parallel.size())
@@ -246,8 +247,8 @@ def train(config: Config) -> dict:
             if mean > state["best"]:
                 state |= {"best": mean, "best_epoch": epoch}
                 best = {"trained": trained_state(model), "backbone": backbone, "label_range": list(label_range)}
-                run.save(directory / "best.pt", best | {"config": run.plain(config), "epoch": epoch})
-            run.write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["log"]))
+                writing.save(directory / "best.pt", best | {"config": run.plain(config), "epoch": epoch})
+            writing.write_text(directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["log"]))
             save()
             scores = "  ".join(f"{target} {value:6.3f}" for target, value in zip(config.targets, dev, strict=True))
             bar.write(f"epoch {epoch:3}  loss {train_loss:.3f}  dev CCC  {scores}  {train_seconds:8.1f} s")
@@ -269,7 +270,7 @@ def train(config: Config) -> dict:
     result["cache_bytes"] = prefix.cache.stored_bytes() if prefix.cache else 0
     if prefix.cache:
         prefix.cache.close()
-    run.write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
+    writing.write_text(directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -302,7 +303,8 @@ def resume(
         state = last["state"] | {"losses": [loss.to(device) for loss in last["state"]["losses"]]}
         print(f"resuming after epoch {state['epoch']} and {len(state['losses'])} steps of the next")
     except Exception as error:  # of a file of something else, nearly any of them
-        raise ValueError(f"{path}: does not fit this run ({run.first_line(error)}); delete it to train anew") from None
+        reason = writing.first_line(error)
+        raise ValueError(f"{path}: does not fit this run ({reason}); delete it to train anew") from None
     return state
 
 
@@ -412,7 +414,7 @@ def write_predictions(
                 names = map(data.text_cell, (utterance.path, utterance.speaker))
                 writer.writerow([*names, *(f"{value:.4f}" for value in row), *labels])
 
-    run.replace(path, save)
+    writing.replace(path, save)
 
 
 def report(result: dict, directory: Path) -> str:

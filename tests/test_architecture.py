@@ -30,16 +30,17 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "plots": (set(), {}),
     "weights": ({"model"}, {}),
     "adapter": ({"lora", "model", "weights"}, {}),
-    "cache": ({"model"}, {"run": "main", "caches": "main", "parallel": "main"}),  # its small command line
-    "caches": ({"cache"}, {}),
+    "cache": ({"model", "writing"}, {"run": "main", "caches": "main", "parallel": "main"}),  # its small command line
+    "caches": ({"cache", "writing"}, {}),
     "tier": ({"cache"}, {}),
     "card": ({"adapter"}, {}),
     "parallel": (set(), {}),
+    "writing": ({"parallel"}, {}),
     "hardware": ({"freeze", "model", "parallel"}, {}),
     "frozen": ({"cache", "data", "freeze", "hardware", "model", "parallel", "tier"}, {}),
     "run": (
         {"adapter", "cache", "check", "config", "data", "freeze", "frozen", "hardware", "logmel", "lora"}
-        | {"model", "parallel", "weights"},
+        | {"model", "parallel", "weights", "writing"},
         {},
     ),
 }

@@ -477,7 +477,7 @@ def test_a_complete_cache_may_be_read_where_nothing_may_be_written(tmp_path, mon
     cache = open_cache(tmp_path, paths)
     with pytest.raises(OSError, match=rf"cache {directory}: Permission denied; "):
         write(cache, 0)
-    with pytest.raises(OSError, match=r"cache\.json: cannot be written \(Permission denied\)"):
+    with pytest.raises(OSError, match=r"cache\.json: cannot be written \(\[Errno 13\] Permission denied\)"):
         open_cache(tmp_path, paths, depth=9)
 
 

@@ -23,6 +23,7 @@ import lora
 import run
 import train
 import weights
+import writing
 from config import Config
 from model import EmotionModel, Wav2Vec2Config
 
@@ -59,7 +60,7 @@ def runs(tmp_path_factory, tiny_manifest) -> dict[str, Path]:
         for key, parameter in model.named_parameters():
             if key in best["trained"]:
                 best["trained"][key] = 0.05 * torch.randn(parameter.shape) if key.endswith(".B") else parameter.detach()
-        run.save(directories[name] / "best.pt", best)
+        writing.save(directories[name] / "best.pt", best)
     return directories
 
 

@@ -36,6 +36,7 @@ import results
 import run
 import train
 import weights
+import writing
 from config import Config, load_config
 from manifest import from_cell, text_cell
 from model import Wav2Vec2
@@ -320,7 +321,7 @@ def run_reader(folder: Path) -> Reader:
     checkpoint = {"trained": train.trained_state(model), "backbone": identity, "label_range": [1.0, 7.0]}
     (folder / "runs" / "a").mkdir(parents=True)
     best = folder / "runs" / "a" / "best.pt"
-    run.save(best, checkpoint | {"config": run.plain(config)})
+    writing.save(best, checkpoint | {"config": run.plain(config)})
 
     def read(_: Path) -> None:
         model = run.load_run(folder / "runs" / "a")

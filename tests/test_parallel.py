@@ -21,6 +21,7 @@ import frozen
 import parallel
 import run
 import train
+import writing
 from cache import read_index
 from caches import verify
 from config import Config
@@ -46,7 +47,7 @@ DRIVER = """
 import json, os, socket, sys
 from pathlib import Path
 import torch
-import parallel, run, train
+import parallel, run, train, writing
 from config import Config
 from test_parallel import keep_gradients
 
@@ -64,7 +65,7 @@ def work(rank, size, port):
         config = Config(**keys)
         with keep_gradients() as gradients:
             train.train(config)
-        run.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
+        writing.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
     run.build_caches([to_build, f"cache_dir={to_build} {size}"])
     os._exit(0)
 
@@ -120,7 +121,7 @@ def runs(tmp_path_factory, tiny_checkpoint, tiny_manifest) -> Path:
         config = Config(**{**keys, "name": keys["name"].format(1), "cache_dir": str(folder / "cache 1")})
         with keep_gradients() as gradients:
             train.train(config)
-        run.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
+        writing.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
     torch.set_num_threads(before)
     path = folder / "build.yaml"
     path.write_text(yaml.safe_dump({**jobs[3], "name": "built"}))
@@ -153,7 +154,8 @@ def test_losses_scores_and_predictions_are_those_of_one_process(runs, name, size
             assert other[key] == pytest.approx(row[key], abs=1e-5), key
     for row, other in zip(*(read_csv(path / "predictions_test.csv") for path in (one, several)), strict=True):
         assert row["file"] == other["file"]
-        assert float(other["activation"]) == pytest.approx(float(row["activation"]), abs=6e-5 + 1e-4)  # four decimals
+        for target in ("activation", "valence"):
+            assert float(other[target]) == pytest.approx(float(row[target]), abs=6e-5 + 1e-4)  # four decimals
     result = json.loads((several / "result.json").read_text())
     assert result["processes"] == size
 
@@ -246,14 +248,14 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
 
 def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
     """torchrun stops all where one ends, so all wait for each `last.pt`: at a stop it would be cut off otherwise."""
-    events, prefixes, prefix, save, wait, step = [], [], frozen.Prefix, run.save, parallel.wait, train.step
+    events, prefixes, prefix, save, wait, step = [], [], frozen.Prefix, writing.save, parallel.wait, train.step
 
     def stop_at_once(*given):
         prefixes[-1].stop.set()
         return step(*given)
 
     monkeypatch.setattr(frozen, "Prefix", lambda *given: prefixes.append(prefix(*given)) or prefixes[-1])
-    monkeypatch.setattr(run, "save", lambda path, value: (save(path, value), events.append(path.name)))
+    monkeypatch.setattr(writing, "save", lambda path, value: (save(path, value), events.append(path.name)))
     monkeypatch.setattr(parallel, "wait", lambda: (wait(), events.append("wait")))
     monkeypatch.setattr(train, "step", stop_at_once)
     with pytest.raises(frozen.Stopped):
@@ -324,7 +326,7 @@ def test_the_first_process_alone_writes_and_each_has_random_numbers_of_its_own(t
     drawn = {}
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        run.write_text(tmp_path / str(rank), "")
+        writing.write_text(tmp_path / str(rank), "")
         for _ in range(2):
             train.seed_step(0, 5, torch.device("cpu"))
             drawn.setdefault(rank, []).append(torch.rand(4).tolist())

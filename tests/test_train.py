@@ -35,6 +35,7 @@ import metrics
 import run
 import train
 import weights
+import writing
 from config import Config, load_config
 from lora import LoRALinear
 from model import EmotionModel, FeatureEncoder, Layer
@@ -522,13 +523,13 @@ def script(monkeypatch, *scores: float) -> None:
 def test_best_only_ever_improves_and_the_run_stops_when_it_does_not(settings, monkeypatch):
     """A worse epoch and an equal one leave `best.pt` alone; `patience` epochs without a better one end the run."""
     script(monkeypatch, 0.2, 0.5, 0.3, 0.5, 0.1, 0.9)
-    config, real, saved = settings(epochs=10, patience=3), run.save, []
+    config, real, saved = settings(epochs=10, patience=3), writing.save, []
 
     def save(path: Path, value: dict) -> None:
         saved.append((path.name, value["epoch"] if path.name == "best.pt" else value["state"]["epoch"]))
         real(path, value)
 
-    monkeypatch.setattr(run, "save", save)
+    monkeypatch.setattr(writing, "save", save)
     result = train.train(config)
     assert [epoch for name, epoch in saved if name == "best.pt"] == [1, 2]
     assert [epoch for name, epoch in saved if name == "last.pt"] == [1, 2, 3, 4, 5]
