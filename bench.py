@@ -42,12 +42,11 @@ from tqdm import tqdm
 
 import freeze
 import frozen
-import hardware
 import lora
 import run
 import weights
-import writing
 from config import Config, load_config
+from machine import hardware, writing
 from model import FIELD, HOP, EmotionModel, Wav2Vec2, Wav2Vec2Config, linear
 
 WARM_UP = 2  # of everything that is measured; reported, and not in the medians

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from writing import replace, write_text
+from machine.writing import replace, write_text
 
 SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 FORMAT = 3  # raise it when the same identity would mean other numbers, or the same numbers other files
@@ -366,7 +366,7 @@ def main() -> None:
     cleared = commands.add_parser("clear", help="delete caches, without asking, and say what that freed")
     cleared.add_argument("names", nargs="+", metavar="directory", help="of a cache, or its name below ./cache")
     arguments = parser.parse_args()
-    from caches import clear, list_caches, verify
+    from tools.caches import clear, list_caches, verify
 
     if arguments.command in ("list", "clear"):
         print(list_caches(arguments.directory) if arguments.command == "list" else clear(arguments.names))
@@ -378,7 +378,7 @@ def main() -> None:
             advice = "forgotten: the next run computes them anew" if arguments.repair else "--repair forgets them"
             print(f"{len(damaged)} damaged; {advice}")
         sys.exit(bool(damaged))
-    import parallel
+    from machine import parallel
     from run import build_caches
 
     parallel.start()

@@ -29,10 +29,10 @@ import numpy as np
 
 import frozen
 import run
-import writing
 from config import Config, load_config, parse, split_words
+from machine import writing
 from manifest import text_cell
-from results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
+from report.results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
 
 HERE = Path(__file__).parent
 CORPUS = ("corpus", "data_root", "manifest", "fold", "test_set", "dev_set", "flip_activation")  # the same for all
@@ -264,7 +264,7 @@ def failures(runs: Runs, seeds: Sequence[int], out: Path) -> list[str]:
 def draw(methods: dict[str, Config], runs: Runs, records: Sequence[dict], out: Path) -> str:
     """Every picture that the finished runs allow; returns what to say of them."""
     try:
-        import plots
+        from report import plots
     except ImportError:
         return "no pictures: pip install matplotlib"
     shown = [record for record in records if record["seeds"]]

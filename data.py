@@ -31,9 +31,10 @@ import soundfile
 import torch
 from torch import Tensor
 
+from corpora.demo import synthesize_demo
+
 # ruff: noqa: F401 - all that is about data can be had from here
-from corpora import CORPORA, LABEL_RANGE, load_corpus, read_corpus, say_once
-from demo import synthesize_demo
+from corpora.published import CORPORA, LABEL_RANGE, load_corpus, read_corpus, say_once
 from manifest import (
     LABEL_COLUMNS,
     REQUIRED_COLUMNS,

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import run
 import weights
-from adapter import save_adapter
-from card import card
 from config import Config
+from formats.adapter import save_adapter
+from formats.card import card
 from model import FIELD, EmotionModel, normalize
 
 RANDOM = "random, as "  # begins the source of a backbone of the demo that has no checkpoint

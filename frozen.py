@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import parallel
 from cache import ActivationCache, check_space
 from freeze import drop_prefix, prefix_depth
-from hardware import DTYPES, synchronize
+from machine import parallel
+from machine.hardware import DTYPES, synchronize
+from machine.tier import Tier, pick_tier
 from model import EmotionModel
-from tier import Tier, pick_tier
 
 Item = TypeVar("Item")
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, and what a cluster sends

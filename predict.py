@@ -31,9 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import hardware
 import run
 from config import load_config
+from machine import hardware
 from model import EmotionModel
 
 SUFFIXES = {f".{name.lower()}" for name in (*soundfile.available_formats(), "AIF", "OGA", "OPUS", "SPH")} - {".raw"}
@@ -167,7 +167,7 @@ def row_writer(stream: TextIO, kind: str, targets: Sequence[str]) -> Callable[[l
 
 def import_plots() -> ModuleType:
     try:
-        import plots
+        from report import plots
     except ImportError:
         raise ValueError("--plot: found no matplotlib, expected it; `pip install matplotlib`") from None
     return plots

@@ -9,21 +9,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import check
 import data
-import parallel
 import weights
-import writing
-from adapter import FILES as ADAPTER_FILES
-from adapter import merge_adapter
 from cache import check_space
 from config import Config, load_config, make_config, split_words
+from corpora import check
+from formats.adapter import FILES as ADAPTER_FILES
+from formats.adapter import merge_adapter
 from freeze import freeze, layer_numbers, load_trained
 from frozen import Prefix, deepest, fill
-from hardware import pick_device, pick_precision, prepare
-from logmel import LogMel
 from lora import inject, merge
+from machine import parallel, writing
+from machine.hardware import pick_device, pick_precision, prepare
 from model import EmotionModel, Wav2Vec2Config
+from report.logmel import LogMel
 
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"

@@ -31,15 +31,13 @@ from tqdm import tqdm
 
 import data
 import frozen
-import hardware
-import parallel
 import run
-import writing
 from config import Config, load_config
 from freeze import count, load_trained, table, train_mode, trained_state
+from machine import hardware, parallel, writing
 from metrics import bootstrap_ci, ccc, ccc_loss
 from model import EmotionModel
-from results import read_json
+from report.results import read_json
 
 RESULTS = ("best.pt", "last.pt", "result.json")  # what makes a directory that of a run
 COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_dir", "cache_tier"}  # may change in a run's course

@@ -20,7 +20,6 @@ import yaml
 from conftest import tiny_settings
 
 import cache as cache_module
-import caches
 import data
 import freeze
 import frozen
@@ -29,9 +28,10 @@ import run
 import train
 import weights
 from cache import ActivationCache, check_space, main, make_line
-from caches import verify
 from config import load_config
 from model import EmotionModel, Layer, Wav2Vec2Config
+from tools import caches
+from tools.caches import verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,9 +20,9 @@ from test_results import TARGETS, fabricate
 
 import compare
 import run
-import writing
 from config import load_config
 from freeze import trained_state
+from machine import writing
 
 ROOT = Path(__file__).parents[1]
 

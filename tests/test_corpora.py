@@ -12,11 +12,11 @@ import pytest
 import soundfile
 from conftest import speech_like
 
-import check
-import corpora
 import data
 import run
 from config import load_config, make_config
+from corpora import check
+from corpora import published as corpora
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,15 +16,14 @@ import yaml
 from conftest import perturb, speech_like, tiny_config, tiny_settings, write_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
-import adapter
-import card
 import export
 import lora
 import run
 import train
 import weights
-import writing
 from config import Config
+from formats import adapter, card
+from machine import writing
 from model import EmotionModel, Wav2Vec2Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,10 +9,10 @@ from test_train import STEPS, command_line, directory_of, read_log, write_config
 
 import data
 import frozen
-import hardware
 import run
 import train
 from config import Config
+from machine import hardware
 from model import EmotionModel, Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,22 +24,21 @@ import torch
 from conftest import TINY, speech_like, tiny_config, tiny_settings, tiny_tensors, write_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 
-import adapter
 import cache
-import caches
-import check
-import corpora
 import data
-import hardware
 import predict
-import results
 import run
 import train
 import weights
-import writing
 from config import Config, load_config
+from corpora import check
+from corpora import published as corpora
+from formats import adapter
+from machine import hardware, writing
 from manifest import from_cell, text_cell
 from model import Wav2Vec2
+from report import results
+from tools import caches
 
 HANG = 20  # seconds: far beyond any of these small files
 MEMORY = 2 << 30  # bytes that all inputs of a reader together may add to the peak

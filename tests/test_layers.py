@@ -14,12 +14,12 @@ from conftest import tiny_settings
 from torch import Tensor, nn
 
 import data
-import layers
 import run
 import train
-import writing
 from config import Config, make_config
+from machine import writing
 from model import normalize
+from tools import layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,10 +44,10 @@ def trained(tmp_path_factory, tiny_checkpoint, tiny_large_checkpoint, tiny_manif
 
 
 def command_line(monkeypatch, *arguments: object) -> object:
-    """`python layers.py ...` in this process: what it exits with, None at its end."""
+    """`python -m tools.layers ...` in this process: what it exits with, None at its end."""
     monkeypatch.setattr(sys, "argv", ["layers.py", *map(str, arguments), "--device", "cpu"])
     try:
-        runpy.run_path(str(ROOT / "layers.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools" / "layers.py"), run_name="__main__")
     except SystemExit as end:
         return end.code
     return None

@@ -10,8 +10,8 @@ import freeze
 import run
 import train
 from config import Config
-from logmel import BANDS, FLOOR, SPECTRUM, LogMel, mel_filters
 from model import FIELD, HOP, EmotionModel
+from report.logmel import BANDS, FLOOR, SPECTRUM, LogMel, mel_filters
 
 
 def test_the_filters_are_those_of_transformers():

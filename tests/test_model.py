@@ -17,13 +17,13 @@ from conftest import TINY, perturb, speech_like, tiny_settings
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-import hardware
 import lora
 import model
 import run
 import train
 import weights
 from config import Config
+from machine import hardware
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 SMALL = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=3, heads=4, ffn=128)

@@ -18,13 +18,12 @@ from test_train import WALL_TIME, read_csv, read_log
 from torch import Tensor, nn
 
 import frozen
-import parallel
 import run
 import train
-import writing
 from cache import read_index
-from caches import verify
 from config import Config
+from machine import parallel, writing
+from tools.caches import verify
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -47,7 +46,9 @@ DRIVER = """
 import json, os, socket, sys
 from pathlib import Path
 import torch
-import parallel, run, train, writing
+from machine import parallel
+from machine import writing
+import run, train
 from config import Config
 from test_parallel import keep_gradients
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-import plots
+from report import plots
 
 NOTE = "synthetic sounds"
 TARGETS = ("activation", "valence")

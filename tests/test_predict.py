@@ -21,13 +21,13 @@ from conftest import speech_like, tiny_settings
 import data
 import freeze
 import lora
-import plots
 import predict
 import run
 import train
 import weights
 from config import Config
 from model import EmotionModel
+from report import plots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import results
 import run
-import writing
 from config import Config
+from machine import writing
 from metrics import bootstrap, bootstrap_ci, bootstrap_p, holm, paired_t_test
+from report import results
 
 TARGETS = ("activation", "valence")
 SPEAKERS = [f"s{number // 5}" for number in range(40)]

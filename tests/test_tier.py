@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_cache import activation, filled, open_cache, touch
 
-from tier import Staging, Tier, pick_tier
+from machine.tier import Staging, Tier, pick_tier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

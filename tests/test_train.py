@@ -26,18 +26,17 @@ from conftest import speech_like, tiny_settings
 from torch import Tensor
 from tqdm import tqdm
 
-import corpora
 import data
 import freeze
 import frozen
-import hardware
 import metrics
 import run
 import train
 import weights
-import writing
 from config import Config, load_config
+from corpora import published as corpora
 from lora import LoRALinear
+from machine import hardware, writing
 from model import EmotionModel, FeatureEncoder, Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-import parallel
 from freeze import cast_frozen
+from machine import parallel
 from model import EmotionModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
-import parallel
+from machine import parallel
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from string import Template
 import torch
 import yaml
 
-from adapter import is_hub_id
+from formats.adapter import is_hub_id
 
 LOAD = {
     "transformers": """\

@@ -1,6 +1,6 @@
 """Which layers did finetuning change? Representations and weights of a finished run beside the pretrained ones.
 
-    python layers.py runs/full [--out DIR] [--split test|dev] [--utterances 200]
+    python -m tools.layers runs/full [--out DIR] [--split test|dev] [--utterances 200]
 
 For every hidden state its similarity (linear CKA) to the pretrained one on speech that was not trained on, and for
 every layer the relative change of its weights: `layers.md`, `layers.csv` and a picture, in the run's directory or in
@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 import data
 import frozen
-import hardware
 import run
-import writing
 from config import Config
 from freeze import load_trained
 from lora import merge
+from machine import hardware, writing
 from model import EmotionModel, Wav2Vec2
 
 TOGETHER = 8  # utterances in memory at once
@@ -170,7 +169,7 @@ def write_csv(path: Path, rows: Sequence[Row], note: str) -> None:
 def draw(layers: Sequence[Row], similarity: Sequence[float], note: str, path: Path) -> str:
     """The picture, and what to say of it."""
     try:
-        import plots
+        from report import plots
     except ImportError:
         return "no picture: matplotlib is not installed"
     names = ["input", *(row["part"].split()[1] for row in layers)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from demo import synthesize_demo
+from corpora.demo import synthesize_demo
 from manifest import LABEL_COLUMNS, Utterance, number, read_manifest, reading
 
 CORPORA = {  # and the keys of the configuration that each has a use for

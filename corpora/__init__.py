@@ -1,0 +1,1 @@
+"""Published corpora, the synthetic demo, and the check of a corpus before a run."""

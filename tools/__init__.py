@@ -1,0 +1,1 @@
+"""Commands for now and then: the care of caches, and what finetuning changed in each layer."""
