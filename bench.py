@@ -47,7 +47,8 @@ import run
 import weights
 from config import Config, load_config
 from machine import hardware, writing
-from model import FIELD, HOP, EmotionModel, Wav2Vec2, Wav2Vec2Config, linear
+from machine.fast import linear
+from model import FIELD, HOP, EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 WARM_UP = 2  # of everything that is measured; reported, and not in the medians
 LEFT_OUT = ("full_amp", "partial3_amp", "full_microbatches", "logmel")  # on request, but the baseline never

@@ -162,11 +162,10 @@ class Graph(nn.Module):
 
     def encode(self, waveform: Tensor) -> Tensor:
         """`(S,)` -> `(T, C)`."""
-        encoder, config = self.model.backbone.feature_encoder, self.model.backbone.config
+        encoder = self.model.backbone.feature_encoder
         x = waveform[None, None]
-        for i, (conv, kernel) in enumerate(zip(encoder.convs, config.conv_kernels, strict=True)):
-            weight = conv.weight.unflatten(1, (kernel, -1)).mT  # (out, kernel in) -> (out, in, kernel)
-            x = F.conv1d(x, weight, conv.bias, config.conv_strides[i])  # (1, C, T)
+        for i, conv in enumerate(encoder.convs):
+            x = conv(x)  # (1, C, T)
             if not encoder.group_norm:
                 x = encoder.norms[i](x.mT).mT
             elif i == 0:  # each channel over time

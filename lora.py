@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import linear
+from machine.fast import linear
 
 PARENTS = {"q": "attention", "k": "attention", "v": "attention", "o": "attention"}
 PARENTS |= {"fc1": "feed_forward", "fc2": "feed_forward"}

@@ -16,17 +16,17 @@ and L+1 the pooled utterance. A number of this kind is called a *depth*.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from machine import fast
+from machine.fast import Frames, Linear, dropout
 
 HOP = 320  # samples from one frame to the next: the product of the strides
 FIELD = 400  # samples that one frame sees
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()  # as in all builds for x86
 
 
 @dataclass(frozen=True)
@@ -61,125 +61,57 @@ class Wav2Vec2Config:
     mask_feature_length: int = 64
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """`x W^T + b` for rows `(N, in)`, or for their GELU; in fp32 on a CPU by another library than PyTorch's choice."""
-    fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if ONEDNN and fp32_on_cpu and not torch.compiler.is_compiling():
-        return OneDNNLinear.apply(x, weight, bias, gelu)
-    return F.linear(F.gelu(x) if gelu else x, weight, bias)
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """`linear` by oneDNN, keeping only what a gradient needs; of `GELU(x)` that is x, which its own gradient needs too.
-
-    PyTorch hands fp32 matrix products to MKL, which on an AMD processor reached half of oneDNN's speed.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        ctx.gelu = gelu
-        ctx.save_for_backward(x if gelu or ctx.needs_input_grad[1] else None, weight)
-        return inner_product(F.gelu(x) if gelu else x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = None
-        if for_weight:
-            rows = (y.contiguous().to_mkldnn() for y in (grad, F.gelu(x) if ctx.gelu else x))
-            grad_weight, grad_bias = torch.ops.aten.mkldnn_linear_backward_weights(*rows, weight, for_bias)
-        elif for_bias:
-            grad_bias = grad.sum(0)
-        if for_x:
-            grad_x = inner_product(grad, weight.T)
-            if ctx.gelu:
-                torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)  # in place
-        return grad_x, grad_weight, grad_bias if for_bias else None, None
-
-
-def inner_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if len(x) == 1:  # alone, oneDNN adds it up in another order, and an utterance would depend on its batch
-        return inner_product(x.expand(2, -1), weight, bias)[:1]
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero elements at random and scale up the rest, as `F.dropout`; on a CPU from 16 random bits for each element.
-
-    `F.dropout` draws a number for each there, on one core, and keeps its mask in fp32: a tenth of a full step.
-    """
-    if not training or not 0 < probability < 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, probability, training)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    dropped = min(round(probability * 2**16), 2**16 - 1)  # of the 2^16 values
-    keep = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view_as(x)
-    return (x * keep).mul_(2**16 / (2**16 - dropped))
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` over rows `(N, in)`, through `linear`."""
-
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        return linear(x, self.weight, self.bias, gelu)
-
-
 class FeatureEncoder(nn.Module):
     """Waveforms to 50 frames a second: seven convolutions, never with a gradient.
 
-    A convolution is a linear layer over windows of rows. A frame depends on 400 samples, so an utterance is worked
-    through in pieces: the buffers stay in the processor's cache and do not grow with the utterance. The one thing that
-    looks further is the group kind's normalisation over time, and its statistics are known before the first layer runs.
+    A frame depends on 400 samples, so an utterance is worked through in pieces: the buffers stay in the processor's
+    cache and do not grow with the utterance. The one thing that looks further is the group kind's normalisation over
+    time, and its statistics are known before the first layer runs.
     """
 
     def __init__(self, config: Wav2Vec2Config):
         super().__init__()
-        channels, kernels = (1, *config.conv_channels), config.conv_kernels
-        self.shapes = [
-            (inputs * k, inputs * s) for inputs, k, s in zip(channels[:-1], kernels, config.conv_strides, strict=True)
-        ]
+        channels, self.kernels, self.strides = (1, *config.conv_channels), config.conv_kernels, config.conv_strides
         self.convs = nn.ModuleList(
-            Linear(kernel, outputs, bias=config.conv_bias)
-            for (kernel, _), outputs in zip(self.shapes, config.conv_channels, strict=True)
+            nn.Conv1d(inputs, outputs, kernel, stride, bias=config.conv_bias)
+            for inputs, outputs, kernel, stride in zip(channels, channels[1:], self.kernels, self.strides, strict=False)
         )
         self.group_norm = config.conv_norm == "group"
         normed = config.conv_channels[:1] if self.group_norm else config.conv_channels
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(channels) for channels in normed
-        )  # eps is 1e-5 whatever the config says
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in normed)  # eps is 1e-5 whatever the config says
 
     @torch.no_grad()
     def forward(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Waveforms `(S,)` each -> packed features `(N, C)` and the number of frames of each."""
-        frames = [self.encode(waveform) for waveform in waveforms]
+        rows = [conv.weight.mT.flatten(1) for conv in self.convs]  # (C, kernel in): a convolution is linear in windows
+        frames = [self.encode(waveform, rows) for waveform in waveforms]
         return torch.cat(frames), [len(x) for x in frames]
 
-    def encode(self, waveform: Tensor) -> Tensor:
+    def encode(self, waveform: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """One waveform `(S,)` -> `(T, C)`, `T = (S - 400) // 320 + 1`."""
         if len(waveform) < FIELD:
             raise ValueError(f"waveform of {len(waveform)} samples: one frame needs {FIELD}")
         count = (len(waveform) - FIELD) // HOP + 1
         piece = 50 if waveform.device.type == "cpu" else 10_000  # frames
-        weight, bias = self.first_convolution(waveform)
+        first, bias = self.first_convolution(waveform)
         out = []
-        rounded = -(-count // 10) * 10  # for the same reason as `round_up`
+        rounded = -(-count // 10) * 10  # few sizes, as in `fast.fill`
         waveform = F.pad(waveform, (0, max((rounded - 1) * HOP + FIELD - len(waveform), 0)))
         for start in range(0, count, piece):
             stop = min(start + piece, rounded)
-            samples = waveform[start * HOP : (stop - 1) * HOP + FIELD]
-            x = linear(self.windows(samples, 0), weight, bias)
+            x = waveform[start * HOP : (stop - 1) * HOP + FIELD]
             for i, conv in enumerate(self.convs):
-                if i > 0:
-                    x = conv(self.windows(x, i))
+                x = fast.linear(self.windows(x, i), rows[i] if i else first, conv.bias if i else bias)
                 if not self.group_norm:
                     x = self.norms[i](x)
-                x = torch.ops.aten.gelu_(x)
+                x = fast.gelu_(x)
             out.append(x)
         return torch.cat(out)[:count]
 
     def windows(self, x: Tensor, i: int) -> Tensor:
         """What each output of convolution i sees of rows `(T, in)`: `(T', kernel in)`."""
-        return x.flatten().unfold(0, *self.shapes[i])
+        inputs = self.convs[i].in_channels
+        return x.flatten().unfold(0, self.kernels[i] * inputs, self.strides[i] * inputs)
 
     def first_convolution(self, waveform: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight `(C, kernel)` and bias `(C,)`, in the group kind with the normalisation folded in.
@@ -189,14 +121,15 @@ class FeatureEncoder(nn.Module):
         """
         conv, norm = self.convs[0], self.norms[0]
         if not self.group_norm:
-            return conv.weight, conv.bias
+            return conv.weight[:, 0], conv.bias
         exact = torch.float32 if waveform.device.type == "mps" else torch.float64  # MPS has no other
-        s, w = self.windows(waveform, 0).to(exact), conv.weight.to(exact)  # (T, kernel), (C, kernel)
-        mean = s.mean(0)
-        s = s - mean
-        variance = (w @ (s.T @ s / len(s)) * w).sum(1)
-        scale = norm.weight / torch.sqrt(variance + norm.eps)
-        return (w * scale[:, None]).float(), (norm.bias - w @ mean * scale).float()
+        with torch.autocast(waveform.device.type, enabled=False):  # sums over 20 s would overflow in fp16
+            s, w = self.windows(waveform, 0).to(exact), conv.weight[:, 0].to(exact)  # (T, kernel), (C, kernel)
+            mean = s.mean(0)
+            s = s - mean
+            variance = (w @ (s.T @ s / len(s)) * w).sum(1)
+            scale = norm.weight / torch.sqrt(variance + norm.eps)
+            return (w * scale[:, None]).float(), (norm.bias - w @ mean * scale).float()
 
 
 class FeatureProjection(nn.Module):
@@ -245,30 +178,9 @@ class PositionalConvolution(nn.Module):
             groups=config.position_groups,
         )
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """`(N, D)` -> `(N, D)`. An even kernel yields one frame too many: the last is dropped."""
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            return x + F.gelu(self.by_fourier(x, lengths))
-        return x + F.gelu(unpad(self.conv(pad(x, lengths).mT).mT[:, : max(lengths)], lengths))
-
-    def by_fourier(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The convolution as products of spectra, block by block (overlap-save), which takes half its time.
-
-        Of a block of S frames `S - kernel + 1` results are untouched by its cyclic ends; blocks overlap by the rest.
-        """
-        conv, size = self.conv, 2 * self.conv.kernel_size[0]
-        kernel, groups, hop = conv.kernel_size[0], conv.groups, size - conv.kernel_size[0] + 1
-        counts = [-(-n // hop) for n in lengths]
-        padded = [
-            F.pad(part, (0, 0, kernel // 2, count * hop - len(part) + kernel - 1 - kernel // 2))
-            for part, count in zip(x.split(lengths), counts, strict=True)
-        ]
-        blocks = torch.cat([part.unfold(0, size, hop) for part in padded])  # (M, D, S)
-        spectra = torch.fft.rfft(blocks).unflatten(1, (groups, -1)).permute(3, 1, 0, 2)  # (S/2+1, groups, M, in)
-        weight = torch.fft.rfft(conv.weight.float(), size).conj().unflatten(0, (groups, -1)).permute(3, 0, 2, 1)
-        y = torch.fft.irfft((spectra @ weight).permute(2, 1, 3, 0), size)[..., :hop]  # (M, groups, out, hop)
-        y = y.flatten(1, 2).mT.split(counts)  # (M, hop, D)
-        return torch.cat([part.flatten(0, 1)[:n] for part, n in zip(y, lengths, strict=True)]) + conv.bias
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """`(N, D)` -> `(N, D)`."""
+        return x + F.gelu(fast.convolve(self.conv, x, frames))
 
 
 class Attention(nn.Module):
@@ -282,12 +194,12 @@ class Attention(nn.Module):
             self.gate = Linear(config.width // config.heads, 8)
             self.gate_scale = nn.Parameter(torch.ones(config.heads))
 
-    def forward(self, x: Tensor, lengths: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames, bias: Tensor | None = None) -> Tensor:
         """`(N, D)` -> `(N, D)`. WavLM adds a bias `(H, T, T)` to the scores, times a gate for each frame and head."""
         q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q, self.k, self.v))  # (N, H, D/H)
         dropout = self.dropout if self.training else 0.0
         gates = None if bias is None else self.gates(x)
-        return self.o(packed_attention(q, k, v, lengths, dropout, gates, bias).flatten(1))
+        return self.o(fast.attend(q, k, v, frames, dropout, gates, bias).flatten(1))
 
     def gates(self, x: Tensor) -> Tensor:
         """`a (b s - 1) + 2` from two sigmoids a and b and the scale s of each head: `(N, D)` -> `(N, H)`."""
@@ -296,60 +208,6 @@ class Attention(nn.Module):
         return a * (b * self.gate_scale - 1) + 2
 
 
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    dropout: float = 0.0,
-    gates: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention of packed `(N, H, D/H)` within the utterances that `lengths` delimits.
-
-    One call on a GPU: in 16 bit PyTorch has a kernel for packed sequences (it knows no dropout and no bias), else the
-    batch is padded and masked. On a CPU utterance by utterance. `gates` `(N, H)` times `bias` `(H, T, T)`, T frames of
-    the longest utterance or more, is added to the scores.
-    """
-    if q.is_cuda and q.dtype != torch.float32 and dropout == 0 and bias is None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        offsets, longest = boundaries(tuple(lengths), q.device), max(lengths)
-        return varlen_attn(q, k, v, offsets, offsets, longest, longest)
-    if q.device.type != "cpu":
-        return padded_attention(q, k, v, lengths, dropout, gates, bias)
-    out = []
-    masks = [None] * len(lengths) if bias is None else (gated(gate[None], bias) for gate in gates.split(lengths))
-    for *parts, mask in zip(*(x.split(lengths) for x in (q, k, v)), masks, strict=True):
-        qkv = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
-        out.append(F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout)[0].transpose(0, 1))
-    return torch.cat(out)
-
-
-def padded_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    dropout: float = 0.0,
-    gates: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """`packed_attention` by one call for the padded batch; no frame attends to padding."""
-    mask = pad(q.new_ones(len(q), 1), lengths)[:, None, None, :, 0] > 0  # (B, 1, 1, T)
-    if bias is not None:
-        mask = gated(pad(gates, lengths), bias).masked_fill(~mask, -torch.inf)
-    qkv = (pad(x, lengths).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
-    return unpad(F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout).transpose(1, 2), lengths)
-
-
-def gated(gates: Tensor, bias: Tensor) -> Tensor:
-    """What is added to the scores `(B, H, T, T)`: gates `(B, T, H)` of each query times the bias, cut to T frames."""
-    frames = gates.shape[1]
-    return gates.mT[..., None] * bias[:, :frames, :frames]
-
-
-@lru_cache(maxsize=4)
 def distance_buckets(frames: int, buckets: int, longest: int, device: torch.device) -> Tensor:
     """The bucket of each distance between two frames, from `1 - T` to `T - 1`: int64 `(2T - 1,)`.
 
@@ -361,32 +219,6 @@ def distance_buckets(frames: int, buckets: int, longest: int, device: torch.devi
     wide = torch.log(size.clamp_min(exact) / exact) / math.log(longest / exact) * (half - exact)
     found = torch.where(size < exact, size, (exact + wide.long()).clamp_max(half - 1))
     return (found + half * (distances > 0)).to(device)
-
-
-def pad(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Packed `(N, ...)` -> `(B, T, ...)` with zeros behind each utterance, without waiting for a GPU."""
-    size = len(lengths) * max(lengths)
-    padded = x.new_zeros(size, *x.shape[1:]).index_copy(0, places(tuple(lengths), x.device), x)
-    return padded.unflatten(0, (len(lengths), -1))
-
-
-def unpad(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`(B, T, ...)` -> packed `(N, ...)`."""
-    return x.flatten(0, 1).index_select(0, places(tuple(lengths), x.device))
-
-
-@lru_cache(maxsize=4)  # every layer of a step asks for the same
-def places(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where the packed frames are in a padded batch whose utterances lie one after the other: int64 `(N,)`."""
-    longest = max(lengths)
-    parts = [torch.arange(n) + number * longest for number, n in enumerate(lengths)]
-    return torch.cat(parts).to(device, non_blocking=True)
-
-
-@lru_cache(maxsize=4)
-def boundaries(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where utterances begin and end among the packed frames, int32 `(B + 1,)`."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
 
 
 class FeedForward(nn.Module):
@@ -416,9 +248,9 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames, bias: Tensor | None = None) -> Tensor:
         """`(N, D)` -> `(N, D)`; `bias` is for attention."""
-        return self.finish(x, self.attention(self.attention_norm(x) if self.pre_norm else x, lengths, bias))
+        return self.finish(x, self.attention(self.attention_norm(x) if self.pre_norm else x, frames, bias))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """All after attention, where no frame sees another: what `compile` compiles, once for every length."""
@@ -452,25 +284,24 @@ class Wav2Vec2(nn.Module):
 
         `x` is `(N, C)` for `first = -1`, else `(N, D)`; so is the result for `last`.
         """
-        c, frames = self.config, len(x)
+        c, count = self.config, len(x)
         last = c.layers if last is None else last
-        if filler := round_up(frames) - frames:
-            x, lengths = torch.cat([x, x.new_zeros(filler, x.shape[1])]), [*lengths, filler]
+        x, frames = fast.fill(x, lengths)
         if first < 0 <= last:
-            x = self.position(self.projection(x, lengths), lengths)
+            x = self.position(self.projection(x, frames), frames)
             x = x if c.pre_norm else self.norm(x)
             x = dropout(x, c.hidden_dropout, self.projection.training)
         layers = self.layers[max(first, 0) : max(last, 0)]
-        bias = self.attention_bias(max(lengths)) if c.relative_buckets and len(layers) else None
+        bias = self.attention_bias(max(frames)) if c.relative_buckets and len(layers) else None
         for layer in layers:
             if layer.training and c.layer_drop > 0 and torch.rand(()) < c.layer_drop:
                 continue
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, lengths, bias, use_reentrant=False)
+                x = fast.checkpoint(layer, x, frames, bias)
             else:
-                x = layer(x, lengths, bias)
+                x = layer(x, frames, bias)
         x = self.norm(x) if c.pre_norm and first < last == c.layers else x
-        return x[:frames]
+        return x[:count]
 
     def attention_bias(self, frames: int) -> Tensor:
         """WavLM's bias for every pair of query and key, shared by all layers: `(H, T, T)`."""
@@ -572,15 +403,15 @@ class EmotionModel(nn.Module):
 
     def statistics(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed frames `(N, D)` -> `(B, R, D)` in fp32, R rows for each utterance."""
+        frames = Frames(lengths)
         if self.pooling == "attentive":
-            return attentive_pool(x, self.score(x.float()), lengths)[:, None]
-        mean = pool(x, lengths)
+            return fast.weighted_mean(x, self.score(x.float()), frames)[:, None]
+        mean = fast.mean(x, frames)
         if self.pooling != "mean_std":
             return mean[:, None]
-        utterance = torch.arange(len(lengths), device=x.device).repeat_interleave(
-            boundaries(tuple(lengths), x.device).diff(), output_size=len(x)
-        )
-        variance = pool((x.float() - mean[utterance]) ** 2, lengths)
+        counts = frames.offsets(x.device).diff()
+        of_frame = mean.repeat_interleave(counts, 0, output_size=len(x))
+        variance = fast.mean((x.float() - of_frame) ** 2, frames)
         return torch.stack([mean, variance.clamp_min(1e-10).sqrt()], 1)  # a root has no gradient at 0
 
     def forward(self, x: Tensor, lengths: Sequence[int], depth: int = -1) -> Tensor:
@@ -610,39 +441,7 @@ class EmotionModel(nn.Module):
         return {name: low + (high - low) * y for name, y in zip(self.targets, predictions.tolist(), strict=True)}
 
 
-def round_up(frames: int) -> int:
-    """The next number of four binary digits and zeros: at most 6% more.
-
-    A batch is filled up to it with an utterance of zeros, which nobody sees. oneDNN prepares its kernels, and memory is
-    cut into blocks, for each size anew: where sizes come back, a CPU trains a sixth faster and in less memory.
-    """
-    unit = 1 << max(frames.bit_length() - 5, 0)
-    return -(-frames // unit) * unit
-
-
 def normalize(waveform: Tensor) -> Tensor:
     """`(x - mean) / sqrt(variance + 1e-7)` over one waveform `(S,)`: zero mean, unit variance."""
     variance, mean = torch.var_mean(waveform, correction=0)
     return (waveform - mean) / torch.sqrt(variance + 1e-7)
-
-
-def pool(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean over each utterance's frames in fp32, `(N, D)` -> `(B, D)`."""
-    if x.device.type == "cpu":
-        return torch.stack([part.float().mean(0) for part in x.split(lengths)])
-    return pad(x.float(), lengths).sum(1) / boundaries(tuple(lengths), x.device).diff()[:, None]  # three calls
-
-
-def attentive_pool(x: Tensor, scores: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean over each utterance's frames in fp32, `(N, D)` -> `(B, D)`, weighted by the softmax of scores `(N, 1)`."""
-    if x.device.type != "cpu":
-        return attentive_pool_padded(x, scores, lengths)
-    parts = zip(x.split(lengths), scores.split(lengths), strict=True)
-    return torch.stack([(part.float() * score.softmax(0)).sum(0) for part, score in parts])
-
-
-def attentive_pool_padded(x: Tensor, scores: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The same in a few calls for the whole batch."""
-    valid = pad(torch.ones_like(scores), lengths) > 0  # (B, T, 1)
-    weights = pad(scores, lengths).masked_fill(~valid, -torch.inf).softmax(1)
-    return (pad(x.float(), lengths) * weights).sum(1)

@@ -137,7 +137,7 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
     seconds_of = lru_cache(lambda paths: sum(data.check_audio([data.Utterance(path, "", "", {}) for path in paths])))
     for path in paths:
         config = load_config(path, overrides)
-        device = pick_device(config.device)
+        device = pick_device(config.device, parallel.local_rank())
         precision = pick_precision(config.precision, device)
         with parallel.first_alone():  # it writes the demo corpus
             utterances, label_range = load_utterances(config)

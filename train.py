@@ -153,7 +153,7 @@ def open_directory(config: Config) -> Path:
 def train(config: Config) -> dict:
     """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
     began = time.perf_counter()
-    device = hardware.pick_device(config.device)
+    device = hardware.pick_device(config.device, parallel.local_rank())
     precision = hardware.pick_precision(config.precision, device)
     directory = open_directory(config)
     if parallel.any_of((directory / "result.json").is_file()):

@@ -117,8 +117,6 @@ def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, 
     for name, tensor in state.items():
         if name.endswith(".gate_scale"):
             state[name] = tensor.flatten()  # (1, H, 1, 1)
-        if name.startswith("feature_encoder.convs.") and tensor.ndim == 3:  # (out, in, kernel): a row for each output
-            state[name] = tensor.transpose(1, 2).flatten(1)
     with torch.device("meta"):
         backbone = Wav2Vec2(config)
     check(state, sources, backbone, path)
@@ -183,10 +181,10 @@ def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
         backbone = Wav2Vec2(config)
     backbone = backbone.to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(seed)
-    for name, module in backbone.named_modules():
+    for module in backbone.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, nn.Conv1d) or name.startswith("feature_encoder.convs."):
+        elif isinstance(module, nn.Conv1d):
             nn.init.kaiming_normal_(module.weight, generator=generator)
         elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02, generator=generator)
@@ -206,9 +204,6 @@ def save_backbone(backbone: Wav2Vec2, directory: str | Path, family: str = "wav2
     Raises ValueError for a backbone with LoRA in it or with a dropped prefix.
     """
     state = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
-    for i, kernel in enumerate(backbone.config.conv_kernels):
-        name = f"feature_encoder.convs.{i}.weight"
-        state[name] = state[name].unflatten(1, (kernel, -1)).transpose(1, 2)  # (out, kernel in) -> (out, in, kernel)
     state |= {name: scale.view(1, -1, 1, 1) for name, scale in state.items() if name.endswith(".gate_scale")}
     w = state.pop("position.conv.weight").float()
     norm = tap_norms(w)

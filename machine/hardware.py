@@ -2,20 +2,26 @@
 
 import ctypes
 import gc
+import importlib.util
+import os
 import platform
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from freeze import cast_frozen
-from machine import parallel
 from model import EmotionModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+SHORT = ("out of memory", "ALLOC_FAILED")  # of CUDA and MPS; of cuBLAS, which allocates its workspace itself
 
 
 @contextmanager
@@ -25,55 +31,94 @@ def out_of_memory() -> Iterator[list[str]]:
     try:
         yield reasons
     except RuntimeError as error:
-        if "out of memory" not in str(error):  # CUDA's error has a type of its own, that of MPS has not
+        if not any(words in str(error) for words in SHORT):
             raise
         reasons.append(str(error).splitlines()[0])
-        traceback.clear_frames(error.__traceback__)  # which hold the tensors
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors
     if reasons:
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of this name; for "auto" CUDA, then MPS, then the CPU. Raises ValueError if it is not there.
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of this name; for "auto" CUDA, then MPS, then the CPU. A GPU always has an index.
 
-    Of several processes each takes the GPU with its own number.
+    Of several processes each takes the GPU with its number on this machine, `local_rank`. Raises ValueError for a
+    device that is not there or that this build of PyTorch has no kernels for.
     """
-    alone = parallel.size() == 1
-    found = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
+    found = {
+        "cuda": torch.cuda.is_available(),
+        "mps": local_rank is None and torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, there in found.items() if there)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device: {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda" and not alone:
-        device = torch.device("cuda", parallel.local_rank())
-    if not found.get(device.type) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda":  # `set_device` and comparisons of devices need the index
+        device = torch.device("cuda", local_rank if local_rank is not None else device.index or 0)
+    if not found.get(device.type) or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
         there = ", ".join(kind for kind, is_there in found.items() if is_there)
-        raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; this machine has {there}")
+        count = f" ({torch.cuda.device_count()} of it)" if found["cuda"] else ""
+        raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; found {there}{count}")
+    if device.type == "cuda":
+        require_kernels(device)
     return device
 
 
+def require_kernels(device: torch.device) -> None:
+    """Raise ValueError if this build of PyTorch has no kernels for a GPU of this age."""
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [
+        int(arch.removeprefix("sm_").rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")
+    ]
+    if built and 10 * major + minor < min(built):
+        raise ValueError(
+            f"device: {device} ({torch.cuda.get_device_name(device)}) has compute capability {major}.{minor}, and "
+            f"PyTorch {torch.__version__} is built for {min(built) / 10:.1f} and later; install a PyTorch built for "
+            f"an older CUDA (pytorch.org/get-started), or set device: cpu"
+        )
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether the GPU can run FlashAttention: compute capability 8.0 and a build that has it (not on Windows)."""
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto": bf16 on a GPU that computes in it, fp16 on one that does not, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "fp32"
+    """ "auto": bf16 on a GPU that computes in it, fp16 on one that does not, else fp32. Warns of what is slow."""
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # bf16 without emulation
+    if name == "auto":
+        return ("bf16" if native else "fp16") if device.type == "cuda" else "fp32"
+    if name == "bf16" and device.type == "cuda" and not native:
+        warn(f"precision: bf16 is emulated on {torch.cuda.get_device_name(device)}, slower than fp32; fp16 is fast")
+    if name == "fp16" and device.type == "cpu":
+        warn("precision: fp16 is slow on a CPU; fp32 is exact and mostly faster")
+    return name
+
+
+@lru_cache
+def warn(message: str) -> None:
+    """Print a line to stderr once, however often called."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def prepare(
     model: EmotionModel, device: torch.device, precision: str, tf32: bool = False, compiled: bool = False
 ) -> None:
-    """Move what is in memory to its device, frozen matrices in the type that they are used in."""
+    """Move what is in memory to its device, frozen matrices in the type in which they are used."""
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
+    if compiled:
+        require_compiler(device)
     if precision != "fp32":
         cast_frozen(model, DTYPES[precision])
     for tensor in (*model.parameters(), *model.buffers()):
@@ -81,6 +126,15 @@ def prepare(
             tensor.data = tensor.data.to(device)
     for layer in model.backbone.layers if compiled else ():
         layer.finish = torch.compile(layer.finish, dynamic=True)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise ValueError if `torch.compile` lacks what it calls: Triton for a GPU, a C++ compiler for a CPU."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("compile: true needs Triton on a GPU, which is not installed; pip install triton, or leave it")
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
+        raise ValueError("compile: true needs a C++ compiler on a CPU, and none was found; install g++, or leave it")
 
 
 def keep_freed_memory() -> None:
@@ -98,10 +152,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor with its vector instructions and the threads in use: every figure names it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None
-    return f"{name or platform.machine()} ({device.type}, {torch.get_num_threads()} threads)"
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{name or platform.machine()} ({device.type}, {kind}, {torch.get_num_threads()} threads)"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -22,7 +22,8 @@ Item = TypeVar("Item")
 def start() -> None:
     """Join the others, if torchrun started this process."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()  # no build for Windows has NCCL
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
 
 def finish() -> None:
@@ -46,9 +47,9 @@ def name() -> str:
     return f"process {rank()} of {size()}: " if size() > 1 else ""
 
 
-def local_rank() -> int:
-    """Its number on this machine: that of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
+def local_rank() -> int | None:
+    """Its number on this machine, which is that of its GPU; None for a process alone."""
+    return int(os.environ["LOCAL_RANK"]) if size() > 1 else None
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY, perturb, speech_like, tiny_settings
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -23,7 +22,7 @@ import run
 import train
 import weights
 from config import Config
-from machine import hardware
+from machine import fast, hardware
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 SMALL = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=3, heads=4, ffn=128)
@@ -517,39 +516,6 @@ def test_span_masks_have_the_expected_number_of_spans(size, probability, length)
 # ---------------------------------------------------------------- attention and linear layers
 
 
-def explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], gates: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """`softmax(q k^T / sqrt(d) + g b) v` in fp64, an utterance at a time."""
-    out = []
-    gates, bias = (q.new_zeros(len(q), 1), q.new_zeros(1, len(q), len(q))) if bias is None else (gates, bias)
-    for *parts, gate in zip(*(x.double().split(lengths) for x in (q, k, v, gates)), strict=True):
-        q1, k1, v1 = (part.transpose(0, 1) for part in parts)  # (H, T, d)
-        scores = q1 @ k1.transpose(1, 2) / math.sqrt(q1.shape[-1])
-        scores = scores + torch.stack([g[:, None] * b[: len(g), : len(g)] for g, b in zip(gate.T, bias, strict=True)])
-        out.append((scores.softmax(-1) @ v1).transpose(0, 1))
-    return torch.cat(out)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("attention", [model.packed_attention, model.padded_attention])
-def test_attention_is_softmax_attention_of_each_utterance(attention, biased):
-    """Values and gradients against the formula, for lengths from one frame up; padded is the one call of a GPU in fp32.
-
-    The bias may be of more frames than the longest utterance has, where others fill up the batch.
-    """
-    lengths, generator = [1, 7, 1, 64, 2], torch.Generator().manual_seed(0)
-    shapes = [(sum(lengths), 4, 16)] * 3 + ([(sum(lengths), 4), (4, 66, 66)] if biased else [])
-    ours = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    theirs = [x.detach().double().requires_grad_() for x in ours]
-    out, expected = attention(*ours[:3], lengths, 0.0, *ours[3:]), explicit_attention(*theirs[:3], lengths, *theirs[3:])
-    assert torch.allclose(out.double(), expected, rtol=0, atol=1e-6)
-    out.square().sum().backward()
-    expected.square().sum().backward()
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.allclose(one.grad.double(), other.grad, rtol=0, atol=1e-5)
-
-
 def test_distances_share_buckets_as_in_wavlm():
     """Of 320 buckets 80 in either direction are for one distance each; from 800 frames on there is one."""
     buckets = model.distance_buckets(1000, 320, 800, torch.device("cpu"))
@@ -574,15 +540,6 @@ def test_the_bias_of_attention_is_that_of_transformers(transformers):
         assert torch.equal(backbone.attention_bias(frames), theirs.compute_bias(frames, frames))
 
 
-def test_unpad_takes_back_what_pad_did():
-    lengths = [3, 1, 5]
-    x = torch.randn(9, 2, 4)
-    padded = model.pad(x, lengths)
-    assert padded.shape == (3, 5, 2, 4)
-    assert padded[0, 3:].count_nonzero() == padded[1, 1:].count_nonzero() == 0
-    assert torch.equal(model.unpad(padded, lengths), x)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_fp32_on_a_gpu_is_fp32_on_the_cpu(backbone):
     """Every hidden state and the pooling, which go other ways there."""
@@ -594,95 +551,9 @@ def test_fp32_on_a_gpu_is_fp32_on_the_cpu(backbone):
         for one, other in zip(ours, theirs, strict=True):
             assert torch.allclose(one, other.cpu(), rtol=0, atol=1e-4)
     x, lengths = packed(backbone.config, [3, 50]), [3, 50]
-    assert torch.allclose(model.pool(x.cuda(), lengths).cpu(), model.pool(x, lengths), rtol=0, atol=1e-6)
-
-
-def test_batches_come_in_few_sizes():
-    """Never smaller, at most 6% larger; 16 sizes from one power of two to the next; nothing of it in the result."""
-    for frames in range(1, 3000):
-        assert frames <= model.round_up(frames) <= frames + frames // 16
-    assert len({model.round_up(frames) for frames in range(2049, 4097)}) == 16
-    backbone = build(SMALL)
-    seen = []
-    backbone.layers[0].register_forward_hook(lambda _, inputs, __: seen.append((len(inputs[0]), inputs[1])))
-    x = packed(SMALL, [100, 33])
-    assert backbone(x, [100, 33], 0, 1).shape == x.shape
-    assert seen == [(136, [100, 33, 3])]
-
-
-@pytest.mark.parametrize("kernel", [128, 19])
-def test_the_positional_convolution_by_spectra_is_the_convolution(kernel):
-    """Values and every gradient, for lengths around those of the blocks."""
-    config = replace(SMALL, position_kernel=kernel, width=48)
-    module = perturb(model.PositionalConvolution(config), 0)
-    lengths = [1, 2, 19, 128, 129, 130, 300, 517]
-    x = packed(config, lengths).requires_grad_()
-    upstream = packed(config, lengths, seed=1)
-    tensors = [x, *module.parameters()]
-    ours = module.by_fourier(x, lengths)
-    found = torch.autograd.grad(ours, tensors, upstream)
-    exact = module.double()
-    theirs = torch.cat([exact.conv(part.double().T)[:, : len(part)].T for part in x.split(lengths)])
-    expected = torch.autograd.grad(theirs, [x, *exact.parameters()], upstream.double())
-    assert torch.allclose(ours.double(), theirs, rtol=0, atol=1e-5)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one.double(), other.double(), rtol=0, atol=1e-5 * other.abs().max().item())
-
-
-def test_the_positional_convolution_of_a_padded_batch_is_that_of_each_utterance():
-    """The way it goes on a GPU and in 16 bit."""
-    config = replace(SMALL, width=48)
-    module = perturb(model.PositionalConvolution(config), 0).double()
-    lengths = [1, 130, 40]
-    x = packed(config, lengths).double()
-    expected = torch.cat([module.conv(part.T)[:, : len(part)].T for part in x.split(lengths)])
-    assert torch.allclose(module(x, lengths) - x, F.gelu(expected), rtol=0, atol=1e-12)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_packed_attention_on_a_gpu_is_the_same(dtype):
-    """The kernel for packed sequences, forward and backward, to the rounding of 16 bit; dropout goes another way."""
-    lengths = [1, 7, 300, 64, 2]
-    generator = torch.Generator().manual_seed(0)
-    qkv = [torch.randn(sum(lengths), 4, 64, generator=generator).to(dtype) for _ in range(3)]
-    reference = [x.double().requires_grad_() for x in qkv]
-    expected = explicit_attention(*reference, lengths)
-    expected.square().sum().backward()
-    inputs = [x.cuda().requires_grad_() for x in qkv]
-    out = model.packed_attention(*inputs, lengths)
-    out.float().square().sum().backward()
-    assert torch.allclose(out.cpu().double(), expected, rtol=0, atol=2e-2)
-    for x, y in zip(inputs, reference, strict=True):
-        assert torch.allclose(x.grad.cpu().double(), y.grad, rtol=0, atol=2e-2 * y.grad.abs().max().item())
-    dropped = model.packed_attention(*inputs, lengths, dropout=0.5)
-    assert not torch.equal(dropped, model.packed_attention(*inputs, lengths, dropout=0.5))
-
-
-@pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 63, 64, 65, 200, 333])
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True), (True, True, True), (True, False, True)])
-def test_a_linear_layer_is_x_w_t_plus_b(rows, needs, gelu):
-    """Values, and gradients of whatever asks for one, against `F.linear` in fp64, for rows that are not contiguous."""
-    generator = torch.Generator().manual_seed(rows)
-    x, weight, bias, upstream = (
-        torch.randn(*shape, generator=generator) for shape in ((48, rows), (32, 48), (32,), (rows, 32))
+    assert torch.allclose(
+        fast.mean(x.cuda(), fast.Frames(lengths)).cpu(), fast.mean(x, fast.Frames(lengths)), rtol=0, atol=1e-6
     )
-    layer = model.Linear(48, 32)
-    layer.weight, layer.bias = (
-        torch.nn.Parameter(tensor, requires_grad=need) for tensor, need in ((weight, needs[1]), (bias, needs[2]))
-    )
-    ours = [x.requires_grad_(needs[0]), layer.weight, layer.bias]
-    theirs = [tensor.detach().double().requires_grad_(need) for tensor, need in zip(ours, needs, strict=True)]
-    expected = F.linear(F.gelu(theirs[0].T) if gelu else theirs[0].T, *theirs[1:])
-    out = layer(x.T, gelu)
-    assert torch.allclose(out.double(), expected, rtol=0, atol=1e-5)
-    (out * upstream).sum().backward()
-    (expected * upstream.double()).sum().backward()
-    for tensor, reference, need in zip(ours, theirs, needs, strict=True):
-        assert (tensor.grad is not None) == need
-        if need:
-            assert torch.allclose(tensor.grad.double(), reference.grad, rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()
@@ -834,7 +705,7 @@ def test_predictions_from_every_depth_are_the_same(backbone):
 def test_pooling_is_the_mean_over_frames_in_fp32():
     """... of each utterance, also from 16 bit."""
     x = packed(SMALL, [3, 1, 5]).to(torch.bfloat16)
-    pooled = model.pool(x, [3, 1, 5])
+    pooled = fast.mean(x, fast.Frames([3, 1, 5]))
     assert pooled.dtype == torch.float32
     assert torch.allclose(pooled, torch.stack([x[:3].float().mean(0), x[3].float(), x[4:].float().mean(0)]))
 
@@ -902,11 +773,3 @@ def test_poolings_differ_and_a_constant_channel_has_a_gradient(backbone):
     x = torch.ones(5, 64, requires_grad=True)
     emotion_model(backbone, pooling="mean_std").statistics(x, [4, 1])[:, 1].sum().backward()
     assert x.grad.isfinite().all()
-
-
-def test_attention_over_padded_frames_is_that_of_each_utterance(monkeypatch):
-    """The path for a GPU, which pads and masks, against the one utterance by utterance."""
-    x, scores, lengths = torch.randn(9, 8), torch.randn(9, 1), [3, 1, 5]
-    expected = model.attentive_pool(x, scores, lengths)
-    padded = model.attentive_pool_padded(x, scores, lengths)
-    assert torch.allclose(padded, expected, rtol=0, atol=1e-6)
