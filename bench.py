@@ -33,6 +33,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import frozen
 import numpy as np
 import soundfile
 import torch
@@ -41,12 +42,11 @@ from torch import nn
 from tqdm import tqdm
 
 import freeze
-import frozen
 import lora
 import run
 import weights
 from config import Config, load_config
-from machine import hardware, writing
+from machine import hardware
 from machine.fast import linear
 from model import FIELD, HOP, EmotionModel, Wav2Vec2, Wav2Vec2Config
 
@@ -394,7 +394,8 @@ def name_of(job: str) -> str:
 
 def make_groups(configs: Sequence[Path], with_peer: bool, with_naive: bool = False) -> list[list[str]]:
     """What is measured in turn, as `side:config`: configs that train the same, the peers that do so as well, and our
-    full finetuning as the reference (`reference:config`: its steps alone)."""
+    full finetuning as the reference (`reference:config`: its steps alone).
+    """
     groups: dict[str, list[str]] = {}
     for path in configs:
         c = load_config(path)
@@ -480,7 +481,7 @@ def main() -> None:
     result = {"machine": hardware.device_name(device), "versions": versions(), "options": options}
     result |= {"warm_up": WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
     result |= {"audio_seconds": sum(seconds), "padded_seconds": max(seconds) * len(seconds), "groups": measured}
-    writing.write_text(out, json.dumps(result, indent=2) + "\n")
+    hardware.write_text(out, json.dumps(result, indent=2) + "\n")
     print(f"{tables(result)}\n\n{out}{draw(result, out.with_suffix('.png'))}")
 
 

@@ -1,46 +1,55 @@
-"""The activation cache: what the frozen prefix makes of each utterance, on disk.
+"""The frozen prefix and the cache of its output: what it makes of each utterance, computed once and kept on disk.
 
 A directory holds activations of one kind: of the same weights, depth, preprocessing and type, which `cache.json` tells
 and of which its name is the hash. Every process that writes has two files of its own: `<writer>.bin` with activations
-one after the other, and `<writer>.index` with a line for each, written after its activation. Whatever moment a process
-dies at, only what it had in hand is lost; several may write at once, and find what the others have written.
+one after the other, and `<writer>.index` with a line for each, written after its activation. A process that dies at any
+moment loses only what it had in hand; several may write at once, and find what the others have written.
 
-An entry is for one state of one audio file: path, size and time of change, not the content, so that a file replaced by
-one of the same size and time is not noticed. A line of an index begins with its CRC-32, into which the directory's
-name goes, and holds that of its activation, which is checked when it is first read: a damaged activation is never used.
-
-    python cache.py build configs/partial3_cached.yaml     fill the cache that a config uses, or those of several
-    torchrun --nproc_per_node=2 cache.py build ...         the same, each of two processes computing half of it
-    python cache.py verify cache/1f0c3a... [--repair]      read everything, name what is damaged, and forget it
-    python cache.py list cache                             size, content, last use and users of each cache there
-    python cache.py clear cache/1f0c3a...                  delete these caches, and say how much that frees
+An entry belongs to one state of an audio file: path, size and time of change. Clocks are coarse, so an entry of a file
+that changed less than two seconds before also holds the CRC-32 of its content. A line of an index begins with its own
+CRC-32, into which the directory's name goes, and holds that of its activation, which is checked when it is first read:
+a damaged activation is never used. `python -m tools.caches` builds, verifies, lists and clears caches.
 """
 
-import argparse
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-import sys
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from machine.writing import replace, write_text
+import data
+from config import extra
+from freeze import drop_prefix, prefix_depth
+from machine.fast import send
+from machine.hardware import replace
+from model import EmotionModel
 
 SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 FORMAT = 3  # raise it when the same identity would mean other numbers, or the same numbers other files
 SHARD_BYTES = 1 << 31
 LINE_BYTES = 100  # of an index, beside the path
+RECENT = 2_000_000_000  # ns; clocks and time stamps advance in steps of up to 2 s (FAT), 24 ms in virtual machines
 ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
+
+
+class Missing(NamedTuple):
+    """What a cache lacks of a file: the file's size and time of change before it was read, and its utterances."""
+
+    state: tuple[int, int]
+    numbers: list[int]
 
 
 class ActivationCache:
@@ -62,9 +71,11 @@ class ActivationCache:
         self.scale_rows = SCALE_ROWS if dtype == torch.int8 else 0
         assert width % 4 == 0 or not self.scale_rows, "scales in fp32 lie at multiples of 4 bytes"
         self.entries = np.zeros(len(paths), ENTRY)  # frames 0: not there
-        self.missing: dict[str, tuple[int, ...]] = {}  # by path: size and time of change, before it is read; numbers
-        for number, path in enumerate(map(os.path.abspath, paths)):  # a file may be in the corpus twice
-            self.missing[path] = (*(self.missing.get(path) or file_state(path) or (-1, -1)), number)
+        self.missing: dict[str, Missing] = {}  # by path
+        for number, path in enumerate(map(os.path.abspath, paths)):
+            if path not in self.missing:
+                self.missing[path] = Missing(file_state(path), [])
+            self.missing[path].numbers.append(number)  # a file may be in the corpus twice
         self.lock = threading.RLock()
         self.seen: dict[str, int] = {}  # bytes of each index that have been read
         self.shards: list[str] = []
@@ -97,16 +108,17 @@ class ActivationCache:
                 self.seen[index.name] = self.seen.get(index.name, 0) + len(line)
                 if (entry := read_line(line, self.directory.name)) is None:
                     continue
-                crc, name, offset, frames, *state, path = entry
-                size, mtime_ns, *numbers = self.missing.get(path, (None, None))
-                if state != [size, mtime_ns]:
+                crc, name, offset, frames, size, mtime_ns, path, *content = entry
+                missing = self.missing.get(path)
+                if missing is None or missing.state != (size, mtime_ns) or content not in ([], [file_crc(path)]):
                     continue
                 if name not in sizes:
                     sizes[name] = file_size(self.directory / name)
                 if offset + (frames + self.scale_rows) * self.row_bytes <= sizes[name]:
                     if name not in self.shards:
                         self.shards.append(name)
-                    self.entries[numbers] = np.array((crc, self.shards.index(name), offset, frames, False), ENTRY)
+                    entry = crc, self.shards.index(name), offset, frames, False
+                    self.entries[missing.numbers] = np.array(entry, ENTRY)
                     del self.missing[path]
 
     def note_user(self, path: str | Path, backbone: str) -> None:
@@ -149,31 +161,17 @@ class ActivationCache:
             if not whole or not (entry["checked"] or zlib.crc32(part) == entry["crc32"]):
                 raise ValueError(
                     f"{self.directory / self.shards[entry['shard']]}: the activation of {self.paths[number]} "
-                    f"{problem}; python cache.py verify --repair {self.directory} forgets what is damaged, and the "
+                    f"{problem}; python -m tools.caches verify --repair {self.directory} forgets what is damaged, and the "
                     "next run computes that alone anew"
                 )
             self.entries["checked"][number] = True
         return stored
 
-    def encode(self, part: Tensor) -> Tensor:
-        """The rows to be stored for an activation `(T, width)`, which is finite."""
-        if self.dtype != torch.int8:
-            return part
-        low, high = part.aminmax(dim=0)
-        middle = low / 2 + high / 2
-        scale = (high / 254 - low / 254).clamp(min=torch.finfo(part.dtype).tiny)  # a constant channel has one too
-        steps = ((part - middle) / scale).round().clamp(-127, 127).to(torch.int8)
-        return torch.cat([torch.stack([scale, middle]).view(torch.int8).view(SCALE_ROWS, -1), steps])
-
     def decode(self, stored: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed activations `(N, width)` of stored rows, on any device: as they are, or fp32 from int8."""
         if self.dtype != torch.int8:
             return stored
-        parts = []
-        for rows in stored.split([length + SCALE_ROWS for length in lengths]):
-            scale, middle = rows[:SCALE_ROWS].view(-1).view(torch.float32).view(2, -1)
-            parts.append(rows[SCALE_ROWS:] * scale + middle)
-        return torch.cat(parts)
+        return torch.cat([from_int8(rows) for rows in stored.split([length + SCALE_ROWS for length in lengths])])
 
     def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
@@ -190,7 +188,7 @@ class ActivationCache:
                     stored.append(self.read_stored([number]))
                 else:
                     self.require_finite(number, part, packed[start : start + len(part)])
-                    stored.append(self.encode(part).contiguous())
+                    stored.append((to_int8(part) if self.dtype == torch.int8 else part).contiguous())
                     self.append(number, stored[-1], len(part))
             start += len(part)
         return self.decode(torch.cat(stored), lengths)
@@ -206,18 +204,20 @@ class ActivationCache:
     def append(self, number: int, stored: Tensor, frames: int) -> None:
         """Add the rows of one activation. Raises OSError if they cannot be written; what was written before stays."""
         data, path = stored.view(torch.uint8).numpy().tobytes(), os.path.abspath(self.paths[number])
-        crc, (size, mtime_ns, *numbers) = zlib.crc32(data), self.missing[path]
+        crc, (state, numbers) = zlib.crc32(data), self.missing[path]
+        content = [file_crc(path)] if time.time_ns() - state[1] < RECENT else []
         try:
             name, shard, index = self.writer or self.open_writer()
             offset = shard.tell()
             shard.write(data)
             shard.flush()
-            index.write(make_line((crc, name, offset, frames, size, mtime_ns, path), self.directory.name))
+            index.write(make_line((crc, name, offset, frames, *state, path, *content), self.directory.name))
             index.flush()
         except OSError as error:
             self.close_writer()  # half of what failed is in its files: nothing may follow it
-            reason = error.strerror or error
-            raise OSError(f"cache {self.directory}: {reason}; free space, or set cache_dir or cache: false") from None
+            reason, full = error.strerror or error, error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            remedy = f"{'free space, or ' if full else ''}set cache_dir or cache: false"
+            raise OSError(f"cache {self.directory}: {reason}; {remedy}") from None
         self.entries[numbers] = np.array((crc, self.shards.index(name), offset, frames, True), ENTRY)
         del self.missing[path]
         if offset + len(data) > SHARD_BYTES:
@@ -277,13 +277,21 @@ def name_of(directory: Path) -> str:
     return Path(os.path.abspath(directory)).name
 
 
-def file_state(path: str) -> tuple[int, int] | None:
-    """Size and time of change, by which a replaced audio file is noticed."""
+def file_state(path: str | Path) -> tuple[int, int]:
+    """Size and time of change in ns, by which a replaced file is noticed; -1 and -1 for one that is not there."""
     try:
         status = os.stat(path)
     except OSError:
-        return None
+        return -1, -1
     return status.st_size, status.st_mtime_ns
+
+
+def file_crc(path: str) -> int:
+    """CRC-32 of a file's content; -1 if it cannot be read."""
+    try:
+        return zlib.crc32(Path(path).read_bytes())
+    except OSError:
+        return -1
 
 
 def file_size(path: Path) -> int:
@@ -316,24 +324,19 @@ def make_line(entry: tuple, name: str) -> bytes:
 
 
 def read_line(line: bytes, name: str) -> list | None:
-    """CRC-32, shard, offset, frames, size, time of change and path of a line; None if it is not as it was written."""
+    """CRC-32, shard, offset, frames, size, time of change, path and perhaps the CRC-32 of the file, all of a line.
+
+    None if it is not as it was written.
+    """
     text = line[9:-1]
     if line[:9] != b"%08x " % zlib.crc32(text, zlib.crc32(name.encode())):
         return None
     with suppress(ValueError, RecursionError):  # not by us
         match json.loads(text):
-            case [int(crc), str(shard), int(offset), int(frames), int(), int(), str()] as entry:
+            case [int(crc), str(shard), int(offset), int(frames), int(), int(), str(), *rest] as entry:
                 sane = 0 <= crc < 2**32 and 0 <= offset < 2**62 and 0 < frames < 2**31 and Path(shard).name == shard
-                return entry if sane else None
+                return entry if sane and all(type(crc) is int for crc in rest[:1]) and len(rest) < 2 else None
     return None
-
-
-def read_index(directory: Path) -> Iterator[list]:
-    """What `read_line` gives of every whole line of every index."""
-    name = name_of(directory)
-    for index in sorted(directory.glob("*.index")):
-        with open(index, "rb") as file:
-            yield from filter(None, (read_line(line, name) for line in file if line.endswith(b"\n")))
 
 
 def read_description(directory: Path) -> dict:
@@ -352,48 +355,111 @@ def read_description(directory: Path) -> dict:
     return identity
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fill, check, list or delete activation caches.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="fill the caches that configs use, in one pass over the audio")
-    build.add_argument("words", nargs="+", metavar="config | key=value", help="keys are for all of the configs")
-    build.add_argument("--report", help="JSON file to write: directory, bytes and seconds of each config's cache")
-    verified = commands.add_parser("verify", help="name damaged activations")
-    verified.add_argument("directory")
-    verified.add_argument("--repair", action="store_true", help="forget them, so that the next run computes them anew")
-    listed = commands.add_parser("list", help="size, content, last use and users of each cache in a folder")
-    listed.add_argument("directory", nargs="?", default="cache")
-    cleared = commands.add_parser("clear", help="delete caches, without asking, and say what that freed")
-    cleared.add_argument("names", nargs="+", metavar="directory", help="of a cache, or its name below ./cache")
-    arguments = parser.parse_args()
-    from tools.caches import clear, list_caches, verify
-
-    if arguments.command in ("list", "clear"):
-        print(list_caches(arguments.directory) if arguments.command == "list" else clear(arguments.names))
-        return
-    if arguments.command == "verify":
-        damaged = verify(arguments.directory, arguments.repair)
-        print("\n".join(damaged) or "every activation is as it was written")
-        if damaged:
-            advice = "forgotten: the next run computes them anew" if arguments.repair else "--repair forgets them"
-            print(f"{len(damaged)} damaged; {advice}")
-        sys.exit(bool(damaged))
-    from machine import parallel
-    from run import build_caches
-
-    parallel.start()
-    built = build_caches(arguments.words)
-    for path, report in built.items() if parallel.rank() == 0 else ():
-        how = "was complete" if report["seconds"] is None else f"built in {report['seconds']:.1f} s"
-        print(f"{path}: {report['directory']}, {report['bytes'] / 1e6:.1f} MB, {how}")
-    if arguments.report:
-        write_text(Path(arguments.report), json.dumps(built, indent=2) + "\n")
+# ---------------------------------------------------------------- int8
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command continues")
+def to_int8(activation: Tensor) -> Tensor:
+    """Rows to store for a finite activation `(T, width)`: scale and middle of each channel, then steps of the scale."""
+    low, high = activation.aminmax(dim=0)
+    middle = low / 2 + high / 2
+    scale = (high / 254 - low / 254).clamp(min=torch.finfo(activation.dtype).tiny)  # a constant channel has one too
+    steps = ((activation - middle) / scale).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([torch.stack([scale, middle]).view(torch.int8).view(SCALE_ROWS, -1), steps])
+
+
+def from_int8(rows: Tensor) -> Tensor:
+    """The activation `(T, width)` in fp32 of the rows that `to_int8` gave."""
+    scale, middle = rows[:SCALE_ROWS].view(-1).view(torch.float32).view(2, -1)
+    return rows[SCALE_ROWS:] * scale + middle
+
+
+# ---------------------------------------------------------------- the frozen prefix
+
+
+def open_cache(
+    root: str | Path,
+    model: EmotionModel,
+    paths: Sequence[str],
+    *,
+    backbone: str,
+    precision: str,
+    dtype: str,
+    tf32: bool = False,
+) -> ActivationCache:
+    """The cache for the frozen prefix of a model over these files; `backbone` is the SHA-256 of its weights."""
+    config, depth = model.backbone.config, prefix_depth(model)
+    identity = {"backbone": backbone, "depth": depth, "precision": precision}
+    identity["normalize_waveform"] = config.normalize_waveform
+    identity |= {"pooling": model.pooling} if depth > config.layers else {}
+    identity |= {"tf32": True} if tf32 else {}  # products with 10 bits of mantissa are other numbers
+    width = config.conv_channels[-1] if depth < 0 else config.width
+    return ActivationCache(root, identity, paths, width, getattr(torch, dtype))
+
+
+def pooled_rows(model: EmotionModel) -> int | None:
+    """Rows that a cache holds of each utterance where the whole backbone is frozen; else None: one a frame."""
+    if prefix_depth(model) <= model.backbone.config.layers:
+        return None
+    return len(model.sources(prefix_depth(model))) * (2 if model.pooling == "mean_std" else 1)
+
+
+class Prefix:
+    """The frozen prefix's output for numbered utterances: computed, or read from a cache that it fills as it goes."""
+
+    def __init__(
+        self,
+        model: EmotionModel,
+        paths: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype,
+        cache: ActivationCache | None = None,
+        at_once: int | None = None,
+    ):
+        """`at_once` bounds how many utterances are computed together; `dtype` is that of autocast, or fp32."""
+        self.model, self.paths, self.device, self.dtype = model, paths, device, dtype
+        self.cache, self.source, self.at_once = cache, cache, at_once
+        self.depth = prefix_depth(model)
+        self.complete = False  # then the prefix's weights are gone
+        self.seconds = 0.0  # that the cache has cost
+
+    def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[int]]]:
+        """Packed activations `(N, width)` in fp32 on the device, and lengths, of each batch; one is read ahead."""
+        for numbers, loaded in zip(batches, data.prefetch(self.load, batches), strict=True):
+            if isinstance(loaded, Tensor):
+                lengths = self.cache.lengths(numbers)
+                x = self.cache.decode(send(loaded, self.device), lengths)
+            else:
+                x, lengths = self.compute(numbers, loaded)
+            yield send(x, self.device).float(), lengths
+
+    def load(self, numbers: Sequence[int]) -> Tensor | list[Tensor]:
+        """A batch as the cache stores it, or all of its waveforms even if one is missing, so that results repeat."""
+        if self.cache is not None and self.cache.has(numbers):
+            return self.source.read_stored(numbers)
+        return [data.read_audio(self.paths[number]) for number in numbers]
+
+    @torch.no_grad()
+    def compute(self, numbers: Sequence[int], waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+        """Packed activations and lengths of waveforms, as the cache will give them back."""
+        start, packed, lengths = time.perf_counter(), [], []
+        for i in range(0, len(waveforms), self.at_once or len(waveforms)):
+            part = [send(waveform, self.device) for waveform in waveforms[i : i + (self.at_once or len(waveforms))]]
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                x, frames = self.model.encode(part, self.depth)
+            packed.append(x)
+            lengths += frames
+        x = torch.cat(packed) if len(packed) > 1 else packed[0]
+        if self.cache is not None:
+            x = self.cache.write(numbers, x, lengths)
+            self.seconds += time.perf_counter() - start
+        return x, lengths
+
+    def release_if_cached(self, tier: str = "disk") -> None:
+        """If the cache holds everything, give up the prefix's weights; `tier` gpu or auto may keep it on the GPU."""
+        if self.cache is None or self.complete or not self.cache.has(range(len(self.paths))):
+            return
+        drop_prefix(self.model, self.depth)
+        self.complete = True
+        if tier != "disk" and self.device.type != "cpu":
+            reader = extra("machine.tier", f"cache_tier: {tier}")
+            self.source = reader.pick(tier, self.cache, self.device)

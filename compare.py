@@ -25,12 +25,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import frozen
 import numpy as np
 
-import frozen
 import run
 from config import Config, load_config, parse, split_words
-from machine import writing
+from machine import hardware
 from manifest import text_cell
 from report.results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
 
@@ -154,7 +154,7 @@ def build_caches(methods: dict[str, Config], seeds: Sequence[int], out: Path) ->
     if report.is_file():
         after = read_json(report)  # where nothing was left to build, what it cost then still holds
         known = {path: build for path, build in before.items() if after.get(path, {}).get("seconds") is None}
-        writing.write_text(report, json.dumps({**after, **known}, indent=2) + "\n")
+        hardware.write_text(report, json.dumps({**after, **known}, indent=2) + "\n")
 
 
 def train_all(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> None:
@@ -231,7 +231,7 @@ def write_table(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> 
     builds = read_json(report) if report.is_file() else {}
     records = analyse(runs, targets, {Path(path).stem: build for path, build in builds.items()})
     text = markdown(runs, records, targets, failures(runs, seeds, out))
-    writing.write_text(out / "table.md", text + "\n")
+    hardware.write_text(out / "table.md", text + "\n")
     columns = ["method", "seeds", *(f"{target}_{score}" for target in targets for score in SCORES), *COSTS, "note"]
 
     def save(path: Path) -> None:
@@ -240,7 +240,7 @@ def write_table(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> 
             writer.writeheader()
             writer.writerows({**record, "method": text_cell(record["method"])} for record in records)
 
-    writing.replace(out / "table.csv", save)
+    hardware.replace(out / "table.csv", save)
     return text, runs, records
 
 
@@ -352,7 +352,7 @@ def run_all(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> bool
     try:
         for name, config in methods.items():
             config_path(out, name).parent.mkdir(parents=True, exist_ok=True)
-            writing.write_yaml(config_path(out, name), settings(config))
+            hardware.write_yaml(config_path(out, name), settings(config))
         build_caches(methods, seeds, out)
         train_all(methods, seeds, out)
     except KeyboardInterrupt:

@@ -1,74 +1,179 @@
-"""One place that turns a configuration into a model, and a run's directory into a model again."""
+"""One run from the inside: its corpus and model, the training step, evaluation, and from disk back to a model."""
 
+import csv
+import hashlib
+import json
+import os
+import platform
+import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from functools import lru_cache
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import weights
-from cache import check_space
-from config import Config, load_config, make_config, split_words
-from corpora import check
-from formats.adapter import FILES as ADAPTER_FILES
-from formats.adapter import merge_adapter
+from cache import Prefix
+from config import Config, extra, load_config, make_config
 from freeze import freeze, layer_numbers, load_trained
-from frozen import Prefix, deepest, fill
 from lora import inject, merge
-from machine import parallel, writing
-from machine.hardware import pick_device, pick_precision, prepare
+from machine import fast, hardware
+from machine.hardware import parallel, pick_device
+from metrics import bootstrap_ci, ccc, ccc_loss
 from model import EmotionModel, Wav2Vec2Config
-from report.logmel import LogMel
 
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
 LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
 
 
+# ---------------------------------------------------------------- one step
+
+
+def step(
+    model: EmotionModel,
+    x: Tensor,
+    lengths: Sequence[int],
+    labels: Tensor,
+    *,
+    depth: int,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    dtype: torch.dtype = torch.float32,
+    clip: float = 1.0,
+    micro_batch_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One training step on packed hidden state `depth`; returns the loss and the predictions `(B, K)`.
+
+    CCC is a statistic of the batch, not a mean over it. Micro-batches therefore only bound the memory: each is
+    recomputed in the backward pass, and the loss is that of the whole batch, exactly. With several processes `x` is
+    this one's share of the batch, `labels` and predictions are those of all. In fp32 and bf16, where a step is taken
+    whatever its gradient, a gradient that is not finite makes the returned loss NaN.
+    """
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        if micro_batch_size is None:
+            predictions = model(x, lengths, depth)
+        else:
+            parts = [lengths[i : i + micro_batch_size] for i in range(0, len(lengths), micro_batch_size)]
+            inputs = zip(x.split([sum(part) for part in parts]), parts, strict=True)
+            predictions = torch.cat([fast.checkpoint(model, *part, depth) for part in inputs])
+    predictions = parallel.gather(predictions, len(labels))
+    loss = ccc_loss(predictions, labels)
+    scaler.scale(loss).backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parallel.add_gradients(parameters)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach() + (0 if scaler.is_enabled() else 0 * norm), predictions.detach()
+
+
+def make_optimizer(model: EmotionModel, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with `lr` for the backbone, `head_lr` for what is behind it, and weight decay for matrices alone."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "backbone" if name.startswith("backbone.") else "head"
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    rates = {"backbone": lr, "head": head_lr}
+    return torch.optim.AdamW(
+        [
+            {"params": groups[part, decays], "lr": rate, "peak_lr": rate, "weight_decay": weight_decay * decays}
+            for part, rate in rates.items()
+            for decays in (True, False)
+            if (part, decays) in groups
+        ],
+        fused=True,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale every group's rate from its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def schedule(number: int, total: int, warmup: int) -> float:
+    """Factor of the rates at a step: a linear rise over `warmup` steps, then a linear fall to zero at the end."""
+    return min((number + 1) / max(warmup, 1), (total - number) / max(total - warmup, 1), 1.0)
+
+
+def seed_step(seed: int, number: int, device: torch.device) -> None:
+    """Derive a step's random numbers (dropout, masking) from these and the process, so that none is kept to resume."""
+    value = int(np.random.SeedSequence([seed, number, parallel.rank()]).generate_state(1)[0])
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(value)  # without a look at every other kind of device: 0.1 ms
+    else:
+        torch.manual_seed(value)
+
+
+@torch.no_grad()
+def evaluate(
+    model: EmotionModel, prefix: Prefix, numbers: Sequence[int], batch_size: int, watch: hardware.Watch = iter
+) -> Tensor:
+    """Predictions `(len(numbers), K)` on the CPU, labels scaled to 0..1."""
+    model.eval()
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    predictions = []
+    given = prefix([parallel.share(batch) for batch in batches])
+    for batch, (x, lengths) in watch(zip(batches, given, strict=True)):
+        with torch.autocast(x.device.type, prefix.dtype, enabled=prefix.dtype != torch.float32):
+            predictions.append(parallel.gather(model(x, lengths, prefix.depth).float(), len(batch)))
+    return torch.cat(predictions).cpu()
+
+
+ADVICE = "lower lr or head_lr, or set precision: fp32, under another name"
+
+
+def check_losses(
+    epoch: int,
+    losses: Sequence[Tensor],
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[Sequence[int]],
+    paths: Sequence[str],
+) -> None:
+    """Raise ValueError if one of the last twenty losses is not finite; it names the files of the batch.
+
+    So it does in fp16 once the scale has fallen below 1: then gradients are not finite even unscaled.
+    """
+    first = max(0, len(losses) - 20)
+    finite = torch.stack(list(losses[first:])).isfinite().tolist() if losses else []
+    bad = first + finite.index(False) if False in finite else None
+    if bad is None and losses and scaler.is_enabled() and scaler.get_scale() < 1:
+        bad = len(losses) - 1
+    if bad is not None:
+        what = f"epoch {epoch}, step {bad + 1}: loss or gradient is not finite, and nothing since the last save is kept"
+        data.raise_listed(f"{what}; {ADVICE}; the files of the batch", [paths[number] for number in batches[bad]])
+
+
+def per_second(amount: float, seconds: float) -> float:
+    """A rate; of a time too short for a coarse clock (they advance by up to 24 ms) that of a millisecond."""
+    return amount / max(seconds, 1e-3)
+
+
+# ---------------------------------------------------------------- from a configuration
+
+
 def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, float]]:
     """The corpus and the range of its labels, checked. Raises FileNotFoundError or ValueError."""
-    utterances = data.load_corpus(*corpus_keys(config))
-    label_range = find_label_range(config)
+    utterances = data.load_corpus(**corpus_keys(config))
+    label_range = data.find_label_range(config.corpus, config.label_range)
     data.check_labels(utterances, config.targets, label_range, config.allow_speaker_overlap)
     if sum(utterance.split == "train" for utterance in utterances) < 2:
         raise ValueError("split 'train' has one utterance, expected 2 or more: the CCC of one is 0/0")
     return utterances, label_range
 
 
-def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) -> tuple[str, int]:
-    """Look at a config's corpus and write what is found into folder `out`, by default one below its output_dir.
-
-    Returns the report, and how bad it is: 0, 1 for warnings alone, 2 for errors. Raises FileNotFoundError, OSError or
-    ValueError where there is no corpus to look at.
-    """
-    config = load_config(path, overrides)
-    utterances, notes = data.read_corpus(*corpus_keys(config))
-    label_range = find_label_range(config)
-    problems = data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap)
-    problems += [data.Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
-    chosen = {"fold": config.fold, "test_set": config.test_set, "dev_set": config.dev_set}
-    words = [config.corpus, *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
-    folder = Path(out) if out else Path(config.output_dir) / "check" / "_".join(words)
-    title = DEMO_NOTE if config.corpus == "demo" else " ".join(words)
-    return check.inspect(utterances, problems, config.targets, label_range, title, folder)
-
-
-def corpus_keys(config: Config) -> tuple:
-    """What `data.load_corpus` takes, in its order."""
-    place = config.corpus, config.data_root, config.manifest
-    return (*place, config.fold, config.test_set, config.dev_set, config.flip_activation)
-
-
-def find_label_range(config: Config) -> tuple[float, float]:
-    """As configured, else the corpus's own. Raises ValueError."""
-    label_range = config.label_range or data.LABEL_RANGE.get(config.corpus)
-    if label_range is None:
-        raise ValueError(f"label_range: corpus {config.corpus!r} has none of its own; set it, e.g. label_range: [1, 7]")
-    return tuple(label_range)
+def corpus_keys(config: Config) -> dict:
+    """The arguments of `data.load_corpus`."""
+    keys = {key: getattr(config, key) for key in ("manifest", "fold", "test_set", "dev_set", "flip_activation")}
+    return {"name": config.corpus, "root": config.data_root, **keys}
 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
@@ -83,7 +188,7 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
     The demo corpus alone makes do with random weights.
     """
     if config.backbone == "logmel":
-        backbone = LogMel()
+        backbone = extra("report.logmel", "backbone: logmel").LogMel()
         return backbone, {"source": "logmel", "sha256": weights.sha256_of(backbone)}
     regularisation = {key: getattr(config, key) for key in REGULARISATION}
     try:
@@ -93,8 +198,9 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
             data.say_once(f"note: {config.backbone}: its emotion head is left out; {LICENCE}")
         if config.adapter is None:
             return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}
-        merge_adapter(backbone, config.adapter, config.backbone)
-        files += [Path(config.adapter) / name for name in ADAPTER_FILES]
+        adapter = extra("formats.adapter", f"adapter: {config.adapter}")
+        adapter.merge_adapter(backbone, config.adapter, config.backbone)
+        files += [Path(config.adapter) / name for name in adapter.FILES]
         return backbone, {"source": f"{config.backbone} with {config.adapter}", "sha256": weights.sha256(files)}
     except weights.UnavailableError as error:
         if config.corpus != "demo" or config.adapter is not None:
@@ -123,50 +229,11 @@ def assemble(config: Config, backbone: nn.Module, label_range: tuple[float, floa
     return model.eval()
 
 
-def build_caches(words: Sequence[str]) -> dict[str, dict]:
-    """Compute what the caches of configs lack; those alike in corpus and backbone share one pass over the audio.
-
-    `words` are paths of configs, and `key=value` for all of them. For each path the cache's "directory", its "bytes",
-    and the "seconds" that building it alone would have taken, None if it was complete.
-    """
-    groups: dict[tuple, dict[Path, Prefix]] = {}  # by what must be alike, and there by the cache's directory
-    directories: dict[str, Path] = {}
-    paths, overrides = split_words(words)
-    if not paths:
-        raise ValueError("build: expected at least one config")
-    seconds_of = lru_cache(lambda paths: sum(data.check_audio([data.Utterance(path, "", "", {}) for path in paths])))
-    for path in paths:
-        config = load_config(path, overrides)
-        device = pick_device(config.device, parallel.local_rank())
-        precision = pick_precision(config.precision, device)
-        with parallel.first_alone():  # it writes the demo corpus
-            utterances, label_range = load_utterances(config)
-        audio = tuple(utterance.path for utterance in utterances)
-        seconds = seconds_of(audio)  # before the model, as it names what is wrong with the corpus
-        with parallel.first_alone():  # it downloads
-            model, identity = build_model(config, label_range)
-        prefix = Prefix(model, audio, device, precision, config.micro_batch_size or config.batch_size)
-        prefix.open_cache(config.cache_dir, config.cache_dtype, identity, seconds)
-        prefix.cache.note_user(path, identity["source"])
-        kind = (audio, identity["sha256"], model.backbone.config.normalize_waveform, device, precision, config.tf32)
-        group = groups.setdefault(kind, {})
-        group.setdefault(prefix.cache.directory, prefix)
-        directories[path] = prefix.cache.directory
-        for other in set(group.values()) - {deepest(group.values())}:
-            other.model.to("meta")  # the deepest computes for all
-    check_space({directory: prefix.space for group in groups.values() for directory, prefix in group.items()})
-    built = {}
-    for (*_, device, precision, tf32), group in groups.items():
-        prepare(deepest(group.values()).model, device, precision, tf32)
-        built |= dict(zip(group, fill(list(group.values())), strict=True))
-    return {path: built[directory] for path, directory in directories.items()}
-
-
-def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> EmotionModel:
+def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backbone: str | None = None) -> EmotionModel:
     """The best model of a finished run, LoRA merged or still apart, in eval mode; or a published emotion model.
 
     `source` is a run's directory, or what `weights.load_emotion_model` reads: a Hugging Face directory or a hub id.
-    Raises FileNotFoundError or ValueError.
+    `backbone` says where the backbone of a run is now, if it has moved. Raises FileNotFoundError or ValueError.
     """
     directory = Path(source)
     is_hub_id = len(directory.parts) == 2 and not directory.parent.exists()  # not where a run is just not there yet
@@ -179,6 +246,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
         data.say_once(f"note: {LICENCE}")
         return model.to(pick_device(device))
     path, (best, config) = directory / "best.pt", load_best(directory)
+    config = replace(config, backbone=backbone or config.backbone)
     try:
         model, identity = build_model(config, tuple(config.label_range))
         require_backbone(path, best, identity)
@@ -186,7 +254,8 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
         require_finite(model, identity)
     except (FileNotFoundError, ValueError) as error:
         kind, reason = ValueError if isinstance(error, ValueError) else FileNotFoundError, str(error)
-        raise kind(f"{path}: {reason.removeprefix(f'{path}: ')}") from None
+        told = "; if the backbone is elsewhere now, say so with --backbone" if kind is FileNotFoundError else ""
+        raise kind(f"{path}: {reason.removeprefix(f'{path}: ')}{told}") from None
     if merged:
         merge(model)
     return model.to(pick_device(device)).eval()
@@ -212,7 +281,7 @@ def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
         weights.require_plain(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: is not a whole checkpoint ({writing.first_line(error)})") from None
+        raise ValueError(f"{path}: is not a whole checkpoint ({hardware.first_line(error)})") from None
     if not isinstance(checkpoint, dict) or not {"trained", "backbone"} <= checkpoint.keys():
         raise ValueError(f"{path}: is no checkpoint of train.py")
     trained, backbone = checkpoint["trained"], checkpoint["backbone"]
@@ -239,10 +308,111 @@ def require_backbone(path: Path, checkpoint: dict, identity: dict[str, str]) -> 
     if checkpoint["backbone"]["sha256"] != identity["sha256"]:
         raise ValueError(
             f"{path}: was trained on other weights of {identity['source']} than are found now; "
-            "put those back, or train anew under another name"
+            "put those back, say with --backbone where they are, or train anew under another name"
         )
 
 
 def plain(config: Config) -> dict:
     """A configuration as values that JSON, YAML and a checkpoint can all hold."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+# ---------------------------------------------------------------- a run's directory
+
+
+RESULTS = ("best.pt", "last.pt", "result.json")  # what makes a directory that of a run
+PENDING = "best.next.pt"  # a better model that `last.pt` does not know of yet
+COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_dir", "cache_tier"}  # may change between two starts
+
+
+def open_directory(config: Config, directory: Path) -> None:
+    """Prepare a run's directory. Raises ValueError if another configuration has run there; COST_KEYS may differ."""
+    if parallel.rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".*.tmp"):  # by a process that was killed while it saved
+            left.unlink()
+        path, here = directory / "config.yaml", plain(config)
+        if not path.is_file() or not any((directory / name).is_file() for name in RESULTS):
+            hardware.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
+        there = plain(load_config(path))
+        changed = [key for key in here if here[key] != there[key] and key not in COST_KEYS]
+        if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
+            raise ValueError(f"{directory} holds another run ({'; '.join(told)}); choose another name=")
+    parallel.wait()
+    if not (directory / "config.yaml").is_file():
+        raise FileNotFoundError(f"{directory / 'config.yaml'}: not there; output_dir must be on a disk that all share")
+
+
+def settle_best(directory: Path, best_epoch: int) -> None:
+    """Make the new best model `best.pt` once `last.pt` knows of it, so that the two always belong together.
+
+    Killed before `last.pt` was written, the run repeats that epoch, on a GPU perhaps with another result.
+    """
+    pending = directory / PENDING
+    if parallel.rank() == 0 and pending.is_file():
+        if load_checkpoint(pending).get("epoch") == best_epoch:
+            os.replace(pending, directory / "best.pt")
+        else:
+            pending.unlink()
+    parallel.wait()
+
+
+def describe_corpus(name: str, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> dict:
+    """The corpus in numbers: utterances, speakers and hours of each split; and a SHA-256 of all but paths and sound."""
+    rows = [[Path(u.path).name, u.split, u.speaker, u.labels, s] for u, s in zip(utterances, seconds, strict=True)]
+    corpus: dict = {"name": name, "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+    for split in data.SPLITS:
+        chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == split]
+        hours = sum(s for _, s in chosen) / 3600
+        corpus[split] = {"utterances": len(chosen), "speakers": len({speaker for speaker, _ in chosen}), "hours": hours}
+    return corpus
+
+
+def report_corpus(corpus: dict) -> str:
+    """The same in a line a split."""
+    lines = [DEMO_NOTE] if corpus["name"] == "demo" else []
+    line = "{:6}{utterances:8,} utterances{speakers:6} speakers{hours:9.3f} h"
+    return "\n".join([*lines, *(line.format(split, **corpus[split]) for split in data.SPLITS)])
+
+
+def summarise(config: Config, progress: dict, tested: Sequence[data.Utterance], predictions: np.ndarray) -> dict:
+    """Scores of the test set (predictions in the corpus scale) and what they cost."""
+    test, speakers = {}, [utterance.speaker for utterance in tested]
+    for k, target in enumerate(config.targets):
+        label = np.array([utterance.labels[target] for utterance in tested])
+        score = ccc(torch.from_numpy(predictions[:, k : k + 1]).double(), torch.from_numpy(label[:, None])).item()
+        ci95 = bootstrap_ci(predictions[:, k], label, speakers)
+        test[target] = {"ccc": score, "ci95": ci95, "utterances": len(tested)}
+    log = progress["log"]
+    per_epoch = statistics.median(row["train_seconds"] for row in log)
+    return {
+        **({"note": DEMO_NOTE} if config.corpus == "demo" else {}),
+        "test": test,
+        "seconds": {"total": progress["seconds"], "cache_build": progress["cache_build"], "per_epoch": per_epoch},
+        "epochs": progress["epoch"],
+        "best_epoch": progress["best_epoch"],
+        "dev_ccc": progress["best"],
+        "peak_memory_bytes": progress["peak"],
+        "trainable_parameters": progress["trainable_parameters"],
+        "total_parameters": progress["total_parameters"],
+        "audio_seconds_per_second": statistics.median(row["audio_seconds_per_second"] for row in log),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "config": plain(config),
+    }
+
+
+def write_predictions(
+    path: Path, targets: Sequence[str], utterances: Sequence[data.Utterance], predictions: np.ndarray
+) -> None:
+    """CSV of the test set: file, speaker, prediction and label of every target, all in the corpus scale."""
+
+    def save(file: Path) -> None:
+        with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets)])
+            for utterance, row in zip(utterances, predictions.tolist(), strict=True):
+                labels = [utterance.labels[target] for target in targets]
+                names = map(data.text_cell, (utterance.path, utterance.speaker))
+                writer.writerow([*names, *(f"{value:.4f}" for value in row), *labels])
+
+    hardware.replace(path, save)

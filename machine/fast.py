@@ -41,11 +41,13 @@ class Kernels:
     onednn: tuple[str, ...] = BY_ONEDNN.get(processor(), ()) if ONEDNN else ()
 
     @classmethod
-    def describe(cls) -> str:
+    def describe(cls, device: torch.device) -> str:
         """For the log: which library multiplies matrices."""
+        if device.type != "cpu":
+            return "PyTorch's own products"
         if cls.onednn in ((), PRODUCTS):
-            return "oneDNN" if cls.onednn else "PyTorch's own"
-        return f"oneDNN ({', '.join(cls.onednn)}), else PyTorch's own"
+            return "products by oneDNN" if cls.onednn else "PyTorch's own products"
+        return f"PyTorch's own products, {' and '.join(cls.onednn)} by oneDNN"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Devices: which one, in what precision, how much memory, and what to do where it runs out."""
+"""The machine below: which device, in what precision, how much memory, one process or several, and atomic writes."""
 
 import ctypes
 import gc
@@ -6,15 +6,23 @@ import importlib.util
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import yaml
+from filelock import FileLock, Timeout
+from torch import Tensor
 
+from config import extra
 from freeze import cast_frozen
 from model import EmotionModel
 
@@ -83,15 +91,8 @@ def require_kernels(device: torch.device) -> None:
         )
 
 
-def has_flash(device: torch.device) -> bool:
-    """Whether the GPU can run FlashAttention: compute capability 8.0 and a build that has it (not on Windows)."""
-    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "auto": bf16 on a GPU that computes in it, fp16 on one that does not, else fp32. Warns of what is slow."""
+    """For "auto" bf16 on a GPU that computes in it, fp16 on one that does not, else fp32. Warns of what is slow."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # bf16 without emulation
     if name == "auto":
         return ("bf16" if native else "fp16") if device.type == "cuda" else "fp32"
@@ -174,3 +175,161 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+# ---------------------------------------------------------------- processes
+
+
+class Alone:
+    """One process: in place of `machine.parallel`, which is there for the several that torchrun starts."""
+
+    start = finish = wait = add_gradients = require_same = staticmethod(lambda *_, **__: None)
+    size = staticmethod(lambda: 1)
+    rank = staticmethod(lambda: 0)
+    name = staticmethod(lambda: "")
+    local_rank = staticmethod(lambda: None)
+    any_of = largest = staticmethod(lambda value: value)
+
+    @staticmethod
+    def share(items: Sequence) -> Sequence:
+        """All of a batch."""
+        return items
+
+    @staticmethod
+    def even(batch: Sequence[int], cost: Sequence[float]) -> Sequence[int]:
+        """The batch in its order."""
+        return batch
+
+    @staticmethod
+    def gather(rows: Tensor, count: int) -> Tensor:
+        """The rows `(count, K)` of a whole batch."""
+        return rows
+
+    @staticmethod
+    def first_alone() -> AbstractContextManager:
+        """Nobody to wait for."""
+        return nullcontext()
+
+
+parallel = extra("machine.parallel", "torchrun") if "TORCHELASTIC_RUN_ID" in os.environ else Alone
+
+
+# ---------------------------------------------------------------- atomic writes: the old file or the new, never half
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in one line, or its type if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file beside `path`, then move it there: a reader finds the old file or the new one, never half.
+
+    Of several processes only the first writes. Raises OSError; the old file is unharmed then.
+    """
+    if parallel.rank() > 0:
+        return
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises errors of its own for a full disk
+        advice = "" if isinstance(error, OSError) else "; is the disk full?"  # its words do not tell
+        raise OSError(f"{path}: cannot be written ({first_line(error)}); what was there is unharmed{advice}") from None
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def save(path: Path, value: dict) -> None:
+    """A checkpoint."""
+    replace(path, lambda file: torch.save(value, file))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text in UTF-8."""
+    replace(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_yaml(path: Path, value: dict) -> None:
+    """A mapping as YAML, in its order."""
+    write_text(path, yaml.safe_dump(value, sort_keys=False))
+
+
+# ---------------------------------------------------------------- stopping, and one command at a time
+
+
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, and what a cluster sends
+STOP_SIGNALS += [signal.SIGBREAK] if sys.platform == "win32" else []  # Windows lets no other process send those two
+
+
+class Stopped(KeyboardInterrupt):
+    """The run ends here, between two batches."""
+
+
+Watch = Callable[[Iterable], Iterator]  # passes items on, and raises `Stopped` instead of the next
+
+
+@contextmanager
+def watched_signals() -> Iterator[Watch]:
+    """Within, the first of STOP_SIGNALS, in any process, lets a `Watch` raise `Stopped`; the second interrupts at once.
+
+    One that comes within a second does not count as the second: torchrun repeats a Ctrl-C to its processes. Outside
+    the main thread signals cannot be caught and stay as they are.
+    """
+    first: list[float] = []
+
+    def note(*_: object) -> None:
+        if first and time.monotonic() - first[0] > 1:
+            raise KeyboardInterrupt
+        first.append(time.monotonic())
+
+    def watch(items: Iterable) -> Iterator:
+        for item in items:
+            if parallel.any_of(bool(first)):
+                raise Stopped
+            yield item
+
+    caught = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, note) for number in caught}
+    try:
+        yield watch
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a run's directory; of several processes the first does. Raises ValueError if another command holds it.
+
+    The operating system gives up the lock of a process that is killed, on a shared disk as well (NFS by its server).
+    """
+    if parallel.rank() > 0:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(directory / ".lock"), directory / ".holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        told = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise ValueError(f"{directory}: {told} is at work there; wait for it, or choose another name=") from None
+    except (NotImplementedError, OSError) as error:  # a disk without locks, or one that is read-only
+        warn(f"{directory}: cannot be locked ({first_line(error)}); run one command at a time there")
+    try:
+        with suppress(OSError):
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder.write_text(f"process {os.getpid()} on {platform.node()}, since {started},", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+def memory_advice(at_once: int, tier: str) -> str:
+    """What to set after a GPU ran out of memory with this many utterances at once."""
+    smaller = f"set micro_batch_size={at_once // 2}, or half of that again" if at_once > 1 else "train fewer layers"
+    more = ", or cache_tier=disk" if tier != "disk" else ""
+    return f"{smaller}, or gradient_checkpointing=true{more}: the loss stays the same, and the same command continues"

@@ -22,7 +22,7 @@ import compare
 import run
 from config import load_config
 from freeze import trained_state
-from machine import writing
+from machine import hardware
 
 ROOT = Path(__file__).parents[1]
 
@@ -379,7 +379,7 @@ def test_all_counts_as_the_number_of_layers(finished, tmp_path):
     (tmp_path / "full-seed0").mkdir()
     config = load_config(finished[0] / "heads.yaml", ["cache=false", "trainable_layers=all"])
     model, identity = run.build_model(config, (1, 7))
-    writing.save(tmp_path / "full-seed0" / "best.pt", {"trained": trained_state(model), "backbone": identity})
+    hardware.save(tmp_path / "full-seed0" / "best.pt", {"trained": trained_state(model), "backbone": identity})
     methods = {"full": config}
     assert compare.trained_layers(config, tmp_path / "full-seed0", methods) == 3
     for words, expected in {"trainable_layers=2": 2, "trainable_layers=[0, 2]": None, "lora_rank=4": None}.items():

@@ -23,7 +23,7 @@ import train
 import weights
 from config import Config
 from formats import adapter, card
-from machine import writing
+from machine import hardware
 from model import EmotionModel, Wav2Vec2Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +59,7 @@ def runs(tmp_path_factory, tiny_manifest) -> dict[str, Path]:
         for key, parameter in model.named_parameters():
             if key in best["trained"]:
                 best["trained"][key] = 0.05 * torch.randn(parameter.shape) if key.endswith(".B") else parameter.detach()
-        writing.save(directories[name] / "best.pt", best)
+        hardware.save(directories[name] / "best.pt", best)
     return directories
 
 

@@ -34,7 +34,7 @@ from config import Config, load_config
 from corpora import check
 from corpora import published as corpora
 from formats import adapter
-from machine import hardware, writing
+from machine import hardware
 from manifest import from_cell, text_cell
 from model import Wav2Vec2
 from report import results
@@ -320,7 +320,7 @@ def run_reader(folder: Path) -> Reader:
     checkpoint = {"trained": train.trained_state(model), "backbone": identity, "label_range": [1.0, 7.0]}
     (folder / "runs" / "a").mkdir(parents=True)
     best = folder / "runs" / "a" / "best.pt"
-    writing.save(best, checkpoint | {"config": run.plain(config)})
+    hardware.save(best, checkpoint | {"config": run.plain(config)})
 
     def read(_: Path) -> None:
         model = run.load_run(folder / "runs" / "a")

@@ -17,7 +17,7 @@ import data
 import run
 import train
 from config import Config, make_config
-from machine import writing
+from machine import hardware
 from model import normalize
 from tools import layers
 
@@ -317,7 +317,7 @@ def test_runs_that_cannot_be_compared_are_refused(trained, monkeypatch, tmp_path
     """One without layers, and one of whose backbone there is another now."""
     checkpoint = run.load_checkpoint(trained(trainable_layers=1) / "best.pt")
     checkpoint[key] = {**checkpoint[key], **value}
-    writing.save(tmp_path / "best.pt", checkpoint)
+    hardware.save(tmp_path / "best.pt", checkpoint)
     said = command_line(monkeypatch, tmp_path)
     assert message in said
     assert len(said.splitlines()) == 1

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import frozen
 import pytest
 import torch
 import yaml
@@ -17,12 +18,12 @@ from conftest import tiny_settings
 from test_train import WALL_TIME, read_csv, read_log
 from torch import Tensor, nn
 
-import frozen
 import run
 import train
 from cache import read_index
 from config import Config
-from machine import parallel, writing
+from machine import hardware
+from machine.hardware import parallel
 from tools.caches import verify
 
 pytestmark = [
@@ -47,7 +48,7 @@ import json, os, socket, sys
 from pathlib import Path
 import torch
 from machine import parallel
-from machine import writing
+from machine import hardware
 import run, train
 from config import Config
 from test_parallel import keep_gradients
@@ -66,7 +67,7 @@ def work(rank, size, port):
         config = Config(**keys)
         with keep_gradients() as gradients:
             train.train(config)
-        writing.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
+        hardware.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
     run.build_caches([to_build, f"cache_dir={to_build} {size}"])
     os._exit(0)
 
@@ -122,7 +123,7 @@ def runs(tmp_path_factory, tiny_checkpoint, tiny_manifest) -> Path:
         config = Config(**{**keys, "name": keys["name"].format(1), "cache_dir": str(folder / "cache 1")})
         with keep_gradients() as gradients:
             train.train(config)
-        writing.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
+        hardware.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
     torch.set_num_threads(before)
     path = folder / "build.yaml"
     path.write_text(yaml.safe_dump({**jobs[3], "name": "built"}))
@@ -249,14 +250,14 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
 
 def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
     """torchrun stops all where one ends, so all wait for each `last.pt`: at a stop it would be cut off otherwise."""
-    events, prefixes, prefix, save, wait, step = [], [], frozen.Prefix, writing.save, parallel.wait, train.step
+    events, prefixes, prefix, save, wait, step = [], [], frozen.Prefix, hardware.save, parallel.wait, train.step
 
     def stop_at_once(*given):
         prefixes[-1].stop.set()
         return step(*given)
 
     monkeypatch.setattr(frozen, "Prefix", lambda *given: prefixes.append(prefix(*given)) or prefixes[-1])
-    monkeypatch.setattr(writing, "save", lambda path, value: (save(path, value), events.append(path.name)))
+    monkeypatch.setattr(hardware, "save", lambda path, value: (save(path, value), events.append(path.name)))
     monkeypatch.setattr(parallel, "wait", lambda: (wait(), events.append("wait")))
     monkeypatch.setattr(train, "step", stop_at_once)
     with pytest.raises(frozen.Stopped):
@@ -327,7 +328,7 @@ def test_the_first_process_alone_writes_and_each_has_random_numbers_of_its_own(t
     drawn = {}
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        writing.write_text(tmp_path / str(rank), "")
+        hardware.write_text(tmp_path / str(rank), "")
         for _ in range(2):
             train.seed_step(0, 5, torch.device("cpu"))
             drawn.setdefault(rank, []).append(torch.rand(4).tolist())

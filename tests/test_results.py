@@ -9,7 +9,7 @@ import pytest
 
 import run
 from config import Config
-from machine import writing
+from machine import hardware
 from metrics import bootstrap, bootstrap_ci, bootstrap_p, holm, paired_t_test
 from report import results
 
@@ -49,7 +49,7 @@ def fabricate(out: Path, method: str, seed: int, ccc: float = 0.5, noise: float 
     (directory / "result.json").write_text(json.dumps(result))
     log = [{"epoch": e, "seconds": 10.0 * e, "dev_ccc_activation": e / 10, "dev_ccc_valence": 0.1} for e in (1, 2)]
     (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    writing.write_yaml(directory / "config.yaml", config)
+    hardware.write_yaml(directory / "config.yaml", config)
     predictions = LABELS + noise * np.random.default_rng([7, seed, int(100 * noise)]).standard_normal(LABELS.shape)
     with open(directory / "predictions_test.csv", "w", newline="") as file:
         writer = csv.writer(file)

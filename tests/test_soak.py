@@ -30,7 +30,7 @@ def resident_memory() -> int:
 def test_memory_and_open_files_stay_flat(request, tmp_path, monkeypatch, tiny_checkpoint, tiny_manifest, keys):
     """Over `--soak` epochs, after a tenth of them and five; a few in the everyday suite, 200 on request."""
     epochs = request.config.getoption("--soak")
-    memory, files, save = [], [], train.writing.save
+    memory, files, save = [], [], train.hardware.save
 
     def observe(path: object, value: dict) -> None:
         save(path, value)
@@ -38,7 +38,7 @@ def test_memory_and_open_files_stay_flat(request, tmp_path, monkeypatch, tiny_ch
         files.append(len(os.listdir("/proc/self/fd")))
 
     monkeypatch.setattr(
-        train.writing, "save", lambda path, value: (observe if path.name == "last.pt" else save)(path, value)
+        train.hardware, "save", lambda path, value: (observe if path.name == "last.pt" else save)(path, value)
     )
     settings = {"cache": True, "name": "soak", "epochs": epochs, "patience": epochs, **keys}
     result = train.train(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, **settings)))

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import frozen
 import numpy as np
 import pytest
 import soundfile
@@ -28,7 +29,6 @@ from tqdm import tqdm
 
 import data
 import freeze
-import frozen
 import metrics
 import run
 import train
@@ -36,7 +36,7 @@ import weights
 from config import Config, load_config
 from corpora import published as corpora
 from lora import LoRALinear
-from machine import hardware, writing
+from machine import hardware
 from model import EmotionModel, FeatureEncoder, Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -522,13 +522,13 @@ def script(monkeypatch, *scores: float) -> None:
 def test_best_only_ever_improves_and_the_run_stops_when_it_does_not(settings, monkeypatch):
     """A worse epoch and an equal one leave `best.pt` alone; `patience` epochs without a better one end the run."""
     script(monkeypatch, 0.2, 0.5, 0.3, 0.5, 0.1, 0.9)
-    config, real, saved = settings(epochs=10, patience=3), writing.save, []
+    config, real, saved = settings(epochs=10, patience=3), hardware.save, []
 
     def save(path: Path, value: dict) -> None:
         saved.append((path.name, value["epoch"] if path.name == "best.pt" else value["state"]["epoch"]))
         real(path, value)
 
-    monkeypatch.setattr(writing, "save", save)
+    monkeypatch.setattr(hardware, "save", save)
     result = train.train(config)
     assert [epoch for name, epoch in saved if name == "best.pt"] == [1, 2]
     assert [epoch for name, epoch in saved if name == "last.pt"] == [1, 2, 3, 4, 5]

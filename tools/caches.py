@@ -22,7 +22,7 @@ from cache import (
     read_index,
     read_line,
 )
-from machine.writing import replace
+from machine.hardware import replace
 
 PARTS = (".bin", ".index", ".user", ".tmp")  # what a cache is made of, beside cache.json
 PARTS += (".csv",)  # the index until format 2

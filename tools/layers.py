@@ -15,17 +15,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import frozen
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import frozen
 import run
 from config import Config
 from freeze import load_trained
 from lora import merge
-from machine import hardware, writing
+from machine import hardware
 from model import EmotionModel, Wav2Vec2
 
 TOGETHER = 8  # utterances in memory at once
@@ -163,7 +163,7 @@ def write_csv(path: Path, rows: Sequence[Row], note: str) -> None:
             writer.writeheader()
             writer.writerows({**row, "note": note} for row in rows)
 
-    writing.replace(path, save)
+    hardware.replace(path, save)
 
 
 def draw(layers: Sequence[Row], similarity: Sequence[float], note: str, path: Path) -> str:
@@ -226,7 +226,7 @@ def main() -> None:
     )
     rows = [*outside, {"part": "input of layer 0", "similarity": similarity[0]}, *layers]
     text = markdown(rows, [note, heard if frames else "", changed, reading(layers)])
-    writing.write_text(out / "layers.md", text)
+    hardware.write_text(out / "layers.md", text)
     write_csv(out / "layers.csv", rows, note)
     print(f"{text}\n{out}: layers.md, layers.csv, {draw(layers, similarity, note, out / 'layers')}")
 
