@@ -30,8 +30,8 @@ import numpy as np
 import frozen
 import run
 from config import Config, load_config, parse, split_words
+from data import text_cell
 from machine import writing
-from manifest import text_cell
 from report.results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
 
 HERE = Path(__file__).parent

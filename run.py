@@ -13,7 +13,6 @@ import data
 import weights
 from cache import check_space
 from config import Config, load_config, make_config, split_words
-from corpora import check
 from formats.adapter import FILES as ADAPTER_FILES
 from formats.adapter import merge_adapter
 from freeze import freeze, layer_numbers, load_trained
@@ -31,44 +30,18 @@ LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 
 
 def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, float]]:
     """The corpus and the range of its labels, checked. Raises FileNotFoundError or ValueError."""
-    utterances = data.load_corpus(*corpus_keys(config))
-    label_range = find_label_range(config)
+    utterances = data.load_corpus(**corpus_keys(config))
+    label_range = data.find_label_range(config.corpus, config.label_range)
     data.check_labels(utterances, config.targets, label_range, config.allow_speaker_overlap)
     if sum(utterance.split == "train" for utterance in utterances) < 2:
         raise ValueError("split 'train' has one utterance, expected 2 or more: the CCC of one is 0/0")
     return utterances, label_range
 
 
-def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) -> tuple[str, int]:
-    """Look at a config's corpus and write what is found into folder `out`, by default one below its output_dir.
-
-    Returns the report, and how bad it is: 0, 1 for warnings alone, 2 for errors. Raises FileNotFoundError, OSError or
-    ValueError where there is no corpus to look at.
-    """
-    config = load_config(path, overrides)
-    utterances, notes = data.read_corpus(*corpus_keys(config))
-    label_range = find_label_range(config)
-    problems = data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap)
-    problems += [data.Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
-    chosen = {"fold": config.fold, "test_set": config.test_set, "dev_set": config.dev_set}
-    words = [config.corpus, *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
-    folder = Path(out) if out else Path(config.output_dir) / "check" / "_".join(words)
-    title = DEMO_NOTE if config.corpus == "demo" else " ".join(words)
-    return check.inspect(utterances, problems, config.targets, label_range, title, folder)
-
-
-def corpus_keys(config: Config) -> tuple:
-    """What `data.load_corpus` takes, in its order."""
-    place = config.corpus, config.data_root, config.manifest
-    return (*place, config.fold, config.test_set, config.dev_set, config.flip_activation)
-
-
-def find_label_range(config: Config) -> tuple[float, float]:
-    """As configured, else the corpus's own. Raises ValueError."""
-    label_range = config.label_range or data.LABEL_RANGE.get(config.corpus)
-    if label_range is None:
-        raise ValueError(f"label_range: corpus {config.corpus!r} has none of its own; set it, e.g. label_range: [1, 7]")
-    return tuple(label_range)
+def corpus_keys(config: Config) -> dict:
+    """The arguments of `data.load_corpus`."""
+    keys = {key: getattr(config, key) for key in ("manifest", "fold", "test_set", "dev_set", "flip_activation")}
+    return {"name": config.corpus, "root": config.data_root, **keys}
 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
