@@ -161,8 +161,8 @@ class ActivationCache:
             if not whole or not (entry["checked"] or zlib.crc32(part) == entry["crc32"]):
                 raise ValueError(
                     f"{self.directory / self.shards[entry['shard']]}: the activation of {self.paths[number]} "
-                    f"{problem}; python -m tools.caches verify --repair {self.directory} forgets what is damaged, and the "
-                    "next run computes that alone anew"
+                    f"{problem}; python -m tools.caches verify --repair {self.directory} forgets what is damaged, and "
+                    "the next run computes that alone anew"
                 )
             self.entries["checked"][number] = True
         return stored
@@ -256,6 +256,15 @@ class ActivationCache:
         lines = sum(LINE_BYTES + len(path) for path in self.missing)
         return int((rows + missing * self.scale_rows) * self.row_bytes) + lines
 
+    def require_space(self, seconds: float, rows_each: int | None = None) -> None:
+        """Raise OSError if the disk has less room than `space`."""
+        needed, free = self.space(seconds, rows_each), shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise OSError(
+                f"cache {self.directory}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB; free space, "
+                "or set cache_dir or cache: false"
+            )
+
     def stored_bytes(self) -> int:
         """Of a complete cache, a file that the corpus names twice counted twice."""
         frames = self.entries["frames"]
@@ -296,20 +305,6 @@ def file_crc(path: str) -> int:
 
 def file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def check_space(needed: dict[Path, int]) -> None:
-    """Raise OSError if a disk has not the bytes that its caches, by directory, need together."""
-    disks: dict[int, list[Path]] = {}
-    for directory in needed:
-        disks.setdefault(os.stat(directory).st_dev, []).append(directory)
-    for directories in disks.values():
-        total, free = sum(needed[directory] for directory in directories), shutil.disk_usage(directories[0]).free
-        if total > free:
-            raise OSError(
-                f"cache {', '.join(map(str, directories))}: needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} "
-                "GB; free space, or set cache_dir or cache: false"
-            )
 
 
 def to_json(identity: dict) -> bytes:

@@ -25,13 +25,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import frozen
 import numpy as np
 
 import run
 from config import Config, load_config, parse, split_words
+from data import text_cell
 from machine import hardware
-from manifest import text_cell
 from report.results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
 
 HERE = Path(__file__).parent
@@ -149,7 +148,7 @@ def build_caches(methods: dict[str, Config], seeds: Sequence[int], out: Path) ->
     print(f"filling the caches of {', '.join(wanted)}", flush=True)
     report, log = out / "builds.json", log_path(out, "caches")
     before = read_json(report) if report.is_file() else {}
-    if logged([str(HERE / "cache.py"), "build", *paths, "--report", str(report)], log):
+    if logged(["-m", "tools.caches", "build", *paths, "--report", str(report)], log):
         print(f"failed, see {log}; the runs fill them in their first epoch")
     if report.is_file():
         after = read_json(report)  # where nothing was left to build, what it cost then still holds
@@ -182,6 +181,7 @@ def logged(arguments: Sequence[str], log: Path) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a killed process has said is in the file
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # for -m
         command = [sys.executable, *arguments]
         with subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
             try:
@@ -335,7 +335,7 @@ def main() -> None:
         raise ValueError("\n  ".join(["nothing was run:", *dict.fromkeys(wrong)]))
     stopped = False
     if not arguments.table:
-        for number in frozen.STOP_SIGNALS:
+        for number in hardware.STOP_SIGNALS:
             signal.signal(number, signal.default_int_handler)
         stopped = run_all(methods, seeds, out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From files to tensors: audio of any kind as 16 kHz mono, and random batches. Corpora are read in `corpora.py`.
+"""From files to tensors: utterances, manifests, audio of any kind as 16 kHz mono, and random batches.
 
     utterances = load_corpus("manifest", manifest="my/manifest.csv")
     check_labels(utterances, ["activation", "valence"], label_range=(1, 7))
@@ -6,14 +6,9 @@
     waveform = read_audio(utterances[0].path)  # (S,) float32, 16 kHz
 
 Nothing is padded, cropped or normalised here: an utterance is its samples, and its length is its own.
-
-    python data.py check CONFIG [key=value ...] [--out DIR]
-
-reads a corpus without training: its numbers, a picture of its labels, and every problem with its file. It exits with 0
-if there is none, 1 after warnings, 2 after errors, which are what training refuses and sounds that two splits share.
 """
 
-import argparse
+import csv
 import io
 import math
 import numbers
@@ -21,32 +16,26 @@ import os
 import stat
 import struct
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TextIO, TypeVar
 
 import numpy as np
 import soundfile
 import torch
 from torch import Tensor
 
-from corpora.demo import synthesize_demo
+from config import extra
 
-# ruff: noqa: F401 - all that is about data can be had from here
-from corpora.published import CORPORA, LABEL_RANGE, load_corpus, read_corpus, say_once
-from manifest import (
-    LABEL_COLUMNS,
-    REQUIRED_COLUMNS,
-    SPLITS,
-    Problem,
-    Utterance,
-    check_labels,
-    label_problems,
-    raise_listed,
-    read_manifest,
-    text_cell,
-)
+SPLITS = ("train", "dev", "test")
+REQUIRED_COLUMNS = ("path", "split", "speaker", "activation", "valence")
+LABEL_COLUMNS = ("activation", "valence", "dominance")
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # at the start of a cell; the last are the wide = + - @
 
 SAMPLE_RATE = 16_000  # Hz, what every Wav2Vec 2.0 was trained on
 MIN_SAMPLES = 400  # at SAMPLE_RATE: one frame of the CNN, 25 ms
@@ -55,11 +44,233 @@ MIN_SAMPLE_RATE = 1000  # Hz; less is a damaged header, and a second becomes hou
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
 MAX_SAMPLES = 1 << 30  # of a file, at its rate and at 16 kHz: 6 hours at 48 kHz, 4 GB; FLAC packs silence to nothing
 
+Notes = dict[str, list[str]]  # what was left out of a corpus or is odd, and the names of the files
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class TooShortError(ValueError):
     """Audio with less than one frame of the CNN."""
+
+
+# ---------------------------------------------------------------- corpora
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One turn of one speaker: an audio file and its labels by target name, in the scale of the corpus."""
+
+    path: str
+    split: str
+    speaker: str
+    labels: dict[str, float]
+
+
+class Problem(NamedTuple):
+    """Something wrong: of which kind, in which file ("" for the corpus), and what was found and expected."""
+
+    kind: str
+    file: str
+    detail: str
+
+
+def load_corpus(
+    name: str,
+    root: str | None = None,
+    manifest: str | None = None,
+    fold: int | None = None,
+    test_set: str | None = None,
+    dev_set: str | None = None,
+    flip_activation: bool | None = None,
+) -> list[Utterance]:
+    """The utterances of a corpus. What was left out of it or is odd is printed to stderr. See `read_corpus`."""
+    keys = {"fold": fold, "test_set": test_set, "dev_set": dev_set, "flip_activation": flip_activation}
+    utterances, notes = read_corpus(name, root, manifest, **keys)
+    for note, files in notes.items():
+        examples = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+        say_once(f"warning: {root}: {note}" + (f": {len(files):,} ({examples})" if files else ""))
+    return utterances
+
+
+def read_corpus(
+    name: str, root: str | None = None, manifest: str | None = None, **keys: str | int | None
+) -> tuple[list[Utterance], Notes]:
+    """The utterances of a corpus, and what a user should know of them.
+
+    "manifest" is a CSV file; every other name is a corpus that `corpora.published` reads from the folder `root`, and
+    `keys` are those of the configuration that choose a part of it. Raises FileNotFoundError or ValueError for an
+    unknown name, a key that the corpus does not use, and files that are not as published.
+    """
+    keys = {"data_root": root, "manifest": manifest} | keys
+    if name != "manifest":
+        return extra("corpora.published", f"corpus: {name}").read(name, keys)
+    require_used(name, keys, ["manifest"])
+    if manifest is None:
+        raise ValueError("manifest: found nothing, but corpus 'manifest' needs a CSV; set `manifest: FILE`")
+    return read_manifest(manifest), {}
+
+
+def require_used(name: str, keys: dict[str, str | int | None], used: Sequence[str]) -> None:
+    """Raise ValueError for a key that is set although the corpus does not use it."""
+    for key, value in keys.items():
+        if value is not None and key not in used:
+            raise ValueError(f"{key}: corpus {name!r} has no use for it, found {value!r}; remove the key")
+
+
+def find_label_range(name: str, label_range: Sequence[float] | None) -> tuple[float, float]:
+    """The range as configured, else the one that the corpus was published with. Raises ValueError."""
+    if label_range is None:
+        if name == "manifest":
+            raise ValueError(f"label_range: corpus {name!r} has none of its own; set it, e.g. label_range: [1, 7]")
+        label_range = extra("corpora.published", f"corpus: {name}").CORPORA[name].label_range
+    return tuple(label_range)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line to stderr once, however often called."""
+    print(line, file=sys.stderr)
+
+
+# ---------------------------------------------------------------- manifests
+
+
+def read_manifest(path: str | Path) -> list[Utterance]:
+    """Read a CSV `path,split,speaker,activation,valence[,dominance]` in UTF-8; other columns are ignored.
+
+    Relative audio paths are relative to the manifest; an empty label cell means that there is no such label.
+    Raises FileNotFoundError, or one ValueError that lists the bad rows by line.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such manifest; check the key `manifest`")
+    with reading(path, "manifest") as file:
+        return parse_manifest(path, file)
+
+
+def parse_manifest(path: str | Path, file: TextIO) -> list[Utterance]:
+    """The rows of an open manifest; `path` is what relative audio paths are relative to."""
+    reader = csv.reader(file)
+    header = [cell.strip() for cell in next(reader, [])]
+    if not any(header):
+        raise ValueError(f"{path}: the manifest is empty, expected a header {','.join(REQUIRED_COLUMNS)}")
+    if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; found {header}, separated by commas")
+    if twice := [column for column in (*REQUIRED_COLUMNS, *LABEL_COLUMNS) if header.count(column) > 1]:
+        raise ValueError(f"{path}: column {twice[0]} is there more than once; found {header}")
+    at = {column: header.index(column) for column in header}
+    targets = [(target, at[target]) for target in LABEL_COLUMNS if target in at]
+    folder = os.path.dirname(os.path.abspath(path))
+    utterances, problems = [], []
+    for row in filter(any, reader):  # not the blank lines
+        try:
+            if len(row) != len(header):
+                raise ValueError(f"{len(row)} cells, expected {len(header)}")
+            audio, split, speaker = (row[at[column]].strip() for column in REQUIRED_COLUMNS[:3])
+            if not audio:
+                raise ValueError("path is empty")
+            if split not in SPLITS:
+                raise ValueError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
+            labels = {target: number(target, row[i]) for target, i in targets if row[i].strip()}
+            utterances.append(Utterance(os.path.join(folder, audio), split, speaker, labels))
+        except ValueError as problem:
+            problems.append(f"line {reader.line_num}: {problem}")
+    raise_listed(f"{path}: bad rows in the manifest", problems)
+    if not utterances:
+        raise ValueError(f"{path}: the manifest has a header but no rows, expected one for each audio file")
+    return utterances
+
+
+@contextmanager
+def reading(path: str | Path, what: str, errors: str = "strict") -> Iterator[TextIO]:
+    """A text file, opened; what goes wrong while it is read is one error that names it."""
+    try:
+        with open(path, encoding="utf-8-sig", errors=errors, newline="") as file:  # -sig: Excel writes a mark
+            yield file
+    except OSError as error:
+        raise ValueError(f"{path}: the {what} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: the {what} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: the {what} is not a CSV file: {error}") from None
+
+
+def number(target: str, cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        raise ValueError(f"{target} {cell!r} is not a number") from None
+
+
+def text_cell(text: str) -> str:
+    """A name for a table that a spreadsheet opens too: an apostrophe before what it would run as a formula.
+
+    For names of files and speakers, which come from others; `from_cell` takes it away. Numbers may begin with a sign.
+    The first characters are those of OWASP's page "CSV Injection".
+    """
+    return f"'{text}" if text.lstrip("'").startswith(FORMULA) else text
+
+
+def from_cell(cell: str) -> str:
+    """The name that `text_cell` made into this cell."""
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(FORMULA) else cell
+
+
+def raise_listed(heading: str, problems: Sequence[str], limit: int = 20) -> None:
+    """Raise one ValueError for all problems, if there are any, so that a user mends them in one go."""
+    if problems:
+        more = [f"and {len(problems) - limit} more"] if len(problems) > limit else []
+        raise ValueError("\n  ".join([f"{heading} ({len(problems)}):", *problems[:limit], *more]))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def check_labels(
+    utterances: Sequence[Utterance],
+    targets: Sequence[str],
+    label_range: tuple[float, float],
+    allow_speaker_overlap: bool = False,
+) -> None:
+    """Raise one ValueError that lists all that `label_problems` finds."""
+    problems = label_problems(utterances, targets, label_range, allow_speaker_overlap)
+    listed = [f"{file}: {detail}" if file else detail for _, file, detail in problems]
+    raise_listed("the corpus cannot be used", listed)
+
+
+def label_problems(
+    utterances: Sequence[Utterance],
+    targets: Sequence[str],
+    label_range: tuple[float, float],
+    allow_speaker_overlap: bool = False,
+) -> list[Problem]:
+    """All that is wrong with splits, labels and speakers.
+
+    Right is: each split has utterances, each utterance a finite label within `label_range` (inclusive) for
+    each target, and no speaker is in two splits. A speaker "" or "Unknown" is nobody and may be in all.
+    """
+    low, high = label_range
+    present = {utterance.split for utterance in utterances}
+    problems = [Problem("empty split", "", f"split {s!r} has no utterances") for s in SPLITS if s not in present]
+    splits_of = defaultdict(set)
+    for utterance in utterances:
+        splits_of[utterance.speaker].add(utterance.split)
+        for target in targets:
+            value = utterance.labels.get(target)
+            if value is None:
+                found = ", ".join(utterance.labels) or "none"
+                detail = f"no label for target {target!r}, found {found}"
+                problems.append(Problem("no label", utterance.path, detail))
+            elif not math.isfinite(value):
+                detail = f"{target} is {value}, expected a finite number"
+                problems.append(Problem("no label", utterance.path, detail))
+            elif not low <= value <= high:
+                detail = f"{target} is {value:g}, outside `label_range` {low:g} to {high:g}"
+                problems.append(Problem("label outside the range", utterance.path, detail))
+    for speaker, splits in splits_of.items():
+        if len(splits) > 1 and speaker.lower() not in ("", "unknown") and not allow_speaker_overlap:
+            shared = " and ".join(split for split in SPLITS if split in splits)
+            detail = f"speaker {speaker!r} is in {shared}; part them, or set `allow_speaker_overlap: true`"
+            problems.append(Problem("speaker overlap", "", detail))
+    return problems
 
 
 # ---------------------------------------------------------------- audio
@@ -223,7 +434,7 @@ def _decode(sound: soundfile.SoundFile) -> np.ndarray:
     return samples
 
 
-# ---------------------------------------------------------------- labels and batches
+# ---------------------------------------------------------------- scales and batches
 
 
 def scale_labels(labels: Tensor, label_range: tuple[float, float]) -> Tensor:
@@ -266,30 +477,3 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
                 yield due.result()
         if ahead is not None:
             yield ahead.result()
-
-
-# ---------------------------------------------------------------- the command line
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Look at a corpus without training.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="count, draw the labels, and name every problem with its file")
-    check.add_argument("config", help="a YAML file, as in configs/")
-    check.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
-    check.add_argument("--out", help="folder for the report, its tables and pictures; else one below output_dir")
-    arguments = parser.parse_args()
-    from run import check_corpus
-
-    text, severity = check_corpus(arguments.config, arguments.overrides, arguments.out)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe cannot carry every file's name
-    print(text)
-    sys.exit(severity)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'stopped; no report is written'}", file=sys.stderr)
-        sys.exit(2)

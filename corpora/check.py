@@ -1,9 +1,17 @@
-"""A corpus looked at without training: its numbers, a picture of its labels, and every problem with its file."""
+"""Look at a corpus without training: its numbers, a picture of its labels, and every problem with its file.
 
+    python -m corpora.check CONFIG [key=value ...] [--out DIR]
+
+The exit status is 0 if no problem was found, 1 after warnings, and 2 after errors, which are what training refuses
+and what makes scores too good.
+"""
+
+import argparse
 import csv
 import io
 import math
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+import data
+import run
+from config import load_config
 from data import SPLITS, Problem, TooShortError, Utterance, read_original, text_cell
 
 SILENT = 1e-3  # of full scale: no sample is farther from the mean; -60 dB
@@ -59,14 +70,14 @@ def inspect(
     seconds = [each.seconds for each in heard]
     problems = [*problems, *(problem for each in heard for problem in each.problems), *duplicates(utterances, heard)]
     problems.sort(key=lambda problem: severity(problem.kind))  # errors first, else as they were
-    report = "\n".join([f"# {title}", "", *table(utterances, seconds, targets), "", *listing(problems)])
+    report = "\n".join([f"# {title}", "", *split_table(utterances, seconds, targets), "", *problem_list(problems)])
     texts = {"report.md": report + "\n", "problems.csv": problems_csv(problems)}
     texts["speakers.csv"] = speakers_csv(utterances, seconds)
     severities = {severity(problem.kind) for problem in problems}
     try:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-        pictures = draw(utterances, seconds, targets, label_range, title, folder / "labels")
+        pictures = draw_labels(utterances, seconds, targets, label_range, title, folder / "labels")
         end = ", ".join([*texts, *(pictures or ["no picture, since matplotlib is not installed"])])
     except OSError as error:  # a full disk does not take the report away
         severities, end = {"error"}, f"cannot be written: {error}"
@@ -121,7 +132,7 @@ def duplicates(utterances: Sequence[Utterance], heard: Sequence[Heard]) -> list[
     return problems
 
 
-def table(utterances: Sequence[Utterance], seconds: Sequence[float], targets: Sequence[str]) -> list[str]:
+def split_table(utterances: Sequence[Utterance], seconds: Sequence[float], targets: Sequence[str]) -> list[str]:
     """Markdown: a row a split; seconds, labels and a speaker's utterances as mean (least to most)."""
     columns = ["split", "utterances", "speakers", "utterances a speaker", "hours", "seconds", *targets]
     cells = []
@@ -146,7 +157,7 @@ def finite(utterances: Sequence[Utterance], target: str) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def listing(problems: Sequence[Problem], limit: int = 20) -> list[str]:
+def problem_list(problems: Sequence[Problem], limit: int = 20) -> list[str]:
     """Markdown: how many problems there are of each kind, and the first in full."""
     if not problems:
         return ["No problem was found."]
@@ -184,7 +195,7 @@ def problems_csv(problems: Sequence[Problem]) -> str:
     return csv_text([("severity", "problem", "file", "detail"), *rows])
 
 
-def draw(
+def draw_labels(
     utterances: Sequence[Utterance],
     seconds: Sequence[float],
     targets: Sequence[str],
@@ -244,3 +255,41 @@ def plane(figure: Any, axis: Any, of_split: dict[str, list[Utterance]], label_ra
             axis.plot(*points[split], mark, color=color, markersize=4, markerfacecolor="none", label=split)
         axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     axis.set(xlabel="valence", ylabel="activation", aspect="equal")
+
+
+def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) -> tuple[str, int]:
+    """Check the corpus of a configuration and write what is found into folder `out`, by default below its output_dir.
+
+    Returns the report, and how bad it is: 0, 1 for warnings alone, 2 for errors. Raises FileNotFoundError, OSError or
+    ValueError where there is no corpus to look at.
+    """
+    config = load_config(path, overrides)
+    utterances, notes = data.read_corpus(**run.corpus_keys(config))
+    label_range = data.find_label_range(config.corpus, config.label_range)
+    problems = data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap)
+    problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
+    chosen = {"fold": config.fold, "test_set": config.test_set, "dev_set": config.dev_set}
+    words = [config.corpus, *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
+    folder = Path(out) if out else Path(config.output_dir) / "check" / "_".join(words)
+    title = run.DEMO_NOTE if config.corpus == "demo" else " ".join(words)
+    return inspect(utterances, problems, config.targets, label_range, title, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m corpora.check", description="Look at a corpus without training.")
+    parser.add_argument("config", help="a YAML file, as in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
+    parser.add_argument("--out", help="folder for the report, its tables and pictures; else one below output_dir")
+    arguments = parser.parse_args()
+    report, status = check_corpus(arguments.config, arguments.overrides, arguments.out)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe cannot carry every file's name
+    print(report)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'stopped; no report is written'}", file=sys.stderr)
+        sys.exit(2)

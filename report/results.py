@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manifest import from_cell
+from data import from_cell
 from metrics import bootstrap, bootstrap_p, holm, interval, paired_t_test
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")

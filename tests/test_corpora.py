@@ -1,4 +1,4 @@
-"""What `corpora`, `manifest` and `check` promise, on trees made here in the published layouts with their oddities."""
+"""What the readers in `corpora` and the check promise, on trees made here as the corpora are published."""
 
 import csv
 import os
@@ -147,7 +147,7 @@ def test_msp_podcast_in_every_spelling(tmp_path, spelling):
     assert [u.split for u in utterances] == ["test", "train", "train", "dev", "dev"]
     assert disjoint(utterances) == {"train": {"31"}, "dev": {"32"}, "test": {"30"}}
     assert utterances[1].labels == {"activation": 6.4, "valence": 1.6, "dominance": 5.8}
-    data.check_labels(utterances, ["activation", "valence"], data.LABEL_RANGE["msp-podcast"])
+    data.check_labels(utterances, ["activation", "valence"], corpora.CORPORA["msp-podcast"].label_range)
 
 
 def test_another_test_set_of_msp_podcast_can_be_chosen(tmp_path):
@@ -167,7 +167,7 @@ def test_test3_may_be_listed_without_labels(tmp_path):
     touch(root / "Audios" / "MSP-PODCAST_test3_0001.wav")
     touch(root / "Audios" / "MSP-PODCAST_test3_0002.wav")
     add_podcast_row(root, "MSP-PODCAST_test3_0001.wav,,,,,,,Test3")
-    utterances, notes = corpora.read_corpus("msp-podcast", str(root))
+    utterances, notes = data.read_corpus("msp-podcast", str(root))
     assert len(utterances) == 5
     assert notes == {
         "audio without activation or valence, left out": ["MSP-PODCAST_test3_0001.wav"],
@@ -234,13 +234,13 @@ def test_iemocap_can_part_the_two_speakers_of_the_session(tmp_path):
 
 def test_labels_of_iemocap_are_valence_activation_dominance(tmp_path):
     """In this order in the file; the speaker is the turn's last letter, not the dialogue's; slips over 5 are 5."""
-    utterances, notes = corpora.read_corpus("iemocap", str(iemocap(tmp_path)), fold=1)
+    utterances, notes = data.read_corpus("iemocap", str(iemocap(tmp_path)), fold=1)
     found = {Path(u.path).stem: u for u in utterances}
     woman, man = found["Ses01M_script01_1b_F000"], found["Ses01F_impro01_M000"]
     assert (woman.speaker, man.speaker) == ("Ses01F", "Ses01M")
     assert woman.labels == {"valence": 1.5, "activation": 2.5, "dominance": 3.5}
     assert man.labels == {"valence": 2.0, "activation": 5.0, "dominance": 4.6667}
-    data.check_labels(utterances, ["activation", "valence", "dominance"], data.LABEL_RANGE["iemocap"])
+    data.check_labels(utterances, ["activation", "valence", "dominance"], corpora.CORPORA["iemocap"].label_range)
     ((note, files),) = notes.items()
     assert note == "labels slightly above 5, taken as 5" and len(files) == 10
 
@@ -251,7 +251,7 @@ def test_a_label_far_above_the_scale_of_iemocap_stays_and_is_an_error(tmp_path):
     source.write_text(source.read_text().replace("5.5000", "5.6000"))
     utterances = data.load_corpus("iemocap", str(tmp_path), fold=1)
     with pytest.raises(ValueError, match=r"activation is 5\.6, outside `label_range` 1 to 5"):
-        data.check_labels(utterances, ["activation"], data.LABEL_RANGE["iemocap"])
+        data.check_labels(utterances, ["activation"], corpora.CORPORA["iemocap"].label_range)
 
 
 def test_a_label_file_of_iemocap_without_a_turn_is_an_error(tmp_path):
@@ -279,7 +279,7 @@ def test_msp_improv_in_both_layouts(tmp_path, fold, source, below, capsys):
     assert neutral.labels == {"activation": 3.0, "valence": 3.5}
     error = capsys.readouterr().err
     assert error.count("warning") == 1 and "left out: 1 (MSP-IMPROV-S03H-F01-P-MF02.wav)" in error
-    data.check_labels(utterances, ["activation", "valence"], data.LABEL_RANGE["msp-improv"])
+    data.check_labels(utterances, ["activation", "valence"], corpora.CORPORA["msp-improv"].label_range)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_msp_improv_in_both_layouts(tmp_path, fold, source, below, capsys):
 def test_the_direction_of_activation_is_an_option_and_anger_shows_a_wrong_one(tmp_path, stored, flip, warned):
     """Where angry turns are not the more active, the warning names the key and its other value."""
     root = improv(tmp_path, angry=stored)
-    utterances, notes = corpora.read_corpus("msp-improv", str(root), fold=1, flip_activation=flip)
+    utterances, notes = data.read_corpus("msp-improv", str(root), fold=1, flip_activation=flip)
     assert utterances[0].labels["activation"] == (stored if flip is False else 6 - stored)
     other = str(flip is False).lower()
     expected = f"angry turns are not more active than neutral ones (means 1.50 and 3.00): try flip_activation: {other}"
@@ -313,7 +313,7 @@ def test_muse_is_split_by_speakers(tmp_path, below):
     assert [len(speakers[split]) for split in data.SPLITS] == [18, 5, 5]
     assert speakers["test"] == {"05", "10", "15", "20", "25"}
     assert all(u.labels == {"activation": 6.5, "valence": 3.25} for u in utterances)
-    data.check_labels(utterances, ["activation", "valence"], data.LABEL_RANGE["muse"])
+    data.check_labels(utterances, ["activation", "valence"], corpora.CORPORA["muse"].label_range)
 
 
 # ---------------------------------------------------------------- keys and places
@@ -322,7 +322,7 @@ def test_muse_is_split_by_speakers(tmp_path, below):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "iemocap", "root": "."}, "fold: found None, expected 1 to 5: the session that is held out"),
+        ({"name": "iemocap", "root": "."}, "fold: found None, expected 1 to 5: the part that is held out for testing"),
         ({"name": "iemocap", "root": ".", "fold": 6}, "fold: found 6, expected 1 to 5"),
         ({"name": "msp-improv", "root": ".", "fold": 0}, "fold: found 0, expected 1 to 6"),
         ({"name": "msp-podcast", "root": ".", "fold": 1}, "fold: corpus 'msp-podcast' has no use for it, found 1"),
@@ -342,7 +342,7 @@ def test_keys_that_a_corpus_needs_or_would_ignore(arguments, message):
 @pytest.mark.parametrize("name", ["msp-podcast", "iemocap", "msp-improv", "muse"])
 def test_a_wrong_root_says_what_was_looked_for_and_what_is_there(tmp_path, name):
     """For the folder above, an empty one, and one that does not exist."""
-    fold = {"fold": 1} if "fold" in corpora.CORPORA[name] else {}
+    fold = {"fold": 1} if corpora.CORPORA[name].folds else {}
     touch(tmp_path / "downloads" / "a.zip")
     looked_for = {"msp-podcast": "Audios or Audio", "iemocap": "Session1", "msp-improv": "Evalution.txt or Evaluation"}
     message = f"looked for {looked_for.get(name, 'a folder with `Emotion data from')}.*, found "
@@ -361,7 +361,7 @@ def test_labels_without_any_audio_are_an_error(tmp_path, make):
     name = {"podcast": "msp-podcast", "improv": "msp-improv"}.get(make.__name__, make.__name__)
     for wav in make(tmp_path).rglob("*.wav"):
         wav.unlink()
-    fold = {"fold": 1} if "fold" in corpora.CORPORA[name] else {}
+    fold = {"fold": 1} if corpora.CORPORA[name].folds else {}
     with pytest.raises(ValueError, match=r"no labels of the 0 WAV files below .*\(\d+ names without a file"):
         data.load_corpus(name, str(tmp_path), **fold)
 
@@ -389,7 +389,7 @@ def test_files_are_found_by_listing_folders(tmp_path, monkeypatch):
     assert len(data.load_corpus("msp-podcast", root)) == 5
 
 
-# ---------------------------------------------------------------- data.py check
+# ---------------------------------------------------------------- corpora.check
 
 
 def sound(seconds: float = 0.4, seed: int = 0, rate: int = 16_000, level: float = 0.5) -> np.ndarray:
@@ -417,7 +417,7 @@ def check_manifest(folder: Path, *more: str) -> tuple[int, str, list[dict[str, s
     """Exit code, report and problems of a manifest, checked through the function behind the command."""
     out = folder / "out"
     keys = ["corpus=manifest", f"manifest={folder / 'manifest.csv'}", "label_range=[1, 7]", *more]
-    report, code = run.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(out))
+    report, code = check.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(out))
     with open(out / "problems.csv", newline="", encoding="utf-8") as file:
         return code, report, list(csv.DictReader(file))
 
@@ -515,7 +515,7 @@ def test_what_a_reader_leaves_out_is_a_warning_with_its_files(tmp_path):
     root = podcast(tmp_path)
     touch(root / "Audios" / "extra.wav")
     keys = ["corpus=msp-podcast", f"data_root={root}", f"output_dir={tmp_path / 'runs'}", "test_set=Test2"]
-    report, code = run.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys)
+    report, code = check.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys)
     assert code == 2 and report.startswith("# msp-podcast test_set=Test2\n")
     assert "| error | unreadable | 5 |" in report
     assert "| warning | audio that the labels do not name, left out | 1 |" in report
@@ -534,7 +534,7 @@ def test_a_report_that_cannot_be_written_is_printed(good):
     """Decoding a corpus takes long; the report says what failed, and the exit code is that of an error."""
     (good / "out" / "problems.csv").mkdir(parents=True)
     keys = ["corpus=manifest", f"manifest={good / 'manifest.csv'}", "label_range=[1, 7]"]
-    report, code = run.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(good / "out"))
+    report, code = check.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(good / "out"))
     assert code == 2 and "| all | 6 | 6 |" in report and "out: cannot be written: " in report
 
 
@@ -544,14 +544,21 @@ def test_pictures_of_few_and_of_many_utterances(tmp_path, utterances):
     pytest.importorskip("matplotlib")
     rows = [data.Utterance("a", "train", "s", {"activation": 1 + n % 7, "valence": 9.0}) for n in range(utterances)]
     rows.append(data.Utterance("a", "test", "s", {}))
-    files = check.draw(rows, [1.0] * len(rows), ["activation", "valence"], (1, 7), "a title", tmp_path / "labels")
+    files = check.draw_labels(
+        rows, [1.0] * len(rows), ["activation", "valence"], (1, 7), "a title", tmp_path / "labels"
+    )
     assert files == ["labels.png", "labels.pdf"]
     assert all((tmp_path / file).stat().st_size > 5000 for file in files)
 
 
 def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / "data.py"), *words], cwd=cwd, capture_output=True, text=True, encoding="utf-8"
+        [sys.executable, "-m", "corpora.check", *words],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
 
 
@@ -560,10 +567,10 @@ def test_the_command_prints_the_report_and_exits_by_severity(good):
     config = str(ROOT / "configs" / "logmel.yaml")
     keys = ["corpus=manifest", "manifest=manifest.csv", "label_range=[1, 7]"]
     add(good, "absent.wav,train,s9,4,4")
-    done = command("check", config, *keys, "--out", "found", cwd=good)
+    done = command(config, *keys, "--out", "found", cwd=good)
     assert done.returncode == 2 and "| error | missing | 1 |" in done.stdout
     assert "found: report.md, problems.csv, speakers.csv" in done.stdout
-    wrong = command("check", config, "corpus=iemocap", "fold=1", "data_root=nowhere", cwd=good)
+    wrong = command(config, "corpus=iemocap", "fold=1", "data_root=nowhere", cwd=good)
     assert wrong.returncode == 2
     assert wrong.stderr == "error: nowhere: no such folder; check the key `data_root`\n"
 
@@ -571,17 +578,17 @@ def test_the_command_prints_the_report_and_exits_by_severity(good):
 def test_the_readme_names_every_corpus_and_its_command_has_valid_keys():
     """Its table is that of `CORPORA`, and the keys of its command belong to that corpus."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, keys in corpora.CORPORA.items():
-        for key in set(keys) - {"data_root", "manifest"}:
+    for name, corpus in corpora.CORPORA.items():
+        for key in corpus.keys:
             assert re.search(rf"^\| `{name}` \|.*`{key}`", text, re.MULTILINE), (name, key)
-    (words,) = re.findall(r"^python data\.py check (.*)$", text, re.MULTILINE)
+    (words,) = re.findall(r"^python -m corpora\.check (.*)$", text, re.MULTILINE)
     config = load_config(ROOT / words.split()[0], words.split()[1:])
     assert {word.partition("=")[0] for word in words.split()[1:]} == {"corpus", "data_root", "fold"}
-    assert config.fold in range(1, corpora.SESSIONS[config.corpus] + 1)
+    assert config.fold in range(1, corpora.CORPORA[config.corpus].folds + 1)
 
 
 def test_the_demo_is_named_as_such(tmp_path):
     """Wherever its numbers are printed."""
     keys = [f"data_root={tmp_path / 'demo'}"]
-    report, code = run.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(tmp_path / "out"))
+    report, code = check.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(tmp_path / "out"))
     assert code == 0 and report.startswith(f"# {run.DEMO_NOTE}\n")

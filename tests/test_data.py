@@ -14,6 +14,7 @@ import soundfile
 import torch
 
 import data
+from corpora.demo import synthesize_demo
 
 HEADER = "path,split,speaker,activation,valence"
 
@@ -43,10 +44,10 @@ def corpus(**changes) -> list[data.Utterance]:
 
 def test_unknown_corpus_suggests_the_nearest():
     """A mistyped name is an error that lists what there is."""
-    with pytest.raises(ValueError, match=r"'demmo' is unknown, .* demo, manifest, .*; did you mean 'demo'\?"):
+    with pytest.raises(ValueError, match=r"'demmo' is unknown, .* manifest, demo, .*; did you mean 'demo'\?"):
         data.load_corpus("demmo")
     with pytest.raises(
-        ValueError, match=r"'xyzzy' is unknown, expected one of demo, manifest, msp-podcast, iemocap, msp-improv, muse$"
+        ValueError, match=r"'xyzzy' is unknown, expected one of manifest, demo, msp-podcast, iemocap, msp-improv, muse$"
     ):
         data.load_corpus("xyzzy")
 
@@ -523,7 +524,7 @@ def demo(tmp_path_factory) -> Path:
 def test_the_demo_passes_its_own_checks(demo):
     """160 utterances of 16 speakers, disjoint over the splits, about 200 s, labels all over 1..7."""
     utterances = data.load_corpus("demo", root=str(demo))
-    data.check_labels(utterances, ["activation", "valence", "dominance"], data.LABEL_RANGE["demo"])
+    data.check_labels(utterances, ["activation", "valence", "dominance"], (1, 7))
     seconds = data.check_audio(utterances)
     assert [sum(u.split == split for u in utterances) for split in data.SPLITS] == [96, 32, 32]
     assert len({u.speaker for u in utterances}) == 16
@@ -535,7 +536,7 @@ def test_the_demo_passes_its_own_checks(demo):
 
 def test_the_demo_is_the_same_on_each_run(demo, tmp_path):
     """The same bytes in another folder; a smaller demo is the beginning of the larger one."""
-    again = data.synthesize_demo(tmp_path, train=9, dev=5, test=5)
+    again = synthesize_demo(tmp_path, train=9, dev=5, test=5)
     assert again.parent == tmp_path and len(list(tmp_path.iterdir())) == 20
     for path in tmp_path.glob("*.wav"):
         assert path.read_bytes() == (demo / path.name).read_bytes()
@@ -545,13 +546,13 @@ def test_the_demo_is_the_same_on_each_run(demo, tmp_path):
 def test_the_demo_is_made_once(tmp_path):
     """A second call writes nothing, but a lost file is made again."""
     size = {"train": 3, "dev": 2, "test": 2}
-    data.synthesize_demo(tmp_path, **size)
+    synthesize_demo(tmp_path, **size)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
-    data.synthesize_demo(tmp_path, **size)
+    synthesize_demo(tmp_path, **size)
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.iterdir()}
     lost = tmp_path / "dev_001.wav"
     lost.unlink()
-    data.synthesize_demo(tmp_path, **size)
+    synthesize_demo(tmp_path, **size)
     assert lost.read_bytes() == before[lost][1]
 
 
@@ -563,11 +564,11 @@ def test_an_interrupted_demo_is_made_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.os, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        data.synthesize_demo(tmp_path, train=2, dev=2, test=2)
+        synthesize_demo(tmp_path, train=2, dev=2, test=2)
     assert not (tmp_path / "manifest.csv").exists()
     (tmp_path / "train_000.wav").write_bytes(b"half")
     monkeypatch.undo()
-    manifest = data.synthesize_demo(tmp_path, train=2, dev=2, test=2)
+    manifest = synthesize_demo(tmp_path, train=2, dev=2, test=2)
     assert len(data.check_audio(data.read_manifest(manifest))) == 6
     assert not list(tmp_path.glob("*.part"))
 

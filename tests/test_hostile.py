@@ -32,10 +32,9 @@ import train
 import weights
 from config import Config, load_config
 from corpora import check
-from corpora import published as corpora
+from data import from_cell, text_cell
 from formats import adapter
 from machine import hardware
-from manifest import from_cell, text_cell
 from model import Wav2Vec2
 from report import results
 from tools import caches
@@ -205,7 +204,7 @@ def podcast_reader(folder: Path) -> Reader:
     rows = [f"MSP_{i}.wav,N,2.{i},4.0,2.6,{i},Male,{split}" for i, split in enumerate(splits)]
     texts = {"Labels/labels_consensus.csv": "\n".join([header, *rows])}
     files = place(folder, texts, [f"Audios/MSP_{i}.wav" for i in range(3)])
-    return files, lambda _: corpora.read_corpus("msp-podcast", str(folder))
+    return files, lambda _: data.read_corpus("msp-podcast", str(folder))
 
 
 def iemocap_reader(folder: Path) -> Reader:
@@ -215,7 +214,7 @@ def iemocap_reader(folder: Path) -> Reader:
         lines = [f"[6.2901 - 8.2357]\t{turn}\tneu\t[2.5000, 3.5000, 5.2000]" for turn in turns]
         texts[f"Session{session}/dialog/EmoEvaluation/Ses0{session}F_impro01.txt"] = "\n".join(["% x", *lines])
         audio += [f"Session{session}/sentences/wav/a/{turn}.wav" for turn in turns]
-    return place(folder, texts, audio), lambda _: corpora.read_corpus("iemocap", str(folder), fold=1)
+    return place(folder, texts, audio), lambda _: data.read_corpus("iemocap", str(folder), fold=1)
 
 
 def improv_reader(folder: Path) -> Reader:
@@ -224,7 +223,7 @@ def improv_reader(folder: Path) -> Reader:
         f"UTD-{turn}.avi; {'AN'[i % 2]}; A:3.000000; V:3.5; D:NaN ; N:4.2;\n A1; x\n" for i, turn in enumerate(turns)
     ]
     files = place(folder, {"Evalution.txt": "\n".join(lines)}, [f"s/MSP-{turn}.wav" for turn in turns])
-    return files, lambda _: corpora.read_corpus("msp-improv", str(folder), fold=1)
+    return files, lambda _: data.read_corpus("msp-improv", str(folder), fold=1)
 
 
 def muse_reader(folder: Path) -> Reader:
@@ -232,7 +231,7 @@ def muse_reader(folder: Path) -> Reader:
     lines = [",Activation_Mean,Valence_Mean", *(f"0{i}_a_{i},{i}.5,4.25" for i in range(6))]
     files = place(folder, {name: "\n".join(lines)}, [f"NotStressed/Audio/0{i}_a_{i}.wav" for i in range(6)])
     (folder / "Stressed" / "Audio").mkdir(parents=True)
-    return files, lambda _: corpora.read_corpus("muse", str(folder))
+    return files, lambda _: data.read_corpus("muse", str(folder))
 
 
 def config_reader(folder: Path) -> Reader:

@@ -1,0 +1,110 @@
+"""What the readers of published corpora share: files found below a folder, tables, and labels joined with audio."""
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data import LABEL_COLUMNS, Notes, Utterance, number, reading
+
+
+class Row(NamedTuple):
+    """What a label file says of an audio file, which it names without its folder; split "" is not used."""
+
+    file: str
+    split: str
+    speaker: str
+    labels: dict[str, float]
+
+
+def leave_session_out(fold: int, sessions: int, dev_set: str = "session") -> Callable[[int, str], str]:
+    """The split of a session's speaker, "F" or "M": session `fold` is for testing.
+
+    The next session is for development, after the last one the first. With `dev_set` "speaker" that session trains
+    too, and the held-out session's woman is for development, its man for testing. Raises ValueError for `dev_set`.
+    """
+    if dev_set not in ("session", "speaker"):
+        raise ValueError(f"dev_set: found {dev_set!r}, expected session or speaker")
+
+    def split(session: int, gender: str) -> str:
+        if dev_set == "session":
+            return {fold: "test", fold % sessions + 1: "dev"}.get(session, "train")
+        return "train" if session != fold else "dev" if gender == "F" else "test"
+
+    return split
+
+
+def join(source: Path, rows: Iterable[Row], folders: Iterable[Path]) -> tuple[list[Utterance], Notes]:
+    """Rows of the label file `source` with the audio below `folders`; what has no counterpart is left out and noted."""
+    folders = list(folders)
+    audio = find_wavs(folders)
+    utterances, named = [], set()
+    no_audio, no_label = [], []
+    for file, split, speaker, labels in rows:
+        named.add(file)
+        if file not in audio:
+            no_audio.append(file)
+        elif not {"activation", "valence"} <= labels.keys():
+            no_label.append(file)
+        elif split:
+            utterances.append(Utterance(audio[file], split, speaker, labels))
+    if not utterances:
+        found = f"{len(no_audio):,} names without a file, {len(no_label):,} files without activation or valence"
+        places = " and ".join(map(str, folders))
+        raise ValueError(f"{source}: no labels of the {len(audio):,} WAV files below {places} ({found})")
+    notes = {"labels without audio, left out": no_audio, "audio without activation or valence, left out": no_label}
+    notes["audio that the labels do not name, left out"] = sorted(audio.keys() - named)
+    return utterances, {note: files for note, files in notes.items() if files}
+
+
+def find_wavs(folders: Iterable[Path]) -> dict[str, str]:
+    """Paths of all WAV files below the folders by their names, without the `._*` that macOS puts beside them."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for path, below, files in os.walk(folder):
+            below.sort()  # so that of two files with one name it is the same everywhere
+            for file in files:
+                if file.lower().endswith(".wav") and not file.startswith("._"):
+                    found.setdefault(file, os.path.join(path, file))
+    return found
+
+
+def find(folder: Path, *names: str) -> Path:
+    """The entry of a folder that has one of these names, whatever their case. Raises FileNotFoundError."""
+    there = sorted(os.listdir(folder))
+    wanted = {name.lower() for name in names}
+    for entry in there:
+        if entry.lower() in wanted:
+            return folder / entry
+    raise not_found(folder, " or ".join(names))
+
+
+def not_found(folder: Path, expected: str) -> FileNotFoundError:
+    there = sorted(os.listdir(folder))
+    holds = ", ".join(there[:10]) + (f" and {len(there) - 10:,} more" if len(there) > 10 else "")
+    return FileNotFoundError(f"{folder}: looked for {expected}, found {holds or 'nothing'}; check the key `data_root`")
+
+
+def numbers(cells: Iterable[str], where: str) -> dict[str, float]:
+    """Labels of activation, valence and, if there is a third cell, dominance; "" and NaN are none."""
+    try:
+        values = {target: number(target, cell or "nan") for target, cell in zip(LABEL_COLUMNS, cells, strict=False)}
+    except ValueError as problem:
+        raise ValueError(f"{where}: {problem}") from None
+    return {target: value for target, value in values.items() if not math.isnan(value)}
+
+
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """The line and the cells of these columns of each row of a published CSV; column "" is the first."""
+    with reading(path, "label file", errors="replace") as file:
+        reader = csv.reader(file)
+        header = [cell.strip() for cell in next(reader, [])]
+        if missing := [column for column in columns if column and column not in header]:
+            raise ValueError(f"{path}: no column {', '.join(missing)}; found {header}: an unknown version")
+        at = [header.index(column) if column else 0 for column in columns]
+        for row in filter(any, reader):
+            if len(row) < len(header):
+                raise ValueError(f"{path}: line {reader.line_num}: {len(row)} cells, expected {len(header)}")
+            yield reader.line_num, [row[i].strip() for i in at]
