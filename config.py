@@ -1,6 +1,7 @@
 """The configuration: one flat frozen dataclass. A YAML key is a field's name, so a search finds every use of it."""
 
 import difflib
+import importlib
 import reprlib
 import types
 import typing
@@ -227,3 +228,17 @@ def describe(kind: object) -> str:
     if origin is list:
         return f"list of {describe(arguments[0])}"
     return "a finite float" if kind is float else "null" if kind is type(None) else kind.__name__
+
+
+def extra(module: str, why: str) -> types.ModuleType:
+    """A module that the core does without, such as `corpora.published`, imported now that a configuration needs it.
+
+    `why` is what needs it, such as `corpus: iemocap`. Raises ValueError if the module's folder is not there.
+    """
+    folder = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (folder, module):  # a library that the module imports
+            raise
+        raise ValueError(f"{why}: needs {module}, but the folder {folder}/ is not beside config.py; copy it") from None
