@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,10 +12,8 @@ from torch import nn
 import data
 import weights
 from cache import check_space
-from config import Config, load_config, make_config, split_words
+from config import Config, extra, load_config, make_config, split_words
 from corpora import check
-from formats.adapter import FILES as ADAPTER_FILES
-from formats.adapter import merge_adapter
 from freeze import freeze, layer_numbers, load_trained
 from frozen import Prefix, deepest, fill
 from lora import inject, merge
@@ -93,8 +91,9 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
             data.say_once(f"note: {config.backbone}: its emotion head is left out; {LICENCE}")
         if config.adapter is None:
             return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}
-        merge_adapter(backbone, config.adapter, config.backbone)
-        files += [Path(config.adapter) / name for name in ADAPTER_FILES]
+        adapter = extra("formats.adapter", f"adapter: {config.adapter}")
+        adapter.merge_adapter(backbone, config.adapter, config.backbone)
+        files += [Path(config.adapter) / name for name in adapter.FILES]
         return backbone, {"source": f"{config.backbone} with {config.adapter}", "sha256": weights.sha256(files)}
     except weights.UnavailableError as error:
         if config.corpus != "demo" or config.adapter is not None:
@@ -162,14 +161,14 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
     return {path: built[directory] for path, directory in directories.items()}
 
 
-def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> EmotionModel:
+def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backbone: str | None = None) -> EmotionModel:
     """The best model of a finished run, LoRA merged or still apart, in eval mode; or a published emotion model.
 
     `source` is a run's directory, or what `weights.load_emotion_model` reads: a Hugging Face directory or a hub id.
-    Raises FileNotFoundError or ValueError.
+    `backbone` says where the backbone of a run is now, if it has moved. Raises FileNotFoundError or ValueError.
     """
     directory = Path(source)
-    is_hub_id = len(directory.parts) == 2 and not directory.parent.exists()  # not where a run is just not there yet
+    is_hub_id = weights.hub_id(str(source)) and not directory.parent.exists()  # a run that is not there yet is none
     if is_hub_id or (directory / "config.json").is_file():
         try:
             model = weights.load_emotion_model(source)
@@ -179,6 +178,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
         data.say_once(f"note: {LICENCE}")
         return model.to(pick_device(device))
     path, (best, config) = directory / "best.pt", load_best(directory)
+    config = replace(config, backbone=backbone or config.backbone)
     try:
         model, identity = build_model(config, tuple(config.label_range))
         require_backbone(path, best, identity)
@@ -186,7 +186,8 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True) -> Em
         require_finite(model, identity)
     except (FileNotFoundError, ValueError) as error:
         kind, reason = ValueError if isinstance(error, ValueError) else FileNotFoundError, str(error)
-        raise kind(f"{path}: {reason.removeprefix(f'{path}: ')}") from None
+        told = "; if the backbone is elsewhere now, say so with --backbone" if kind is FileNotFoundError else ""
+        raise kind(f"{path}: {reason.removeprefix(f'{path}: ')}{told}") from None
     if merged:
         merge(model)
     return model.to(pick_device(device)).eval()
@@ -239,7 +240,7 @@ def require_backbone(path: Path, checkpoint: dict, identity: dict[str, str]) -> 
     if checkpoint["backbone"]["sha256"] != identity["sha256"]:
         raise ValueError(
             f"{path}: was trained on other weights of {identity['source']} than are found now; "
-            "put those back, or train anew under another name"
+            "put those back, say with --backbone where they are, or train anew under another name"
         )
 
 
