@@ -7,7 +7,7 @@ Every method runs in processes of its own, on the same audio files and the same 
 times do not depend on them). Methods that are compared take turns, so that they see the same machine: first computing
 caches and predictions, then, in new processes, training steps. A step of a cached method reads a cache that was filled
 before, as from the second epoch on; its process never holds the prefix's weights. Ours run the very code of a training
-run: `run.build_model`, `frozen.Prefix`, `train.step`, `train.evaluate`.
+run: `run.build_model`, `cache.Prefix`, `run.step`, `run.evaluate`.
 
 Each method has a peer, in turn with it: transformers (and PEFT) set up as well as they can be, with nothing trained,
 drawn or back-propagated that ours does not, sdpa, fused AdamW. The *naive* peer (`--naive`) is what is often copied:
@@ -33,24 +33,22 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import frozen
 import numpy as np
 import soundfile
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import freeze
-import lora
 import run
 import weights
+from cache import Prefix, open_cache
 from config import Config, load_config
-from machine import hardware
-from machine.fast import linear
-from model import FIELD, HOP, EmotionModel, Wav2Vec2, Wav2Vec2Config
+from machine import fast, hardware
+from metrics import ccc_loss
+from model import Wav2Vec2, Wav2Vec2Config
+from report.speed import WARM_UP, draw, matmul_rate, operations, read_result, tables
 
-WARM_UP = 2  # of everything that is measured; reported, and not in the medians
 LEFT_OUT = ("full_amp", "partial3_amp", "full_microbatches", "logmel")  # on request, but the baseline never
 CONFIGS = [path for path in sorted(Path(__file__).parent.glob("configs/*.yaml")) if path.stem not in LEFT_OUT]
 LABEL_RANGE = (1.0, 7.0)
@@ -67,119 +65,50 @@ def make_turns(count: int, lengths: str = "mixed", seed: int = 0) -> list[np.nda
     return [0.1 * random.standard_normal(int(s * RATE)).astype("f4") for s in seconds]
 
 
-# --- how many operations a method needs ------------------------------------------------------------------------------
-
-
-def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False) -> dict[str, int]:
-    """Floating-point operations for waveforms of these lengths: of a training "step", of "build", of "infer".
-
-    Matrix products and convolutions, a multiply-add is two; without the head. Backward, a product costs its forward
-    once for its weight if that trains and once for its input if something before it trains; attention twice. What
-    gradient checkpointing computes again is no part of the method.
-    """
-    backbone, depth = model.backbone, freeze.prefix_depth(model)
-    frames = [(count - FIELD) // HOP + 1 for count in samples]
-    parts = [(features(backbone, samples), 0), embedding(backbone, sum(frames))]
-    parts += [layer(backbone.layers[i], frames, first=i == depth) for i in range(len(backbone.layers))]
-    forward = [part[0] for part in parts]
-    split = min(depth, len(backbone.layers)) + 2  # parts of the prefix: hidden state -1 comes after the first
-    training = sum(sum(part) for part in parts[split:])
-    before = sum(forward[:split])
-    return {"step": training + (0 if cached else before), "build": before, "infer": sum(forward)}
-
-
-def features(backbone: Wav2Vec2, samples: Sequence[int]) -> int:
-    c, total = backbone.config, 0
-    for conv, kernel, stride in zip(backbone.feature_encoder.convs, c.conv_kernels, c.conv_strides, strict=True):
-        samples = [(count - kernel) // stride + 1 for count in samples]
-        total += 2 * sum(samples) * conv.weight.numel()
-    return total
-
-
-def embedding(backbone: Wav2Vec2, rows: int) -> tuple[int, int]:
-    """Forward and backward of projection and positional convolution, over which a norm trains if they do."""
-    forward = 2 * rows * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
-    return forward, 2 * forward
-
-
-def layer(module: nn.Module, frames: Sequence[int], first: bool) -> tuple[int, int]:
-    """Forward and backward of a transformer layer; the `first` that trains owes its input no gradient."""
-    rows, forward, backward = sum(frames), 0, 0
-    first = first and not (module.pre_norm and module.attention_norm.weight.requires_grad)
-    for name, child in module.named_modules():
-        to_input = not (first and name.startswith(("attention.q", "attention.k", "attention.v")))
-        if isinstance(child, nn.Linear):
-            product = 2 * rows * child.weight.numel()
-            forward += product
-            backward += product * (child.weight.requires_grad + to_input)
-        elif isinstance(child, lora.LoRALinear):
-            down, up = 2 * rows * child.A.numel(), 2 * rows * child.B.numel()
-            forward += down + up
-            backward += down * (1 + to_input) + 2 * up
-    attention = 4 * sum(count**2 for count in frames) * module.attention_norm.weight.numel()
-    return forward + attention, backward + 2 * attention
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of this machine's matrix products: the fastest of a few shapes and libraries."""
-    best = 0.0
-    rows = 2048 if device.type == "cpu" else 65536
-    for inputs, outputs in ((768, 3072), (3072, 768)):
-        x = torch.randn(rows, inputs, device=device, dtype=dtype)
-        weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
-        for product in (F.linear, linear):
-            seconds = []
-            for _ in range(WARM_UP + 5):
-                start = time.perf_counter()
-                product(x, weight)
-                hardware.synchronize(device)
-                seconds.append(time.perf_counter() - start)
-            best = max(best, 2 * rows * inputs * outputs / statistics.median(seconds[WARM_UP:]))
-    return best
-
-
 def ours(config: Config, phase: str, folder: Path, paths: list[str]) -> tuple[Actions, list[nn.Parameter]]:
     """What a worker of ours answers to in a phase, and its parameters: all in the order in which train.py does it."""
-    import train
-
     device, numbers, counter = hardware.pick_device(config.device), range(len(paths)), itertools.count()
     model, identity = run.build_model(config, LABEL_RANGE)
-    prefix = frozen.Prefix(model, paths, device, config.precision)
+    dtype = hardware.DTYPES[config.precision]
 
-    def open_cache(number: int) -> None:
-        prefix.open_cache(str(folder / f"cache-{config.name}" / str(number)), config.cache_dtype, identity)
+    def cached(number: int) -> Prefix:
+        how = {"backbone": identity["sha256"], "precision": config.precision, "dtype": config.cache_dtype}
+        cache = open_cache(folder / f"cache-{config.name}" / str(number), model, paths, **how)
+        return Prefix(model, paths, device, dtype, cache)
 
+    prefix = Prefix(model, paths, device, dtype)
     if phase == "step" and config.cache:
-        open_cache(0)
-        if not prefix.cache.has(numbers):
+        prefix = cached(0)
+        prefix.release_if_cached(config.cache_tier)
+        if not prefix.complete:
             raise ValueError(f"{prefix.cache.directory}: is not whole, expected what `build` left")
-        prefix.drop_if_cached()
     hardware.prepare(model, device, config.precision, config.tf32, config.compile and phase == "step")
 
     def build() -> None:
-        open_cache(next(counter))  # a new one each time
-        for _ in prefix([numbers]):
+        new = cached(next(counter))
+        for _ in new([numbers]):
             pass
-        prefix.cache.close()
+        new.cache.close()
 
     def infer() -> None:
-        train.evaluate(model, prefix, numbers, len(paths))
+        run.evaluate(model, prefix, numbers, len(paths))
 
     if phase != "step":
         return {"build": build, "infer": infer}, list(model.parameters())
-    optimizer = train.make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     labels = torch.rand(len(paths), len(config.targets), device=device)
+    how = {"depth": prefix.depth, "dtype": prefix.dtype, "clip": config.clip}
+    how |= {"micro_batch_size": config.micro_batch_size}
+    how["optimizer"] = run.make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
+    how["scaler"] = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     freeze.train_mode(model, prefix.depth)
 
     def step() -> None:
-        for _, x, lengths in prefix([numbers]):
-            options = (scaler, prefix.dtype, config.clip, config.micro_batch_size)
-            train.step(model, x, lengths, labels, prefix.depth, optimizer, *options)
+        for x, lengths in prefix([numbers]):
+            run.step(model, x, lengths, labels, **how)
 
     def read() -> None:
-        packed, _ = prefix.load(numbers)
-        packed.to(device).float()
+        for _ in prefix([numbers]):
+            pass
 
     return {"step": step, "read": read}, list(model.parameters())
 
@@ -188,8 +117,6 @@ def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Act
     """The same in transformers and PEFT: what a worker answers to in a phase, and its parameters."""
     sys.modules["torchaudio"] = None  # beside a CPU build of torch it breaks the import of transformers
     from transformers import Wav2Vec2FeatureExtractor
-
-    from metrics import ccc_loss
 
     device, dtype = hardware.pick_device(config.device), hardware.DTYPES[config.precision]
     model, base = (naive_model if naive else peer_model)(config)
@@ -287,6 +214,7 @@ def work(arguments: argparse.Namespace) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may be said where the answers go
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    choose_products(arguments.linear)
     phase, side, path = arguments.worker.split(":", 2)
     config, folder = configure(path, arguments), Path(arguments.folder)
     paths = [str(folder / f"{number}.wav") for number in range(arguments.turns)]
@@ -307,6 +235,12 @@ def work(arguments: argparse.Namespace) -> None:
         print(json.dumps(figures), file=answers, flush=True)
 
 
+def choose_products(name: str) -> None:
+    """Have matrix products on a CPU computed by what fits it ("auto"), or all by PyTorch's own choice or oneDNN."""
+    if name != "auto":
+        fast.Kernels.onednn = fast.PRODUCTS if name == "onednn" and fast.ONEDNN else ()
+
+
 def configure(path: str | Path, arguments: argparse.Namespace) -> Config:
     """A config as the options want it."""
     same = {"backbone": arguments.backbone, "device": arguments.device, "precision": arguments.precision}
@@ -317,7 +251,7 @@ class Worker:
     """The process that runs `phase:side:config`. `ask` raises ValueError with its last lines if it has failed."""
 
     def __init__(self, job: str, arguments: argparse.Namespace):
-        keys = ("turns", "threads", "precision", "device", "backbone", "folder")
+        keys = ("turns", "threads", "precision", "device", "backbone", "folder", "linear")
         command = [sys.executable, __file__, f"--worker={job}", *(f"--{key}={getattr(arguments, key)}" for key in keys)]
         self.job, self.log = job, Path(arguments.folder) / f"{time.time_ns()}.log"
         self.began = time.perf_counter()
@@ -393,8 +327,9 @@ def name_of(job: str) -> str:
 
 
 def make_groups(configs: Sequence[Path], with_peer: bool, with_naive: bool = False) -> list[list[str]]:
-    """What is measured in turn, as `side:config`: configs that train the same, the peers that do so as well, and our
-    full finetuning as the reference (`reference:config`: its steps alone).
+    """What is measured in turn, as `side:config`: configs that train the same, and the peers that do so as well.
+
+    Our full finetuning is the reference in each group (`reference:config`: its steps alone).
     """
     groups: dict[str, list[str]] = {}
     for path in configs:
@@ -478,7 +413,8 @@ def main() -> None:
         for phase in filter(record.get, ("step", "build", "infer")):
             bound = record["operations"][phase] / max(rates)
             record[phase] |= {"bound_seconds": bound, "share": bound / record[phase]["seconds"]}
-    result = {"machine": hardware.device_name(device), "versions": versions(), "options": options}
+    machine = f"{hardware.device_name(device)}, {fast.Kernels.describe(device)}"
+    result = {"machine": machine, "versions": versions(), "options": options}
     result |= {"warm_up": WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
     result |= {"audio_seconds": sum(seconds), "padded_seconds": max(seconds) * len(seconds), "groups": measured}
     hardware.write_text(out, json.dumps(result, indent=2) + "\n")
@@ -505,6 +441,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=at_least(1), default=5, help=f"that count, after {WARM_UP} of warm-up")
     parser.add_argument("--epochs", type=at_least(1), default=10, help="in the time of a training run, cache included")
     parser.add_argument("--precision", default="fp32", choices=hardware.DTYPES, help="of every method")
+    parser.add_argument("--linear", choices=("auto", "pytorch", "onednn"), default="auto", help="products on a CPU")
     parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--out", default="bench.json", help="JSON; the picture has the same name and ends in .png")
@@ -524,135 +461,6 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
-
-
-# --- showing ---------------------------------------------------------------------------------------------------------
-
-
-def read_result(path: Path) -> dict:
-    """What a run wrote. Raises OSError, or ValueError for another file."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: is not JSON; expected what bench.py wrote with --out") from None
-    if not isinstance(result, dict) or "groups" not in result:
-        raise ValueError(f"{path}: has no `groups`; expected what bench.py wrote with --out")
-    return result
-
-
-def tables(result: dict) -> str:
-    """Markdown: what was measured in a paragraph, a table of training steps, and one of all else."""
-    options, found = result["options"], result["versions"]
-    lines = [
-        f"{result['machine']}, {options['precision']}, PyTorch {found['torch']}; {options['turns']} turns of "
-        f"{options['lengths']} length, {result['audio_seconds']:.1f} s of audio ({result['padded_seconds']:.1f} s if "
-        f"padded). Medians of {options['rounds']} rounds, methods in turn, after {result['warm_up']} of warm-up. The "
-        f"machine multiplies matrices at {result['matmul_flops'] / 1e9:,.0f} GFLOP/s, of which a method's share counts "
-        "what it needs: nothing for padding, nor for gradients that nothing trains on."
-    ]
-    if options["peer"]:
-        lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}."
-    columns = ["method", "s a step (min to max)", "audio s/s", "vs our full", "vs peer"]
-    columns += ["of the matmul rate", "peak memory", "vs peer", "trainable"]
-    lines += ["", *rows(columns, [step_cells(*row, result["audio_seconds"]) for row in compared(result)])]
-    columns = ["method", "to the first step (start-up)", "cache build", "reading the cache"]
-    columns += [f"{options['epochs']} epochs on 1 h", "vs peer", "inference, audio s/s", "vs peer", "its peak memory"]
-    text = (
-        f"{options['epochs']} epochs on an hour of audio: that many steps and, where there is a cache, one build, from "
-        "their medians; builds were measured before the steps, not in turn with them."
-    )
-    return "\n".join([*lines, "", text, "", *rows(columns, [other_cells(*row, result) for row in compared(result)])])
-
-
-def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
-    """Each method's record with those it was measured in turn with: our full finetuning, and its peer."""
-    found = []
-    for group in result["groups"]:
-        full = next((r for r in group if r["side"] in ("ours", "reference") and r["config"] == "full"), None)
-        other = next((r for r in group if r["side"] == "peer"), None)
-        shown = [record for record in group if record["side"] != "reference"]
-        found += [(record, full, other if record is not other else None) for record in shown]
-    return found
-
-
-def rows(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
-
-
-def step_cells(record: dict, full: dict | None, other: dict | None, audio_seconds: float) -> list[str]:
-    step = record["step"]
-    return [
-        record["name"],
-        f"{step['seconds']:.3g} ({step['seconds_min']:.3g} to {step['seconds_max']:.3g})",
-        f"{audio_seconds / step['seconds']:.1f}",
-        factor(full, record, "step"),
-        factor(other, record, "step"),
-        f"{step['share']:.0%}" if step["share"] else "",  # of the head alone nothing is counted
-        f"{step['peak_memory_bytes'] / 1e9:.2f} GB",
-        f"{step['peak_memory_bytes'] / other['step']['peak_memory_bytes']:.2f}" if other else "",
-        f"{record['trainable_parameters'] / 1e6:.2f} M",
-    ]
-
-
-def other_cells(record: dict, full: dict | None, other: dict | None, result: dict) -> list[str]:
-    build, read, infer = (record[phase] for phase in ("build", "read", "infer"))
-    seconds = record["epochs_seconds"]
-    return [
-        record["name"],
-        f"{record['first_step_seconds']:.1f} s ({record['startup_seconds']:.1f})",
-        f"{build['seconds']:.3g} s" if build else "",
-        f"{1000 * read['seconds']:.1f} ms" if read else "",
-        f"{seconds / result['audio_seconds'] * 3600:.0f} s",
-        f"{other['epochs_seconds'] / seconds:.2f}x" if other else "",
-        f"{result['audio_seconds'] / infer['seconds']:.1f}" if infer else "",
-        factor(other, record, "infer"),
-        f"{infer['peak_memory_bytes'] / 1e9:.2f} GB" if infer else "",
-    ]
-
-
-def factor(base: dict | None, record: dict, phase: str) -> str:
-    """How many times faster than `base`."""
-    return f"{base[phase]['seconds'] / record[phase]['seconds']:.2f}x" if base and record[phase] else ""
-
-
-def draw(result: dict, path: Path) -> str:
-    """Bars of time and memory, a mark on each for what the method needs at least; returns what to say of the file."""
-    try:
-        import matplotlib
-    except ImportError:
-        return " (no picture: matplotlib is not installed)"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = [record for record, *_ in compared(result)]
-    starts = [r["side"] == "ours" != before["side"] for r, before in zip(records, records[-1:] + records, strict=False)]
-    heights = [-y - 0.5 * gaps for y, gaps in enumerate(itertools.accumulate(starts))]  # a gap after each peer
-    per_hour = 3600 / result["audio_seconds"]
-    seconds = [(r["step"]["seconds"] * per_hour, r["step"]["bound_seconds"] * per_hour) for r in records]
-    gigabytes = [(r["step"]["peak_memory_bytes"] / 1e9, r["floor_bytes"] / 1e9) for r in records]
-    shades = {"ours": "#1b4965", "peer": "#6fa8c9", "naive": "#d3d9de"}  # a dark, a middle and a light grey as well
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1 - 0.32 * heights[-1]), sharey=True, layout="constrained")
-    for axis, values in zip(axes, (seconds, gigabytes), strict=True):
-        for record, y, (value, least) in zip(records, heights, values, strict=True):
-            axis.barh(y, value, height=0.8, color=shades[record["side"]])
-            for color, width in (("white", 5), ("black", 2)):
-                axis.plot([least, least], [y - 0.4, y + 0.4], color=color, linewidth=width, solid_capstyle="butt")
-            label = f"{float(format(value, '.3g')):,g}"
-            axis.annotate(label, (value, y), (5, 0), textcoords="offset points", va="center")
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params("y", length=0)
-        axis.margins(x=0.12, y=0.02)
-    axes[0].set_xscale("log")
-    positive = [value for pair in seconds for value in pair if value > 0]
-    axes[0].set_xlim(0.5 * min(positive), 2.5 * max(positive))
-    axes[0].xaxis.set_major_formatter("{x:,g}")
-    axes[0].set_yticks(heights, [record["name"] for record in records])
-    axes[0].set_title(
-        "Seconds of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate"
-    )
-    axes[1].set_title("Peak memory, GB\nmark: weights, gradients and Adam's moments alone")
-    figure.savefig(path, dpi=120)
-    return f", {path}"
 
 
 if __name__ == "__main__":

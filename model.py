@@ -48,6 +48,7 @@ class Wav2Vec2Config:
     norm_eps: float = 1e-5
     relative_buckets: int = 0  # of distances between frames, each with a bias for attention: WavLM. 0: no bias
     relative_distance: int = 800  # frames, from which on all distances share a bucket
+    projection_norm: bool = True  # a LayerNorm before the projection; DistilHuBERT has none
     normalize_waveform: bool = True  # what the checkpoint was trained on: zero mean, unit variance
 
     hidden_dropout: float = 0.0
@@ -138,7 +139,8 @@ class FeatureProjection(nn.Module):
     def __init__(self, config: Wav2Vec2Config):
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(config.conv_channels[-1], eps=config.norm_eps)
+        norm = nn.LayerNorm(config.conv_channels[-1], eps=config.norm_eps)
+        self.norm = norm if config.projection_norm else nn.Identity()
         self.linear = Linear(config.conv_channels[-1], config.width)
         self.mask_embedding = nn.Parameter(torch.zeros(config.width))
 

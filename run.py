@@ -236,7 +236,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
     `backbone` says where the backbone of a run is now, if it has moved. Raises FileNotFoundError or ValueError.
     """
     directory = Path(source)
-    is_hub_id = len(directory.parts) == 2 and not directory.parent.exists()  # not where a run is just not there yet
+    is_hub_id = weights.hub_id(str(source)) and not directory.parent.exists()  # a run that is not there yet is none
     if is_hub_id or (directory / "config.json").is_file():
         try:
             model = weights.load_emotion_model(source)

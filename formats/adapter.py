@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,16 +11,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from formats.huggingface import hugging_face_key
 from lora import LoRALinear
 from model import Wav2Vec2
-from weights import hugging_face_key, matches, read_json, require_finite, unusable
+from weights import OWN, PREFIX, ROOT, hub_id, note, our_name, read_json, require_finite, unusable
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "init_lora_weights"}
+READ = {
+    *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "init_lora_weights"),
+    *("rank_pattern", "alpha_pattern", "bias", "lora_bias"),
+}
 NOTHING_MORE = {  # settings that change nothing in what the tensors compute, or only where another one is set
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
-    "qalora_group_size",
+    *("qalora_group_size", "modules_to_save"),  # of what is saved whole the tensors tell
 }
 INITIAL = (True, False, None, "gaussian", "eva")  # the others that PEFT knows start from a base model that they change
 
@@ -42,9 +47,11 @@ def save_adapter(backbone: Wav2Vec2, directory: str | Path, base: str) -> None:
             tensor = getattr(layer, matrix).detach().to("cpu", torch.float32)
             tensors[f"base_model.model.{targets[-1]}.lora_{matrix}.weight"] = tensor.contiguous()
     rank = layer.A.shape[0]  # `inject` gives all the same
+    repository, revision = hub_id(base) or (base, None)
     settings = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": repository,
+        "revision": revision,
         "task_type": None,
         "inference_mode": True,
         "r": rank,
@@ -62,40 +69,72 @@ def save_adapter(backbone: Wav2Vec2, directory: str | Path, base: str) -> None:
 def merge_adapter(backbone: Wav2Vec2, directory: str | Path, base: str | None = None) -> list[str]:
     """Add a PEFT LoRA adapter to a backbone's weights, `W + s B A`; returns the names of the weights that it changes.
 
-    `s` is alpha / R, with rank stabilisation alpha / sqrt(R) (Kalajdzievski 2023, arXiv 2312.03732). `base` is what the
-    backbone was loaded from. Raises FileNotFoundError, or ValueError for an adapter of another kind or another model.
+    `s` is alpha / R, with rank stabilisation alpha / sqrt(R) (Kalajdzievski 2023, arXiv 2312.03732). Trained biases
+    take the place of the backbone's, and a bias of B is added to them, `s b`. A head that was trained with the adapter
+    is left out with a note. `base` is what the backbone was loaded from. Raises FileNotFoundError, or ValueError for
+    an adapter of another kind or another model.
     """
     directory = Path(directory)
-    rank, scale = read_settings(directory, base)
-    pairs, problems = read_pairs(directory / FILES[1])
-    parameters, updates = dict(backbone.named_parameters()), {}
-    for module, pair in pairs.items():
-        name = next((ours and match.expand(ours) for match, ours in matches(f"{module}.weight")), None)
-        if name not in parameters:
-            problems.append(f"{module} is no part of this backbone")
-            continue
-        weight = parameters[name]
-        expected = {"A": (rank, *weight.shape[1:]), "B": (weight.shape[0], rank)}
-        found = {matrix: tuple(tensor.shape) for matrix, tensor in pair.items()}
-        if weight.ndim != 2 or found != expected:
-            problems.append(f"{module} has {found}, expected {expected if weight.ndim == 2 else 'a linear layer'}")
-            continue
-        updates[name] = scale * pair["B"].float() @ pair["A"].float()
+    settings = read_settings(directory, base)
+    parameters = dict(backbone.named_parameters())
+    modules, problems = read_modules(directory / FILES[1])
+    updates: dict[str, Tensor] = {}
+    beside = []
+    for module, (inner, found) in modules.items():
+        name = our_name(f"{inner}.weight")
+        if name in parameters:
+            rank, scale = strength(settings, module, directory)
+            updates |= update(name.removesuffix(".weight"), found, parameters, rank, scale, module, problems)
+        else:
+            (problems if name or OWN.match(inner) else beside).append(f"{module} is no part of this backbone")
     if problems or not updates:
+        problems = problems or beside or ["it holds no tensors"]
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        what = "; ".join(problems[:8]) or "it holds no tensors"
-        raise ValueError(
-            f"{directory}: the adapter does not fit the backbone{f' {base}' if base else ''}: {what}{more}"
-        )
-    for name, update in updates.items():
-        module, _, weight = name.rpartition(".")
-        merged = nn.Parameter(parameters[name] + update, requires_grad=parameters[name].requires_grad)
-        setattr(backbone.get_submodule(module), weight, merged)
+        of = f" {base}" if base else ""
+        raise ValueError(f"{directory}: the adapter does not fit the backbone{of}: {'; '.join(problems[:8])}{more}")
+    if beside:
+        heads = ", ".join(problem.split()[0] for problem in beside)
+        note(f"{directory}: what was trained beside the backbone is left out: {heads}")
+    for name, tensor in updates.items():
+        module, _, attribute = name.rpartition(".")
+        merged = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
+        setattr(backbone.get_submodule(module), attribute, merged)
     return list(updates)
 
 
-def read_settings(directory: Path, base: str | None) -> tuple[int, float]:
-    """Rank and scale of an adapter. Raises FileNotFoundError, or ValueError unless it is plain LoRA for `base`."""
+def update(
+    name: str,
+    found: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    rank: int,
+    scale: float,
+    module: str,
+    problems: list[str],
+) -> dict[str, Tensor]:
+    """The new values of the parameters of our module `name` from the tensors that PEFT saved of its `module`."""
+    new, weight, bias = {}, parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
+    if "weight" in found:
+        problems.append(f"{module}.weight would replace a weight of the backbone, which is more than LoRA")
+    if biases := [key for key in ("bias", "lora_B.bias") if key in found]:
+        if bias is None or any(found[key].shape != bias.shape for key in biases):
+            problems.append(f"{module} has no bias of the size of {' and '.join(biases)}")
+            return {}
+        new[f"{name}.bias"] = found.get("bias", bias).float()
+        if "lora_B.bias" in found:
+            new[f"{name}.bias"] = new[f"{name}.bias"] + scale * found["lora_B.bias"].float()
+    pair = {matrix: found[f"lora_{matrix}.weight"] for matrix in "AB" if f"lora_{matrix}.weight" in found}
+    if pair or "lora_B.bias" in found:
+        shapes = {matrix: tuple(tensor.shape) for matrix, tensor in pair.items()}
+        expected = {"A": (rank, *weight.shape[1:]), "B": (weight.shape[0], rank)}
+        if weight.ndim != 2 or shapes != expected:
+            problems.append(f"{module} has {shapes}, expected {expected if weight.ndim == 2 else 'a linear layer'}")
+            return {}
+        new[f"{name}.weight"] = weight + scale * pair["B"].float() @ pair["A"].float()
+    return new
+
+
+def read_settings(directory: Path, base: str | None) -> dict:
+    """The settings of an adapter. Raises FileNotFoundError, or ValueError unless it is a sum of weights for `base`."""
     for name in FILES:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"adapter: {directory} has no {name}; expected a directory as PEFT saves it")
@@ -103,40 +142,65 @@ def read_settings(directory: Path, base: str | None) -> tuple[int, float]:
     settings = read_json(path)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}; only 'LORA' is known here")
-    plain = {key: not value or (key, value) == ("bias", "none") for key, value in settings.items()}
-    if unknown := [key for key in settings if not (plain[key] or key in READ or key in NOTHING_MORE)]:
+    if unknown := [key for key, value in settings.items() if value and key not in READ | NOTHING_MORE]:
         found = ", ".join(f"{key} is {settings[key]!r}" for key in unknown)
-        raise ValueError(f"{path}: {found}; only plain LoRA, with nothing beside its two matrices, is known here")
-    if settings.get("init_lora_weights") not in INITIAL:
-        found = settings["init_lora_weights"]
+        raise ValueError(f"{path}: {found}; only plain LoRA, which is added to the weights, is known")
+    if (initial := settings.get("init_lora_weights")) not in INITIAL:
         raise ValueError(
-            f"{path}: init_lora_weights is {found!r}, which changes the base model too; convert it to LoRA"
+            f"{path}: init_lora_weights is {initial!r}, which changes the base model too; convert it to LoRA"
         )
-    theirs = settings.get("base_model_name_or_path")
-    if theirs != base and is_hub_id(theirs) and is_hub_id(base):
-        raise ValueError(f"{path}: the adapter was made for {theirs}, and the backbone is {base}")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    theirs, ours = (hub_id(source) for source in (settings.get("base_model_name_or_path"), base))
+    if theirs and ours and theirs[0] != ours[0]:
+        raise ValueError(f"{path}: the adapter was made for {theirs[0]}, and the backbone is {base}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} is {settings[key]!r}, expected an object of names and numbers")
+    strength(settings, "", directory)
+    return settings
+
+
+def strength(settings: Mapping, module: str, directory: Path) -> tuple[int, float]:
+    """Rank and scale of a module's LoRA: by the first pattern that its name ends in, as in PEFT, or the default."""
+    values = []
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        chosen = settings.get(key)
+        for pattern, value in (settings.get(patterns) or {}).items():
+            if matches_end(pattern, module):
+                chosen = value
+                break
+        values.append(chosen)
+    rank, alpha = values
     if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 2**31:
-        raise ValueError(f"{path}: expected r and lora_alpha as numbers, found {rank!r} and {alpha!r}")
+        found = f"expected r and lora_alpha as numbers, found {rank!r} and {alpha!r}"
+        raise ValueError(f"{directory / FILES[0]}: {found}")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def is_hub_id(source: object) -> bool:
-    return isinstance(source, str) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
+def matches_end(pattern: str, module: str) -> bool:
+    """Whether a module's name is a pattern, or ends in it after a dot, as PEFT's `get_pattern_key` decides."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error:
+        return False
 
 
-def read_pairs(path: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The matrices A and B of each module, by its name in the base model, and what has no place."""
+def read_modules(path: Path) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], list[str]]:
+    """Each module's name inside the backbone and its tensors, by its name in the base model; and what has no place."""
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: is not a whole safetensors file ({error})") from None
-    pairs: dict[str, dict[str, Tensor]] = {}
     require_finite(tensors, path)
     problems = [f"{key} {problem}" for key, tensor in tensors.items() if (problem := unusable(tensor))]
+    found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key):
-            pairs.setdefault(match[1], {})[match[2]] = tensor
+        match = re.fullmatch(r"base_model\.model\.(.+?)\.(?:base_layer\.)?((?:lora_[AB]\.)?(?:weight|bias))", key)
+        if match:
+            found.setdefault(match[1], {})[match[2]] = tensor
         else:
             problems.append(f"{key} is no matrix of LoRA")
-    return pairs, problems
+    roots = sorted({match[1] for module in found if (match := ROOT.match(f"{module}."))})
+    if len(roots) > 1:
+        raise ValueError(f"{path}: is for {len(roots)} encoders, under {' and '.join(map(repr, roots))}; expected one")
+    root = roots[0] if roots else ""
+    return {module: (PREFIX.sub("", module.removeprefix(root)), own) for module, own in found.items()}, problems

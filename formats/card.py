@@ -8,7 +8,7 @@ from string import Template
 import torch
 import yaml
 
-from formats.adapter import is_hub_id
+from weights import hub_id
 
 LOAD = {
     "transformers": """\
@@ -164,8 +164,8 @@ def card(
 def front_matter(source: str, form: str) -> dict:
     """What the hub reads of a card."""
     about = {"library_name": form, "pipeline_tag": "audio-classification", "license": licence(source)[0]}
-    if is_hub_id(source):
-        about |= {"base_model": source, "base_model_relation": "adapter" if form == "peft" else "finetune"}
+    if base := hub_id(source):
+        about |= {"base_model": base[0], "base_model_relation": "adapter" if form == "peft" else "finetune"}
     return about | {"tags": ["speech", "speech-emotion-recognition"]}
 
 
@@ -186,8 +186,10 @@ def code(config: dict, form: str, targets: Sequence[str], low: str, high: str) -
     if form == "onnx":
         return LOAD[form] + PREDICT_ONNX
     pooling = POOLING[config["pooling"]] + (HIDDEN if config["head_width"] else "")
+    name, revision = hub_id(config["backbone"]) or (config["backbone"], None)
+    base = json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")
     fields = {"POOLING": pooling, "LOW": low, "HIGH": high, "TARGETS": json.dumps(list(targets))}
-    return Template(LOAD[form] + PREDICT).substitute(fields, BASE=json.dumps(config["backbone"]))
+    return Template(LOAD[form] + PREDICT).substitute(fields, BASE=base)
 
 
 def method(result: dict, config: dict) -> str:

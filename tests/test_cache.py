@@ -12,6 +12,7 @@ import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
+import frozen
 import numpy as np
 import pytest
 import soundfile
@@ -22,7 +23,6 @@ from conftest import tiny_settings
 import cache as cache_module
 import data
 import freeze
-import frozen
 import lora
 import run
 import train
@@ -841,7 +841,7 @@ def corpus(tmp_path_factory) -> list[str]:
 
 def fit(
     paths: list[str], method: tuple, root: Path | None, dtype: str, tier: str = "auto"
-) -> tuple[list[float], dict, frozen.Prefix]:
+) -> tuple[list[float], dict, cache.Prefix]:
     """Losses of three epochs, and the inputs of the part that trains, by epoch and utterance."""
     layers, rank, depth = method
     torch.manual_seed(0)
@@ -850,9 +850,9 @@ def fit(
     if rank:
         lora.inject(model, rank, 2 * rank, ["q", "v"])
     labels = torch.rand(len(paths), 2, generator=torch.Generator().manual_seed(1))
-    optimizer = train.make_optimizer(model, 1e-3, 1e-2, 0.01)
+    optimizer = run.make_optimizer(model, 1e-3, 1e-2, 0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    prefix = frozen.Prefix(model, paths, torch.device("cpu"), "fp32")
+    prefix = cache.Prefix(model, paths, torch.device("cpu"), "fp32")
     assert prefix.depth == depth
     if root is not None:
         prefix.open_cache(str(root), dtype, {"sha256": "tiny"}, tier=tier)
@@ -863,7 +863,7 @@ def fit(
         for numbers, x, lengths in prefix(data.batches(len(paths), 4, 0, epoch)):
             parts = x.split(lengths)
             inputs |= {(epoch, number): part.clone() for number, part in zip(numbers, parts, strict=True)}
-            losses.append(train.step(model, x, lengths, labels[numbers], depth, optimizer, scaler)[0].item())
+            losses.append(run.step(model, x, lengths, labels[numbers], depth, optimizer, scaler)[0].item())
         if root is not None:
             prefix.drop_if_cached()
             assert prefix.complete  # from here on it could not be computed
@@ -959,7 +959,7 @@ def activations(path: Path) -> tuple[Path, torch.Tensor, list[int]]:
     config = load_config(path)
     utterances, label_range = run.load_utterances(config)
     model, identity = run.build_model(config, label_range)
-    prefix = frozen.Prefix(model, [utterance.path for utterance in utterances], torch.device("cpu"), "fp32")
+    prefix = cache.Prefix(model, [utterance.path for utterance in utterances], torch.device("cpu"), "fp32")
     cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity)
     numbers = range(len(utterances))
     assert cache.has(numbers)

@@ -199,7 +199,7 @@ def test_all_label_problems_come_in_one_error():
 
 
 def test_speakers_without_a_name_are_not_shared():
-    """ "" and "Unknown" may be in every split, and so may all speakers if the user says so."""
+    """Nobody ("") and "Unknown" may be in every split, and so may all speakers if the user says so."""
     for speaker, allow in (("", False), ("Unknown", False), ("s", True)):
         rows = [utterance(split=split, speaker=speaker) for split in data.SPLITS]
         data.check_labels(rows, ["valence"], (1, 7), allow_speaker_overlap=allow)

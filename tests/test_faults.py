@@ -2,13 +2,13 @@
 
 import math
 
+import frozen
 import pytest
 import torch
 from conftest import tiny_settings
 from test_train import STEPS, command_line, directory_of, read_log, write_config
 
 import data
-import frozen
 import run
 import train
 from config import Config
@@ -87,11 +87,11 @@ def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monke
     """On a GPU losses are looked at every twenty steps: what a stop would save is looked at before, as here."""
     config, losses = settings(epochs=2), [torch.tensor(0.5), torch.tensor(math.nan)]
     with pytest.raises(ValueError, match=r"epoch 7, step 2: .*\(2\):\n  b\n  c$"):
-        train.check_losses(7, losses, [[0], [1, 2]], ["a", "b", "c"])
-    train.check_losses(7, losses[:1], [[0], [1, 2]], ["a", "b", "c"])
-    train.check_losses(7, [], [], [])
-    prefixes, real_prefix, real_step = [], frozen.Prefix, train.step
-    checks, real_check = [], train.check_losses
+        run.check_losses(7, losses, [[0], [1, 2]], ["a", "b", "c"])
+    run.check_losses(7, losses[:1], [[0], [1, 2]], ["a", "b", "c"])
+    run.check_losses(7, [], [], [])
+    prefixes, real_prefix, real_step = [], cache.Prefix, run.step
+    checks, real_check = [], run.check_losses
 
     def prefix(*arguments):
         prefixes.append(real_prefix(*arguments))
@@ -211,7 +211,7 @@ def test_out_of_memory_names_a_micro_batch_that_was_tried_and_the_run_goes_on_wi
 def test_out_of_memory_in_mid_run_loses_no_epoch(settings, tmp_path, monkeypatch):
     """And where not even one utterance fits, the message names what else there is."""
     keys = {"trainable_layers": 1, "epochs": 2}
-    config, real, calls = settings(**keys), train.step, []
+    config, real, calls = settings(**keys), run.step, []
     train.train(settings(name="whole", **keys))
 
     def step(*arguments):

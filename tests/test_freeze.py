@@ -9,7 +9,6 @@ from torch import nn
 
 import freeze
 import lora
-import train
 import weights
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
@@ -324,7 +323,7 @@ def test_the_table_adds_up(method):
 def test_every_trainable_parameter_is_in_exactly_one_optimiser_group(method, config):
     """And nothing frozen; heads at their own rate, weight decay for matrices alone."""
     model = build(method, config)
-    groups = train.make_optimizer(model, 1e-4, 1e-3, 0.01).param_groups
+    groups = run.make_optimizer(model, 1e-4, 1e-3, 0.01).param_groups
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

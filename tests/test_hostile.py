@@ -665,7 +665,7 @@ def test_a_name_in_a_table_is_no_formula_and_can_be_had_back(name):
 def test_no_name_becomes_a_formula_in_a_table_and_numbers_stay_numbers(tmp_path):
     """In every table with names of others; our reader of predictions gives the names back. JSON lines keep them."""
     utterances = [data.Utterance(name, "test", name, {"valence": -1.5}) for name in NAMES]
-    train.write_predictions(tmp_path / "predictions_test.csv", ["valence"], utterances, np.full((len(NAMES), 1), -0.25))
+    run.write_predictions(tmp_path / "predictions_test.csv", ["valence"], utterances, np.full((len(NAMES), 1), -0.25))
     (tmp_path / "result.json").write_text('{"config": {"targets": ["valence"]}}', "utf-8")
     (tmp_path / "log.jsonl").write_text("{}\n", "utf-8")
     assert results.read_run(tmp_path).speakers == NAMES
@@ -700,7 +700,7 @@ def test_a_broken_run_among_those_compared_is_named(tmp_path, name, text):
 
 def test_predictions_of_a_file_whose_name_is_not_utf8_are_written(tmp_path):
     utterances = [data.Utterance("\udcff.wav", "test", "s", {"valence": 1.0})]
-    train.write_predictions(tmp_path / "p.csv", ["valence"], utterances, np.zeros((1, 1)))
+    run.write_predictions(tmp_path / "p.csv", ["valence"], utterances, np.zeros((1, 1)))
     assert "\\udcff.wav,s" in (tmp_path / "p.csv").read_text("utf-8")
 
 

@@ -89,7 +89,7 @@ for size in sizes:
 def keep_gradients() -> Iterator[dict[str, Tensor]]:
     """Of the runs within: the gradients of the first step, by name, as the optimizer gets them."""
     gradients: dict[str, Tensor] = {}
-    real = train.make_optimizer
+    real = run.make_optimizer
 
     def make_optimizer(model: nn.Module, *rates: float) -> torch.optim.Optimizer:
         def keep(*_: object) -> None:
@@ -100,9 +100,9 @@ def keep_gradients() -> Iterator[dict[str, Tensor]]:
         optimizer.register_step_pre_hook(keep)
         return optimizer
 
-    train.make_optimizer = make_optimizer
+    run.make_optimizer = make_optimizer
     yield gradients
-    train.make_optimizer = real
+    run.make_optimizer = real
 
 
 def environment() -> dict[str, str]:
@@ -229,11 +229,11 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
     path, broken = tmp_path / "experiment.yaml", tmp_path / "broken.py"
     path.write_text(yaml.safe_dump(keys))
     broken.write_text(
-        "import sys\nimport parallel, train\nreal = train.step\n"
+        "import sys\nimport parallel, train\nreal = run.step\n"
         "def step(*given):\n"
         "    if parallel.rank() == 1:\n        sys.exit(f'{parallel.name()}error: the disk is full')\n"
         "    return real(*given)\n"
-        "train.step = step\n"
+        "run.step = step\n"
         "try:\n    train.main()\n"
         "except ConnectionError as error:\n    sys.exit(f'{parallel.name()}error: {error}')\n"
     )
@@ -250,7 +250,7 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
 
 def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
     """torchrun stops all where one ends, so all wait for each `last.pt`: at a stop it would be cut off otherwise."""
-    events, prefixes, prefix, save, wait, step = [], [], frozen.Prefix, hardware.save, parallel.wait, train.step
+    events, prefixes, prefix, save, wait, step = [], [], cache.Prefix, hardware.save, parallel.wait, run.step
 
     def stop_at_once(*given):
         prefixes[-1].stop.set()
@@ -260,7 +260,7 @@ def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, t
     monkeypatch.setattr(hardware, "save", lambda path, value: (save(path, value), events.append(path.name)))
     monkeypatch.setattr(parallel, "wait", lambda: (wait(), events.append("wait")))
     monkeypatch.setattr(train, "step", stop_at_once)
-    with pytest.raises(frozen.Stopped):
+    with pytest.raises(hardware.Stopped):
         train.train(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
     assert events[-2:] == ["last.pt", "wait"]
 
@@ -297,7 +297,7 @@ def test_an_output_dir_that_is_not_shared_is_noticed_at_once(tmp_path, tiny_chec
     """Not after all epochs, when another node misses the best checkpoint."""
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     with pytest.raises(FileNotFoundError, match=r"config\.yaml: not there; output_dir must be on a disk that all"):
-        train.open_directory(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
+        run.open_directory(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
 
 
 def test_a_stop_of_any_process_stops_this_one(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
@@ -306,8 +306,8 @@ def test_a_stop_of_any_process_stops_this_one(tmp_path, tiny_checkpoint, tiny_ma
     monkeypatch.setattr(parallel, "any_of", lambda flag: not flag)
     model, _ = run.build_model(config, (1, 7))
     paths = [utterance.path for utterance in run.load_utterances(config)[0]]
-    with pytest.raises(frozen.Stopped):
-        next(frozen.Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
+    with pytest.raises(hardware.Stopped):
+        next(cache.Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
 
 
 def test_processes_that_would_train_something_else_are_refused(monkeypatch):
@@ -330,7 +330,7 @@ def test_the_first_process_alone_writes_and_each_has_random_numbers_of_its_own(t
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         hardware.write_text(tmp_path / str(rank), "")
         for _ in range(2):
-            train.seed_step(0, 5, torch.device("cpu"))
+            run.seed_step(0, 5, torch.device("cpu"))
             drawn.setdefault(rank, []).append(torch.rand(4).tolist())
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
     assert drawn[0][0] == drawn[0][1] != drawn[1][0] == drawn[1][1]

@@ -24,8 +24,8 @@ import lora
 import predict
 import run
 import train
-import weights
 from config import Config
+from formats import hub
 from model import EmotionModel
 from report import plots
 
@@ -449,7 +449,7 @@ def test_the_published_emotion_model_predicts_by_name_and_shows_its_licence_once
 ):
     """From its directory, and from its hub id; the rows are its own outputs, and the licence is not for every file."""
     folder, theirs = published_model
-    monkeypatch.setattr(weights, "download", lambda repository: folder)
+    monkeypatch.setattr(hub, "fetch", lambda *_: folder)
     printed = []
     for source in (folder, "audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim"):
         data.say_once.cache_clear()

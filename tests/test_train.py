@@ -243,7 +243,7 @@ def test_another_configuration_in_the_same_directory_is_an_error(finished, monke
 
 def stop(monkeypatch, call: int, config: Config) -> None:
     """Run `config` until it is interrupted in the step with this number."""
-    real, calls = train.step, []
+    real, calls = run.step, []
 
     def step(*arguments):
         calls.append(None)
@@ -354,14 +354,14 @@ STOPPED = {  # moments: a function of train.py that a run calls between its sign
 }
 
 
-@pytest.mark.parametrize("name", [number.name for number in frozen.STOP_SIGNALS])
+@pytest.mark.parametrize("name", [number.name for number in hardware.STOP_SIGNALS])
 @pytest.mark.parametrize("moment", STOPPED.values(), ids=STOPPED)
 def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp_path, monkeypatch, name, moment):
     """Ctrl-C and SIGTERM: no step is lost or repeated, and the whole is bit by bit the run that was not stopped."""
     keys = {**METHODS["LoRA"], "precision": "fp16", "cache": True, "epochs": 4, "patience": 4}
     whole, parts = (settings(name=name, cache_dir=str(tmp_path / name), **keys) for name in ("one", "two"))
     train.train(whole)
-    steps, calls, real_step, real = [], [], train.step, getattr(train, moment[0])
+    steps, calls, real_step, real = [], [], run.step, getattr(train, moment[0])
 
     def step(*arguments):
         steps.append(None)
@@ -373,12 +373,12 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp
             signal.raise_signal(signal.Signals[name])
         return (step if moment[0] == "step" else real)(*arguments)
 
-    before = [signal.getsignal(number) for number in frozen.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in hardware.STOP_SIGNALS]
     monkeypatch.setattr(train, "step", step)
     monkeypatch.setattr(train, moment[0], signalled)
-    with pytest.raises(frozen.Stopped):
+    with pytest.raises(hardware.Stopped):
         train.train(parts)
-    assert [signal.getsignal(number) for number in frozen.STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in hardware.STOP_SIGNALS] == before
     taken = len(steps)
     state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
     assert STEPS * state["epoch"] + len(state["losses"]) == taken < 4 * STEPS
@@ -389,7 +389,7 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp
 
 def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkeypatch):
     """More than a second later. In the middle of a step nothing can be saved: the last finished epoch counts."""
-    real, calls = train.step, []
+    real, calls = run.step, []
 
     def step(*arguments):
         calls.append(None)
@@ -405,7 +405,7 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         patch.setattr(train, "step", step)
         train.train(parts)
-    assert not isinstance(caught.value, frozen.Stopped)
+    assert not isinstance(caught.value, hardware.Stopped)
     state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
     assert (state["epoch"], state["losses"]) == (1, [])
     train.train(parts)
@@ -415,17 +415,17 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
 def test_a_signal_that_is_repeated_at_once_is_one():
     """torchrun repeats a Ctrl-C to its processes: they save all the same."""
     stop, saved = threading.Event(), []
-    with pytest.raises(frozen.Stopped), frozen.stop_between_batches(stop, lambda: saved.append(stop.is_set())):
+    with pytest.raises(hardware.Stopped), frozen.stop_between_batches(stop, lambda: saved.append(stop.is_set())):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        raise frozen.Stopped
+        raise hardware.Stopped
     assert saved == [True]
 
 
 def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatch, capsys):
     """SIGTERM before the first step and in one: a status that is not 0, no traceback; then the command continues."""
     path = write_config(tmp_path, **run.plain(settings()))
-    before = {number: signal.getsignal(number) for number in frozen.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in hardware.STOP_SIGNALS}
     ends = []
     for function in ("describe", "schedule"):  # called before the loop, and in it
         real = getattr(train, function)
@@ -568,7 +568,7 @@ def take_step(model: EmotionModel, optimizer=None, scaler=None, seed: int = 0, *
     x, lengths = model.encode([speech_like(1600 + 700 * number, number) for number in range(9)], depth)
     labels = torch.rand(9, 2, generator=torch.Generator().manual_seed(1))
     freeze.train_mode(model, depth)
-    optimizer = optimizer or train.make_optimizer(model, 1e-3, 1e-2, 0.01)
+    optimizer = optimizer or run.make_optimizer(model, 1e-3, 1e-2, 0.01)
     gradients: dict[str, Tensor] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
@@ -579,7 +579,7 @@ def take_step(model: EmotionModel, optimizer=None, scaler=None, seed: int = 0, *
     hook = optimizer.register_step_pre_hook(keep)
     torch.manual_seed(seed)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    loss, predictions = train.step(model, x, lengths, labels, depth, optimizer, scaler, **how)
+    loss, predictions = run.step(model, x, lengths, labels, depth, optimizer, scaler, **how)
     hook.remove()
     return loss, predictions, gradients
 
@@ -678,7 +678,7 @@ def test_the_whole_gradient_is_clipped_to_its_norm(settings):
 def test_weight_decay_shrinks_matrices_alone_each_at_its_own_rate(settings):
     """Without a gradient AdamW only decays: by lr times weight_decay, norms and biases not at all."""
     model = build(settings, trainable_layers=1)
-    optimizer = train.make_optimizer(model, lr=0.1, head_lr=0.5, weight_decay=0.01)
+    optimizer = run.make_optimizer(model, lr=0.1, head_lr=0.5, weight_decay=0.01)
     before = {name: value.clone() for name, value in freeze.trained_state(model).items()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -690,7 +690,7 @@ def test_weight_decay_shrinks_matrices_alone_each_at_its_own_rate(settings):
 
 def test_the_rates_rise_over_the_warm_up_and_fall_to_the_end(settings, monkeypatch):
     """Step n of `warmup` steps has n / warmup of lr and of head_lr, across epochs; the steps after it ever less."""
-    real, rates = train.step, []
+    real, rates = run.step, []
 
     def step(model, x, lengths, labels, depth, optimizer, *rest):
         rates.append({group["lr"] for group in optimizer.param_groups})
@@ -721,7 +721,7 @@ def test_mixed_precision_is_the_same_step_to_its_rounding(settings, dtype, toler
 def test_a_step_whose_scaled_gradients_overflow_is_skipped(settings):
     """fp16: nothing changes but the scale, which is halved; the next step counts."""
     model = build(settings, trainable_layers=1)
-    optimizer = train.make_optimizer(model, 1e-3, 1e-2, 0.01)
+    optimizer = run.make_optimizer(model, 1e-3, 1e-2, 0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-110)
     before = {name: value.clone() for name, value in freeze.trained_state(model).items()}
     loss, _, _ = take_step(model, optimizer, scaler, dtype=torch.float16)
@@ -769,7 +769,7 @@ def test_training_on_the_cache_has_the_losses_of_training_without(settings, meth
 @pytest.mark.parametrize("method", METHODS)
 def test_with_a_whole_cache_the_prefix_is_not_in_memory_and_no_audio_is_read(settings, monkeypatch, method):
     """After the epoch that fills it, and in another run from the start: all of it is on the meta device."""
-    real, gone = train.step, []
+    real, gone = run.step, []
 
     def step(model, x, lengths, labels, depth, *rest):
         prefix = [p.is_meta for module in model.backbone.before(depth) for p in module.parameters()]
@@ -876,7 +876,7 @@ DIVERGED = {
 @pytest.mark.parametrize(("call", "message"), DIVERGED.values(), ids=DIVERGED)
 def test_a_run_that_diverges_says_so_and_keeps_the_epochs_before(settings, monkeypatch, call, message):
     """Also where no loss shows it: the last step of an epoch may ruin the parameters after its loss."""
-    real, calls = train.step, []
+    real, calls = run.step, []
 
     def step(model, *arguments):
         calls.append(None)

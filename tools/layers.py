@@ -15,13 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import frozen
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import run
+from cache import Prefix
 from config import Config
 from freeze import load_trained
 from lora import merge
@@ -92,17 +92,15 @@ def changes(before: Wav2Vec2, after: Wav2Vec2, trained: Sequence[str]) -> tuple[
 
 
 @torch.no_grad()
-def similarities(
-    pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: frozen.Prefix, count: int
-) -> tuple[list[float], int]:
+def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: Prefix, count: int) -> tuple[list[float], int]:
     """CKA of every hidden state, 0 to L, over `count` utterances, and their frames; exactly 1 to where `prefix` ends.
 
     Both models go on from the prefix's output.
     """
     depths = range(prefix.depth + 1, pretrained.config.layers + 1)
     found, frames = [LinearCKA() for _ in depths], 0
-    batches = frozen.in_order(range(count), TOGETHER) if depths else []
-    for _, x, lengths in tqdm(prefix(batches), total=len(batches), unit="batch", disable=None, leave=False):
+    batches = [range(i, min(i + TOGETHER, count)) for i in range(0, count, TOGETHER)] if depths else []
+    for x, lengths in tqdm(prefix(batches), total=len(batches), unit="batch", disable=None, leave=False):
         y, frames = x, frames + len(x)
         for depth, cka in zip(depths, found, strict=True):
             x, y = pretrained(x, lengths, depth - 1, depth), finetuned(y, lengths, depth - 1, depth)
@@ -205,7 +203,7 @@ def main() -> None:
 
     pretrained, model, source = load_pair(directory, checkpoint, config)
     paths = [utterance.path for utterance in chosen]
-    prefix = frozen.Prefix(model, paths, device, "fp32")  # ends before the first LoRA
+    prefix = Prefix(model, paths, device, torch.float32)  # ends before the first LoRA
     merge(model)
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
     hardware.prepare(model, device, "fp32")

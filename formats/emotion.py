@@ -1,0 +1,60 @@
+"""The emotion models that audeering published: a backbone with a head for arousal, dominance and valence."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model import EmotionModel
+from weights import EMOTION_HEAD, is_emotion_head, locate, make_backbone, read, unusable
+
+PLACES = dict(zip(EMOTION_HEAD, ("0", "3"), strict=True))  # in `EmotionModel.head`
+TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
+PUBLISHED = ("activation", "dominance", "valence")  # their order where a file does not name them
+
+
+def load_emotion_model(source: str | Path) -> EmotionModel:
+    """A published emotion model, on labels from 0 to 1, in eval mode and fp32: backbone, mean over the frames and head.
+
+    As of `audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim` (Wagner et al. 2023, arXiv 2203.07378), whose head is
+    `out_proj(tanh(dense(x)))`. `source` as in `load_backbone`. Raises FileNotFoundError, or ValueError if there is no
+    such head or if it predicts something else.
+    """
+    files = locate(source)
+    path, (tensors, settings) = files[0], read(files)
+    if not is_emotion_head(tensors):
+        raise ValueError(f"{path}: has no emotion head; expected {' and '.join(EMOTION_HEAD)} beside the backbone")
+    if (pooling := settings.get("pooling_mode", "mean")) != "mean":
+        raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
+    backbone = make_backbone(tensors, settings, path)
+    width = len(tensors["classifier.dense.weight"])
+    targets = name_targets(settings, len(tensors["classifier.out_proj.weight"]), path)
+    with torch.device("meta"):  # no memory for a head before it is known to fit
+        model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
+    model.head[1] = nn.Tanh()
+    places = {f"{ours}.{kind}": f"{key}.{kind}" for key, ours in PLACES.items() for kind in ("weight", "bias")}
+    if surplus := [key for key in tensors if key.startswith("classifier.") and key not in places.values()]:
+        raise ValueError(f"{path}: {len(surplus)} tensors of no known place in its head: {', '.join(surplus[:8])}")
+    state = {}
+    for name, parameter in model.head.named_parameters():
+        found = tensors.get(places[name], torch.empty(0))
+        if found.shape != parameter.shape or unusable(found):
+            what = unusable(found) or f"is {tuple(found.shape)}, expected {tuple(parameter.shape)}"
+            raise ValueError(f"{path}: does not fit its own architecture: {places[name]} {what}")
+        state[name] = found.float()
+    model.head.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
+    """The targets of an emotion head by our names, in the order of its outputs: from `id2label` if that names them."""
+    labels = settings.get("id2label")
+    names = [str(name).lower() for _, name in sorted(labels.items())] if isinstance(labels, dict) else []
+    if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
+        names = list(PUBLISHED)
+    targets = tuple(TARGETS.get(name, "") for name in names)
+    if "" in targets or len(set(targets)) != len(targets) or len(targets) != count:
+        expected = "each of arousal, dominance and valence at most once"
+        raise ValueError(f"{path}: its {count} outputs are {', '.join(names)}; expected {expected}")
+    return targets

@@ -1,0 +1,86 @@
+"""Write a backbone as a Hugging Face directory."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model import Wav2Vec2, Wav2Vec2Config
+from weights import HUGGING_FACE, OURS, SETTINGS_FILES, WEIGHT_FILES, tap_norms, translate
+
+FAMILIES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}  # what transformers calls them
+
+
+def save_backbone(backbone: Wav2Vec2, directory: str | Path, family: str = "wav2vec2") -> None:
+    """Write a backbone as a Hugging Face directory for `from_pretrained` and `load_backbone`.
+
+    In fp32; `family` "hubert" is for `HubertModel`, the same architecture, and what has WavLM's bias for `WavLMModel`.
+    The weight `w` of the positional convolution becomes `v = w` and `g = |v|`, so that `g v / |v|` is `w`.
+    Raises ValueError for a backbone with LoRA in it or with a dropped prefix.
+    """
+    state = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
+    state |= {name: scale.view(1, -1, 1, 1) for name, scale in state.items() if name.endswith(".gate_scale")}
+    w = state.pop("position.conv.weight").float()
+    norm = tap_norms(w)
+    state["position.g"] = norm
+    state["position.v"] = w.where(norm > 0, 1.0)  # where w is 0, g is, and v must not be: 0/0
+    tensors = {}
+    for name, tensor in state.items():
+        key = hugging_face_key(name)
+        if key is None or tensor.is_meta:
+            what = "is not in memory; save it before its prefix is dropped" if key else "has no place; merge LoRA first"
+            raise ValueError(f"{directory}: cannot hold the backbone: {name} {what}")
+        tensors[key] = tensor.to("cpu", torch.float32).contiguous()
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / f".{WEIGHT_FILES[0]}.tmp"  # the backbone may be mapped from the very file that it replaces
+    save_file(tensors, beside, {"format": "pt"})
+    os.replace(beside, directory / WEIGHT_FILES[0])
+    for name, settings in zip(SETTINGS_FILES, settings_of(backbone.config, family), strict=False):
+        (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def hugging_face_key(name: str) -> str | None:
+    """The key in a Hugging Face directory of a parameter of ours, None if it has no place there."""
+    return next(iter(translate(name, OURS, HUGGING_FACE)), None)
+
+
+def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict, dict]:
+    """An architecture as `config.json` and `preprocessor_config.json` say it."""
+    family = "wavlm" if config.relative_buckets else family if config.projection_norm else "hubert"
+    architecture = {
+        "model_type": family,
+        "architectures": [FAMILIES[family]],
+        "conv_dim": config.conv_channels,
+        "conv_kernel": config.conv_kernels,
+        "conv_stride": config.conv_strides,
+        "conv_bias": config.conv_bias,
+        "feat_extract_norm": config.conv_norm,
+        "feat_extract_activation": "gelu",
+        "num_feat_extract_layers": len(config.conv_channels),
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.ffn,
+        "hidden_act": "gelu",
+        "do_stable_layer_norm": config.pre_norm,
+        "num_conv_pos_embeddings": config.position_kernel,
+        "num_conv_pos_embedding_groups": config.position_groups,
+        "layer_norm_eps": config.norm_eps,
+    }
+    if config.relative_buckets:
+        architecture |= {"num_buckets": config.relative_buckets, "max_bucket_distance": config.relative_distance}
+    if not config.projection_norm:  # only HuBERT's classes can leave it out
+        architecture["feat_proj_layer_norm"] = False
+    preprocessing = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "do_normalize": config.normalize_waveform,
+        "feature_size": 1,
+        "sampling_rate": 16_000,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": config.conv_norm == "layer",  # the group kind was trained without, says its publisher
+    }
+    return architecture, preprocessing

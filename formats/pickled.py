@@ -1,0 +1,92 @@
+"""Read `.bin` and `.pt` files of fairseq and other trainers, without running anything that they name."""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from weights import require_plain
+
+
+class StandIn(dict):
+    """Takes the place of a class that a file names: holds the object's state as items and runs no code of it."""
+
+    def __new__(cls, *_: object) -> "StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *_: object):
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        self.update(state if isinstance(state, dict) else {})
+
+
+STAND_INS = (  # settings, then what stands beside them: vocabulary and validation scores
+    "argparse.Namespace",
+    *(f"omegaconf.{name}Config" for name in ("dictconfig.Dict", "listconfig.List")),
+    *(f"omegaconf.nodes.{name}Node" for name in ("Any", "String", "Integer", "Float", "Boolean")),
+    *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata")),
+    *("typing.Any", "builtins.dict", "builtins.list", "builtins.int", "builtins.str", "collections.defaultdict"),
+    "fairseq.data.dictionary.Dictionary",
+    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+)
+
+
+def read_pickle(path: Path) -> tuple[dict[str, object], dict]:
+    """All values by their names, joined with dots where they are nested, and the settings that fairseq keeps beside.
+
+    By PyTorch's restricted unpickler: tensors, containers and stand-ins, nothing else. Raises ValueError.
+    """
+    with torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS]):
+        try:
+            require_plain(path)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
+            what = f"names {found[1] or found[2]}, which could run code" if found else "is not a PyTorch file"
+            raise ValueError(f"{path}: {what}; expected tensors alone. Ask for a .safetensors file") from None
+        except Exception as error:  # damage can surface as nearly any of them
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path}: is not a whole PyTorch file ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
+    settings = fairseq_settings(content)
+    if settings and isinstance(content.get("model"), Mapping):  # beside it fairseq keeps averages and an optimizer
+        content = content["model"]
+    return flatten(content), settings
+
+
+def flatten(content: Mapping, depth: int = 4) -> dict[str, object]:
+    """The values of nested mappings, as deep as trainers nest them, by their names joined with dots."""
+    flat: dict[str, object] = {}
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and not isinstance(value, StandIn) and depth:
+            flat |= {f"{key}.{name}": inner for name, inner in flatten(value, depth - 1).items()}
+        elif isinstance(key, str):
+            flat[key] = value
+    return flat
+
+
+def fairseq_settings(content: Mapping) -> dict:
+    """The model's settings of a fairseq file: under `args` or `cfg`, of a finetuned one under `w2v_args` in these."""
+
+    def plain(level: object) -> dict:
+        """One level of settings: a dictionary, or the stand-in of a Namespace or DictConfig."""
+        level = level.get("_content", level) if isinstance(level, StandIn) else level
+        items = level.items() if isinstance(level, Mapping) else ()
+        values = {key: value.get("_val", value) if isinstance(value, StandIn) else value for key, value in items}
+        unset = ("???", "${")  # omegaconf: missing, and a reference to another setting
+        return {key: v for key, v in values.items() if not (isinstance(v, str) and v.startswith(unset))}
+
+    settings = plain(content.get("cfg")) or plain(content.get("args"))
+    found: dict = {}
+    for _ in range(4):  # the innermost last: it is the backbone's. fairseq nests two, and a level may hold itself
+        model = plain(settings.get("model")) or settings
+        found |= {**plain(settings.get("task")), **model}
+        settings = plain(model.get("w2v_args"))
+    return {key: value for key, value in found.items() if isinstance(value, str | int | float)}

@@ -1,0 +1,214 @@
+"""What `bench.py` measured, in tables and a picture, and what a method must compute at the least."""
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import freeze
+import lora
+from machine import hardware
+from machine.fast import linear
+from model import FIELD, HOP, EmotionModel, Wav2Vec2
+
+WARM_UP = 2  # of everything that is measured; reported, and not in the medians
+
+
+def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False) -> dict[str, int]:
+    """Floating-point operations for waveforms of these lengths: of a training "step", of "build", of "infer".
+
+    Matrix products and convolutions, a multiply-add is two; without the head. Backward, a product costs its forward
+    once for its weight if that trains and once for its input if something before it trains; attention twice. What
+    gradient checkpointing computes again is no part of the method.
+    """
+    backbone, depth = model.backbone, freeze.prefix_depth(model)
+    frames = [(count - FIELD) // HOP + 1 for count in samples]
+    parts = [(features(backbone, samples), 0), embedding(backbone, sum(frames))]
+    parts += [layer(backbone.layers[i], frames, first=i == depth) for i in range(len(backbone.layers))]
+    forward = [part[0] for part in parts]
+    split = min(depth, len(backbone.layers)) + 2  # parts of the prefix: hidden state -1 comes after the first
+    training = sum(sum(part) for part in parts[split:])
+    before = sum(forward[:split])
+    return {"step": training + (0 if cached else before), "build": before, "infer": sum(forward)}
+
+
+def features(backbone: Wav2Vec2, samples: Sequence[int]) -> int:
+    c, total = backbone.config, 0
+    for conv, kernel, stride in zip(backbone.feature_encoder.convs, c.conv_kernels, c.conv_strides, strict=True):
+        samples = [(count - kernel) // stride + 1 for count in samples]
+        total += 2 * sum(samples) * conv.weight.numel()
+    return total
+
+
+def embedding(backbone: Wav2Vec2, rows: int) -> tuple[int, int]:
+    """Forward and backward of projection and positional convolution, over which a norm trains if they do."""
+    forward = 2 * rows * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
+    return forward, 2 * forward
+
+
+def layer(module: nn.Module, frames: Sequence[int], first: bool) -> tuple[int, int]:
+    """Forward and backward of a transformer layer; the `first` that trains owes its input no gradient."""
+    rows, forward, backward = sum(frames), 0, 0
+    first = first and not (module.pre_norm and module.attention_norm.weight.requires_grad)
+    for name, child in module.named_modules():
+        to_input = not (first and name.startswith(("attention.q", "attention.k", "attention.v")))
+        if isinstance(child, nn.Linear):
+            product = 2 * rows * child.weight.numel()
+            forward += product
+            backward += product * (child.weight.requires_grad + to_input)
+        elif isinstance(child, lora.LoRALinear):
+            down, up = 2 * rows * child.A.numel(), 2 * rows * child.B.numel()
+            forward += down + up
+            backward += down * (1 + to_input) + 2 * up
+    attention = 4 * sum(count**2 for count in frames) * module.attention_norm.weight.numel()
+    return forward + attention, backward + 2 * attention
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of this machine's matrix products: the fastest of a few shapes and libraries."""
+    best = 0.0
+    rows = 2048 if device.type == "cpu" else 65536
+    for inputs, outputs in ((768, 3072), (3072, 768)):
+        x = torch.randn(rows, inputs, device=device, dtype=dtype)
+        weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
+        for product in (F.linear, linear):
+            seconds = []
+            for _ in range(WARM_UP + 5):
+                start = time.perf_counter()
+                product(x, weight)
+                hardware.synchronize(device)
+                seconds.append(time.perf_counter() - start)
+            best = max(best, 2 * rows * inputs * outputs / statistics.median(seconds[WARM_UP:]))
+    return best
+
+
+def read_result(path: Path) -> dict:
+    """What a run wrote. Raises OSError, or ValueError for another file."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: is not JSON; expected what bench.py wrote with --out") from None
+    if not isinstance(result, dict) or "groups" not in result:
+        raise ValueError(f"{path}: has no `groups`; expected what bench.py wrote with --out")
+    return result
+
+
+def tables(result: dict) -> str:
+    """Markdown: what was measured in a paragraph, a table of training steps, and one of all else."""
+    options, found = result["options"], result["versions"]
+    lines = [
+        f"{result['machine']}, {options['precision']}, PyTorch {found['torch']}; {options['turns']} turns of "
+        f"{options['lengths']} length, {result['audio_seconds']:.1f} s of audio ({result['padded_seconds']:.1f} s if "
+        f"padded). Medians of {options['rounds']} rounds, methods in turn, after {result['warm_up']} of warm-up. The "
+        f"machine multiplies matrices at {result['matmul_flops'] / 1e9:,.0f} GFLOP/s, of which a method's share counts "
+        "what it needs: nothing for padding, nor for gradients that nothing trains on."
+    ]
+    if options["peer"]:
+        lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}."
+    columns = ["method", "s a step (min to max)", "audio s/s", "vs our full", "vs peer"]
+    columns += ["of the matmul rate", "peak memory", "vs peer", "trainable"]
+    lines += ["", *rows(columns, [step_cells(*row, result["audio_seconds"]) for row in compared(result)])]
+    columns = ["method", "to the first step (start-up)", "cache build", "reading the cache"]
+    columns += [f"{options['epochs']} epochs on 1 h", "vs peer", "inference, audio s/s", "vs peer", "its peak memory"]
+    text = (
+        f"{options['epochs']} epochs on an hour of audio: that many steps and, where there is a cache, one build, from "
+        "their medians; builds were measured before the steps, not in turn with them."
+    )
+    return "\n".join([*lines, "", text, "", *rows(columns, [other_cells(*row, result) for row in compared(result)])])
+
+
+def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
+    """Each method's record with those it was measured in turn with: our full finetuning, and its peer."""
+    found = []
+    for group in result["groups"]:
+        full = next((r for r in group if r["side"] in ("ours", "reference") and r["config"] == "full"), None)
+        other = next((r for r in group if r["side"] == "peer"), None)
+        shown = [record for record in group if record["side"] != "reference"]
+        found += [(record, full, other if record is not other else None) for record in shown]
+    return found
+
+
+def rows(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
+
+
+def step_cells(record: dict, full: dict | None, other: dict | None, audio_seconds: float) -> list[str]:
+    step = record["step"]
+    return [
+        record["name"],
+        f"{step['seconds']:.3g} ({step['seconds_min']:.3g} to {step['seconds_max']:.3g})",
+        f"{audio_seconds / step['seconds']:.1f}",
+        factor(full, record, "step"),
+        factor(other, record, "step"),
+        f"{step['share']:.0%}" if step["share"] else "",  # of the head alone nothing is counted
+        f"{step['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"{step['peak_memory_bytes'] / other['step']['peak_memory_bytes']:.2f}" if other else "",
+        f"{record['trainable_parameters'] / 1e6:.2f} M",
+    ]
+
+
+def other_cells(record: dict, full: dict | None, other: dict | None, result: dict) -> list[str]:
+    build, read, infer = (record[phase] for phase in ("build", "read", "infer"))
+    seconds = record["epochs_seconds"]
+    return [
+        record["name"],
+        f"{record['first_step_seconds']:.1f} s ({record['startup_seconds']:.1f})",
+        f"{build['seconds']:.3g} s" if build else "",
+        f"{1000 * read['seconds']:.1f} ms" if read else "",
+        f"{seconds / result['audio_seconds'] * 3600:.0f} s",
+        f"{other['epochs_seconds'] / seconds:.2f}x" if other else "",
+        f"{result['audio_seconds'] / infer['seconds']:.1f}" if infer else "",
+        factor(other, record, "infer"),
+        f"{infer['peak_memory_bytes'] / 1e9:.2f} GB" if infer else "",
+    ]
+
+
+def factor(base: dict | None, record: dict, phase: str) -> str:
+    """How many times faster than `base`."""
+    return f"{base[phase]['seconds'] / record[phase]['seconds']:.2f}x" if base and record[phase] else ""
+
+
+def draw(result: dict, path: Path) -> str:
+    """Bars of time and memory, a mark on each for what the method needs at least; returns what to say of the file."""
+    try:
+        import matplotlib
+    except ImportError:
+        return " (no picture: matplotlib is not installed)"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [record for record, *_ in compared(result)]
+    starts = [r["side"] == "ours" != before["side"] for r, before in zip(records, records[-1:] + records, strict=False)]
+    heights = [-y - 0.5 * gaps for y, gaps in enumerate(itertools.accumulate(starts))]  # a gap after each peer
+    per_hour = 3600 / result["audio_seconds"]
+    seconds = [(r["step"]["seconds"] * per_hour, r["step"]["bound_seconds"] * per_hour) for r in records]
+    gigabytes = [(r["step"]["peak_memory_bytes"] / 1e9, r["floor_bytes"] / 1e9) for r in records]
+    shades = {"ours": "#1b4965", "peer": "#6fa8c9", "naive": "#d3d9de"}  # a dark, a middle and a light grey as well
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1 - 0.32 * heights[-1]), sharey=True, layout="constrained")
+    for axis, values in zip(axes, (seconds, gigabytes), strict=True):
+        for record, y, (value, least) in zip(records, heights, values, strict=True):
+            axis.barh(y, value, height=0.8, color=shades[record["side"]])
+            for color, width in (("white", 5), ("black", 2)):
+                axis.plot([least, least], [y - 0.4, y + 0.4], color=color, linewidth=width, solid_capstyle="butt")
+            label = f"{float(format(value, '.3g')):,g}"
+            axis.annotate(label, (value, y), (5, 0), textcoords="offset points", va="center")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params("y", length=0)
+        axis.margins(x=0.12, y=0.02)
+    axes[0].set_xscale("log")
+    positive = [value for pair in seconds for value in pair if value > 0]
+    axes[0].set_xlim(0.5 * min(positive), 2.5 * max(positive))
+    axes[0].xaxis.set_major_formatter("{x:,g}")
+    axes[0].set_yticks(heights, [record["name"] for record in records])
+    axes[0].set_title(
+        "Seconds of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate"
+    )
+    axes[1].set_title("Peak memory, GB\nmark: weights, gradients and Adam's moments alone")
+    figure.savefig(path, dpi=120)
+    return f", {path}"
