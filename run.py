@@ -416,3 +416,18 @@ def write_predictions(
                 writer.writerow([*names, *(f"{value:.4f}" for value in row), *labels])
 
     hardware.replace(path, save)
+
+
+def report(result: dict, directory: Path) -> str:
+    """A finished run in a few lines."""
+    lines = []
+    for target, score in result["test"].items():
+        interval = "" if score["ci95"] is None else "   95% [{:.3f}, {:.3f}] over speakers".format(*score["ci95"])
+        lines.append(f"test CCC  {target:12}{score['ccc']:6.3f}{interval}")
+    seconds, memory = result["seconds"], result["peak_memory_bytes"] / 1e9
+    lines.append(
+        f"{result['epochs']} epochs, the best was {result['best_epoch']}; {seconds['total']:.0f} s in all, "
+        f"{seconds['per_epoch']:.1f} s an epoch, peak memory {memory:.2f} GB"
+    )
+    lines.append(f"{directory}: result.json, predictions_test.csv, best.pt, log.jsonl")
+    return "\n".join([*lines, *filter(None, [result.get("note")])])

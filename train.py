@@ -15,6 +15,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -70,6 +71,7 @@ class Experiment:
     scaler: torch.amp.GradScaler
     progress: Progress
     began: float  # when the run would have begun if it had never been stopped
+    batches: list[Sequence[int]] = field(default_factory=list)  # of the epoch under way
 
     def split(self, name: str) -> list[int]:
         """The indices of the utterances of a split."""
@@ -80,48 +82,56 @@ def train(config: Config) -> dict:
     """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
     began, device = time.perf_counter(), hardware.pick_device(config.device, parallel.local_rank())
     directory = Path(config.output_dir) / config.name
-    with hardware.locked(directory), hardware.out_of_memory() as short, hardware.watched_signals() as watch:
+    with hardware.locked(directory), hardware.out_of_memory() as short:
         run.open_directory(config, directory)
         if parallel.any_of((directory / "result.json").is_file()):
             return json.loads((directory / "result.json").read_text(encoding="utf-8"))
         e = set_up(config, directory, device, began)
-        p, model, prefix = e.progress, e.model, e.prefix
-        indices, steps = e.split("train"), len(data.batches(len(e.split("train")), config.batch_size, config.seed, 0))
-        total, before = steps * config.epochs, steps * p.epoch + len(p.losses)
-        how = {"depth": prefix.depth, "optimizer": e.optimizer, "scaler": e.scaler, "dtype": prefix.dtype}
-        how |= {"clip": config.clip, "micro_batch_size": config.micro_batch_size}
-        bar = tqdm(total=total, initial=before, unit="step", disable=parallel.rank() > 0 or None)
-        try:
-            while p.epoch < config.epochs and p.epoch - p.best_epoch < config.patience:
-                start = time.perf_counter() - p.train_seconds
-                batches = data.batches(len(indices), config.batch_size, config.seed, p.epoch + 1)
-                batches = [parallel.even([indices[i] for i in batch], e.seconds) for batch in batches]
-                rest = batches[len(p.losses) :]
-                bar.set_description(f"epoch {p.epoch + 1}")
-                train_mode(model, prefix.depth)
-                for batch, (x, lengths) in watch(zip(rest, prefix(list(map(parallel.share, rest))), strict=True)):
-                    number = steps * p.epoch + len(p.losses)
-                    run.set_rates(e.optimizer, run.schedule(number, total, config.warmup))
-                    run.seed_step(config.seed, number, device)
-                    loss, _ = run.step(model, x, lengths, fast.send(e.labels[batch], device), **how)
-                    p.losses.append(loss)
-                    p.done += sum(e.seconds[utterance] for utterance in batch)
-                    p.train_seconds = time.perf_counter() - start
-                    bar.update()
-                    if device.type == "cpu" or len(p.losses) % 20 == 0 or len(p.losses) == steps:  # else a GPU waits
-                        run.check_losses(p.epoch + 1, p.losses, e.scaler, batches, prefix.paths)
-                        so_far = f", dev CCC {p.best:.3f}" if p.log else ""
-                        speed = run.per_second(p.done, p.train_seconds)
-                        bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {speed:.0f} s of audio/s")
-                p.train_seconds = time.perf_counter() - start
-                end_epoch(e, watch, bar)
-            bar.close()
-            return finish(e, watch)
-        except hardware.Stopped:
-            save(e)
-            raise
+        with hardware.watched_signals() as watch:
+            try:
+                fit(e, watch)
+                return finish(e, watch)
+            except hardware.Stopped:
+                save(e)
+                raise
     at_once = -(-(config.micro_batch_size or config.batch_size) // parallel.size())
     raise MemoryError(f"{short[0]}\n{hardware.memory_advice(at_once, config.cache_tier)}")
+
+
+def fit(e: Experiment, watch: hardware.Watch) -> None:
+    """The training loop."""
+    p, config, model, prefix = e.progress, e.config, e.model, e.prefix
+    indices, steps = e.split("train"), len(data.batches(len(e.split("train")), config.batch_size, config.seed, 0))
+    total, before = steps * config.epochs, steps * p.epoch + len(p.losses)
+    how = {"depth": prefix.depth, "optimizer": e.optimizer, "scaler": e.scaler, "dtype": prefix.dtype}
+    how |= {"clip": config.clip, "micro_batch_size": config.micro_batch_size}
+    bar = tqdm(total=total, initial=before, unit="step", disable=parallel.rank() > 0 or None)
+    while p.epoch < config.epochs and p.epoch - p.best_epoch < config.patience:
+        start = time.perf_counter() - p.train_seconds
+        drawn = data.batches(len(indices), config.batch_size, config.seed, p.epoch + 1)
+        e.batches = [parallel.even([indices[i] for i in batch], e.seconds) for batch in drawn]
+        rest = e.batches[len(p.losses) :]
+        bar.set_description(f"epoch {p.epoch + 1}")
+        train_mode(model, prefix.depth)
+        for batch, (x, lengths) in watch(zip(rest, prefix(list(map(parallel.share, rest))), strict=True)):
+            number = steps * p.epoch + len(p.losses)
+            run.set_rates(e.optimizer, run.schedule(number, total, config.warmup))
+            run.seed_step(config.seed, number, e.device)
+            loss, _ = run.step(model, x, lengths, fast.send(e.labels[batch], e.device), **how)
+            p.losses.append(loss)
+            p.done += sum(e.seconds[utterance] for utterance in batch)
+            p.train_seconds = time.perf_counter() - start
+            bar.update()
+            if e.device.type == "cpu" or len(p.losses) % 20 == 0 or len(p.losses) == steps:  # reading makes a GPU wait
+                run.check_losses(p.epoch + 1, p.losses, e.scaler, e.batches, prefix.paths)
+                so_far = f", dev CCC {p.best:.3f}" if p.log else ""
+                speed = run.per_second(p.done, p.train_seconds)
+                bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {speed:.0f} s of audio/s")
+        p.train_seconds = time.perf_counter() - start
+        end_epoch(e, watch, bar)
+    bar.close()
+    if e.scaler.is_enabled() and e.scaler.get_scale() <= 2**16 / 2 ** (steps * p.epoch):  # halved at every step
+        raise ValueError(f"no gradient of any step was finite, so nothing has been trained; {run.ADVICE}")
 
 
 def set_up(config: Config, directory: Path, device: torch.device, began: float) -> Experiment:
@@ -178,7 +188,7 @@ def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
     train_loss = torch.stack(p.losses).mean().item()
     dev = ccc(run.evaluate(e.model, prefix, e.split("dev"), together, watch), e.labels[e.split("dev")]).tolist()
     if not all(map(math.isfinite, dev)):  # the last step may have been the one too many
-        raise ValueError(f"epoch {p.epoch + 1}: dev CCC {dev} is not finite, the epoch is not saved; {run.ADVICE}")
+        raise ValueError(f"epoch {p.epoch + 1}: dev CCC {dev} is not finite, and the epoch is not saved; {run.ADVICE}")
     if prefix.cache is not None and parallel.any_of(not prefix.cache.has(e.split("test"))):
         run.evaluate(e.model, prefix, e.split("test"), together, watch)  # so that the cache is whole
     parallel.wait()
@@ -208,8 +218,7 @@ def batch_together(config: Config) -> int:
 def save(e: Experiment) -> None:
     """Write `last.pt`: what a resumed run continues from. Losses that are not finite are refused."""
     p = e.progress
-    if p.losses and not torch.stack(p.losses).isfinite().all():
-        raise ValueError(f"epoch {p.epoch + 1}: loss or gradient is not finite, and is not saved; {run.ADVICE}")
+    run.check_losses(p.epoch + 1, p.losses, e.scaler, e.batches, e.prefix.paths)
     p.seconds, p.cache_build = time.perf_counter() - e.began, p.cache_build + e.prefix.seconds
     e.prefix.seconds = 0.0
     p.peak = max(p.peak, hardware.peak_memory(e.device))
@@ -271,21 +280,6 @@ def finish(e: Experiment, watch: hardware.Watch) -> dict:
     return result
 
 
-def report(result: dict, directory: Path) -> str:
-    """A finished run in a few lines."""
-    lines = []
-    for target, score in result["test"].items():
-        interval = "" if score["ci95"] is None else "   95% [{:.3f}, {:.3f}] over speakers".format(*score["ci95"])
-        lines.append(f"test CCC  {target:12}{score['ccc']:6.3f}{interval}")
-    seconds, memory = result["seconds"], result["peak_memory_bytes"] / 1e9
-    lines.append(
-        f"{result['epochs']} epochs, the best was {result['best_epoch']}; {seconds['total']:.0f} s in all, "
-        f"{seconds['per_epoch']:.1f} s an epoch, peak memory {memory:.2f} GB"
-    )
-    lines.append(f"{directory}: result.json, predictions_test.csv, best.pt, log.jsonl")
-    return "\n".join([*lines, *filter(None, [result.get("note")])])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Finetune Wav2Vec 2.0 for activation and valence.")
     parser.add_argument("config", help="a YAML file, as in configs/")
@@ -297,7 +291,7 @@ def main() -> None:
     try:
         parallel.start()
         with redirect_stdout(None if parallel.rank() else sys.stdout):
-            print(report(train(config), Path(config.output_dir) / config.name))
+            print(run.report(train(config), Path(config.output_dir) / config.name))
         parallel.finish()
     except hardware.Stopped:
         sys.exit("\nstopped and saved after the last step; the same command continues there")

@@ -308,8 +308,9 @@ def locked(directory: Path) -> Iterator[None]:
     if parallel.rank() > 0:
         yield
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(directory / ".lock"), directory / ".holder"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = directory.parent / f".{directory.name}"
+    lock, holder = FileLock(f"{beside}.lock"), Path(f"{beside}.holder")
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -12,7 +12,6 @@ import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 
-import frozen
 import numpy as np
 import pytest
 import soundfile
@@ -27,7 +26,7 @@ import lora
 import run
 import train
 import weights
-from cache import ActivationCache, check_space, main, make_line
+from cache import ActivationCache, Prefix, check_space, main, make_line
 from config import load_config
 from model import EmotionModel, Layer, Wav2Vec2Config
 from tools import caches
@@ -841,7 +840,7 @@ def corpus(tmp_path_factory) -> list[str]:
 
 def fit(
     paths: list[str], method: tuple, root: Path | None, dtype: str, tier: str = "auto"
-) -> tuple[list[float], dict, cache.Prefix]:
+) -> tuple[list[float], dict, Prefix]:
     """Losses of three epochs, and the inputs of the part that trains, by epoch and utterance."""
     layers, rank, depth = method
     torch.manual_seed(0)
@@ -852,7 +851,7 @@ def fit(
     labels = torch.rand(len(paths), 2, generator=torch.Generator().manual_seed(1))
     optimizer = run.make_optimizer(model, 1e-3, 1e-2, 0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    prefix = cache.Prefix(model, paths, torch.device("cpu"), "fp32")
+    prefix = Prefix(model, paths, torch.device("cpu"), "fp32")
     assert prefix.depth == depth
     if root is not None:
         prefix.open_cache(str(root), dtype, {"sha256": "tiny"}, tier=tier)
@@ -959,7 +958,7 @@ def activations(path: Path) -> tuple[Path, torch.Tensor, list[int]]:
     config = load_config(path)
     utterances, label_range = run.load_utterances(config)
     model, identity = run.build_model(config, label_range)
-    prefix = cache.Prefix(model, [utterance.path for utterance in utterances], torch.device("cpu"), "fp32")
+    prefix = Prefix(model, [utterance.path for utterance in utterances], torch.device("cpu"), "fp32")
     cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity)
     numbers = range(len(utterances))
     assert cache.has(numbers)

@@ -1,8 +1,8 @@
 """Numbers that are none, and memory that runs out: what a run says, and what is left of it."""
 
 import math
+import signal
 
-import frozen
 import pytest
 import torch
 from conftest import tiny_settings
@@ -86,32 +86,56 @@ def test_fp16_passes_over_a_gradient_that_overflows_and_stops_at_a_loss_that_doe
 def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monkeypatch):
     """On a GPU losses are looked at every twenty steps: what a stop would save is looked at before, as here."""
     config, losses = settings(epochs=2), [torch.tensor(0.5), torch.tensor(math.nan)]
+    off = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(ValueError, match=r"epoch 7, step 2: .*\(2\):\n  b\n  c$"):
-        run.check_losses(7, losses, [[0], [1, 2]], ["a", "b", "c"])
-    run.check_losses(7, losses[:1], [[0], [1, 2]], ["a", "b", "c"])
-    run.check_losses(7, [], [], [])
-    prefixes, real_prefix, real_step = [], cache.Prefix, run.step
-    checks, real_check = [], run.check_losses
-
-    def prefix(*arguments):
-        prefixes.append(real_prefix(*arguments))
-        return prefixes[-1]
+        run.check_losses(7, losses, off, [[0], [1, 2]], ["a", "b", "c"])
+    run.check_losses(7, losses[:1], off, [[0], [1, 2]], ["a", "b", "c"])
+    run.check_losses(7, [], off, [], [])
+    checks, real_check, real_step = [], run.check_losses, run.step
 
     def check(*arguments):
         checks.append(None)
         if len(checks) > 1:  # as if the first step were none of those that are looked at
             real_check(*arguments)
 
-    def step(*arguments):
-        prefixes[-1].stop.set()
-        return real_step(*arguments)[0] * math.nan, None
+    def step(*arguments, **how):
+        signal.raise_signal(signal.SIGINT)
+        return real_step(*arguments, **how)[0] * math.nan, None
 
-    monkeypatch.setattr(frozen, "Prefix", prefix)
-    monkeypatch.setattr(train, "step", step)
-    monkeypatch.setattr(train, "check_losses", check)
+    monkeypatch.setattr(run, "step", step)
+    monkeypatch.setattr(run, "check_losses", check)
     with pytest.raises(ValueError, match="epoch 1, step 1: loss or gradient"):
         train.train(config)
     assert not (directory_of(config) / "last.pt").exists()
+
+
+def test_fp16_whose_gradient_is_never_finite_stops_with_the_files_named(settings, monkeypatch):
+    """Every step is skipped and the scale halved: below 1 it cannot be the scale's fault."""
+    config = settings(precision="fp16", lora_rank=2, epochs=20, patience=20)
+    real = run.build_model
+
+    def build(*arguments):
+        model, identity = real(*arguments)
+        model.head[-1].weight.register_hook(lambda gradient: gradient * math.nan)
+        return model, identity
+
+    monkeypatch.setattr(run, "build_model", build)
+    with pytest.raises(ValueError, match=r"epoch 6, step 2: loss or gradient is not finite.*the files of the batch"):
+        train.train(config)
+
+
+def test_fp16_that_took_no_step_at_all_is_no_result(settings, monkeypatch):
+    """Too short for the scale to fall below 1."""
+    real = run.build_model
+
+    def build(*arguments):
+        model, identity = real(*arguments)
+        model.head[-1].weight.register_hook(lambda gradient: gradient * math.nan)
+        return model, identity
+
+    monkeypatch.setattr(run, "build_model", build)
+    with pytest.raises(ValueError, match="no gradient of any step was finite, so nothing has been trained"):
+        train.train(settings(precision="fp16", lora_rank=2, epochs=1))
 
 
 def constant(settings, tmp_path, tiny_manifest, **columns: float) -> Config:
@@ -173,10 +197,10 @@ def limit(monkeypatch, most: int, error: Exception) -> None:
     """Let layers fail on more utterances than this, as they do on a GPU that is too small."""
     real = Layer.forward
 
-    def forward(self, x, lengths, *rest):
-        if len(lengths) - 1 > most:  # one fills up the batch
+    def forward(self, x, frames, *rest):
+        if len(frames) - 1 > most:  # one fills up the batch
             raise error
-        return real(self, x, lengths, *rest)
+        return real(self, x, frames, *rest)
 
     monkeypatch.setattr(Layer, "forward", forward)
 
@@ -184,51 +208,65 @@ def limit(monkeypatch, most: int, error: Exception) -> None:
 SHORT = {
     "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nDetails"),
     "Apple": RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, max allowed: 9.07 GB)."),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 }
 
 
 @pytest.mark.parametrize("error", SHORT.values(), ids=SHORT)
 @pytest.mark.parametrize("layers", [0, 2], ids=["in the prefix", "in what trains"])
-def test_out_of_memory_names_a_micro_batch_that_was_tried_and_the_run_goes_on_with_it(
+def test_out_of_memory_names_smaller_settings_and_the_run_goes_on_with_them(
     settings, tmp_path, monkeypatch, error, layers
 ):
-    """Three fit, batches have twelve, so six do not and three do: found by trying, with nothing lost."""
+    """Three fit, batches have twelve: with half, and half of that again, the run is the whole one."""
     keys = {"trainable_layers": layers, "batch_size": 12, "epochs": 2, "hidden_dropout": 0.0}
     whole = settings(name="whole", **keys)
     train.train(whole)
     path = write_config(tmp_path, **run.plain(settings(**keys)))
     with monkeypatch.context() as patch:
         limit(patch, 3, error)
-        code = command_line(patch, path)
-        first, second = code.splitlines()
+        first, second = command_line(patch, path).splitlines()
         assert first == f"error: {str(error).splitlines()[0]}"
-        assert second.startswith("measured: a step on the 12 longest utterances fits with micro_batch_size=3; the loss")
+        assert second.startswith("set micro_batch_size=6, or half of that again, or gradient_checkpointing=true")
+        assert second.endswith("or cache_tier=disk: the loss stays the same, and the same command continues")
+        assert command_line(patch, path, "micro_batch_size=6").splitlines()[1].startswith("set micro_batch_size=3,")
         assert command_line(patch, path, "micro_batch_size=3") is None
     losses = [[row["train_loss"] for row in read_log(directory_of(config))] for config in (whole, settings())]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_out_of_memory_in_mid_run_loses_no_epoch(settings, tmp_path, monkeypatch):
-    """And where not even one utterance fits, the message names what else there is."""
-    keys = {"trainable_layers": 1, "epochs": 2}
-    config, real, calls = settings(**keys), run.step, []
+@pytest.mark.parametrize("where", ["step", "evaluate", "the test", "the optimizer"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_out_of_memory_anywhere_loses_no_epoch_and_no_advice(settings, monkeypatch, where, precision):
+    """In the middle of Adam's first step as well, after which its state is half made."""
+    keys = {"trainable_layers": 1, "epochs": 2, "precision": precision}
+    config, calls = settings(**keys), []
     train.train(settings(name="whole", **keys))
+    home, name, call = {
+        "step": (run, "step", STEPS + 1),
+        "evaluate": (run, "evaluate", 2),
+        "the test": (run, "evaluate", 3),
+        "the optimizer": (torch, "zeros_like", 3),
+    }[where]
+    real = getattr(home, name)
 
-    def step(*arguments):
+    def short(*arguments, **how):
         calls.append(None)
-        if len(calls) > STEPS:
+        if len(calls) == call:
             raise SHORT["GPU"]
-        return real(*arguments)
+        return real(*arguments, **how)
 
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(MemoryError, match="not one utterance at a time fits; train few"),
-    ):
-        patch.setattr(train, "step", step)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="set micro_batch_size=2, or half"):
+        patch.setattr(home, name, short)
         train.train(config)
-    assert len(calls) == STEPS + 1 + 2  # four at once failed, then two and one
-    assert [row["epoch"] for row in read_log(directory_of(config))] == [1]
     assert train.train(config)["test"] == train.train(settings(name="whole", **keys))["test"]
+
+
+def test_advice_on_memory_names_what_there_is():
+    assert "micro_batch_size=8" in hardware.memory_advice(16, "auto") and "cache_tier" in hardware.memory_advice(
+        16, "gpu"
+    )
+    assert "cache_tier" not in hardware.memory_advice(16, "disk")
+    assert hardware.memory_advice(1, "disk").startswith("train fewer layers")
 
 
 def test_any_other_error_is_not_taken_for_one_of_memory():

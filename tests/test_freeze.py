@@ -9,6 +9,7 @@ from torch import nn
 
 import freeze
 import lora
+import run
 import weights
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 

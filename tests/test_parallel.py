@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import frozen
 import pytest
 import torch
 import yaml
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 import run
 import train
-from cache import read_index
+from cache import Prefix, read_index
 from config import Config
 from machine import hardware
 from machine.hardware import parallel
@@ -250,7 +249,7 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
 
 def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
     """torchrun stops all where one ends, so all wait for each `last.pt`: at a stop it would be cut off otherwise."""
-    events, prefixes, prefix, save, wait, step = [], [], cache.Prefix, hardware.save, parallel.wait, run.step
+    events, prefixes, prefix, save, wait, step = [], [], Prefix, hardware.save, parallel.wait, run.step
 
     def stop_at_once(*given):
         prefixes[-1].stop.set()
@@ -307,7 +306,7 @@ def test_a_stop_of_any_process_stops_this_one(tmp_path, tiny_checkpoint, tiny_ma
     model, _ = run.build_model(config, (1, 7))
     paths = [utterance.path for utterance in run.load_utterances(config)[0]]
     with pytest.raises(hardware.Stopped):
-        next(cache.Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
+        next(Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
 
 
 def test_processes_that_would_train_something_else_are_refused(monkeypatch):

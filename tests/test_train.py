@@ -11,13 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import frozen
 import numpy as np
 import pytest
 import soundfile
@@ -245,14 +243,14 @@ def stop(monkeypatch, call: int, config: Config) -> None:
     """Run `config` until it is interrupted in the step with this number."""
     real, calls = run.step, []
 
-    def step(*arguments):
+    def step(*arguments, **how):
         calls.append(None)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **how)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "step", step)
+        patch.setattr(run, "step", step)
         train.train(config)
 
 
@@ -361,21 +359,22 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp
     keys = {**METHODS["LoRA"], "precision": "fp16", "cache": True, "epochs": 4, "patience": 4}
     whole, parts = (settings(name=name, cache_dir=str(tmp_path / name), **keys) for name in ("one", "two"))
     train.train(whole)
-    steps, calls, real_step, real = [], [], run.step, getattr(train, moment[0])
+    home = run if hasattr(run, moment[0]) else train
+    steps, calls, real_step, real = [], [], run.step, getattr(home, moment[0])
 
-    def step(*arguments):
+    def step(*arguments, **how):
         steps.append(None)
-        return real_step(*arguments)
+        return real_step(*arguments, **how)
 
-    def signalled(*arguments):
+    def signalled(*arguments, **how):
         calls.append(None)
         if len(calls) == moment[1]:
             signal.raise_signal(signal.Signals[name])
-        return (step if moment[0] == "step" else real)(*arguments)
+        return (step if moment[0] == "step" else real)(*arguments, **how)
 
     before = [signal.getsignal(number) for number in hardware.STOP_SIGNALS]
-    monkeypatch.setattr(train, "step", step)
-    monkeypatch.setattr(train, moment[0], signalled)
+    monkeypatch.setattr(run, "step", step)
+    monkeypatch.setattr(home, moment[0], signalled)
     with pytest.raises(hardware.Stopped):
         train.train(parts)
     assert [signal.getsignal(number) for number in hardware.STOP_SIGNALS] == before
@@ -391,19 +390,19 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
     """More than a second later. In the middle of a step nothing can be saved: the last finished epoch counts."""
     real, calls = run.step, []
 
-    def step(*arguments):
+    def step(*arguments, **how):
         calls.append(None)
         if len(calls) == STEPS + 2:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)  # at once: torchrun repeats it
             time.sleep(1.1)
             signal.raise_signal(signal.SIGTERM)
-        return real(*arguments)
+        return real(*arguments, **how)
 
     whole, parts = settings(name="one"), settings(name="two")
     train.train(whole)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-        patch.setattr(train, "step", step)
+        patch.setattr(run, "step", step)
         train.train(parts)
     assert not isinstance(caught.value, hardware.Stopped)
     state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
@@ -414,12 +413,11 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
 
 def test_a_signal_that_is_repeated_at_once_is_one():
     """torchrun repeats a Ctrl-C to its processes: they save all the same."""
-    stop, saved = threading.Event(), []
-    with pytest.raises(hardware.Stopped), frozen.stop_between_batches(stop, lambda: saved.append(stop.is_set())):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        raise hardware.Stopped
-    assert saved == [True]
+    with pytest.raises(hardware.Stopped), hardware.watched_signals() as watch:
+        for number in watch(range(3)):
+            assert number == 0
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatch, capsys):
@@ -427,13 +425,13 @@ def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatc
     path = write_config(tmp_path, **run.plain(settings()))
     before = {number: signal.getsignal(number) for number in hardware.STOP_SIGNALS}
     ends = []
-    for function in ("describe", "schedule"):  # called before the loop, and in it
-        real = getattr(train, function)
-        monkeypatch.setattr(train, function, lambda *given, real=real: (signal.raise_signal(15), real(*given))[1])
+    for function in ("describe_corpus", "schedule"):  # called before the loop, and in it
+        real = getattr(run, function)
+        monkeypatch.setattr(run, function, lambda *given, real=real: (signal.raise_signal(15), real(*given))[1])
         monkeypatch.setattr(sys, "argv", ["train.py", str(path)])
         with pytest.raises(SystemExit) as end:
             train.main()
-        monkeypatch.setattr(train, function, real)
+        monkeypatch.setattr(run, function, real)
         ends.append(end.value.code)
     assert ends == [
         "\nstopped; the same command continues from what was last saved",
@@ -450,10 +448,10 @@ def test_a_run_killed_between_its_last_epoch_and_the_test_is_tested(settings, mo
     """All epochs are done and logged: no step is taken again."""
     config = settings()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "write_predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run, "write_predictions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         train.train(config)
     assert len(read_log(directory_of(config))) == 3
-    monkeypatch.setattr(train, "step", lambda *_: pytest.fail("nothing is left to train"))
+    monkeypatch.setattr(run, "step", lambda *_: pytest.fail("nothing is left to train"))
     assert train.train(config)["epochs"] == 3
 
 
@@ -525,12 +523,12 @@ def test_best_only_ever_improves_and_the_run_stops_when_it_does_not(settings, mo
     config, real, saved = settings(epochs=10, patience=3), hardware.save, []
 
     def save(path: Path, value: dict) -> None:
-        saved.append((path.name, value["epoch"] if path.name == "best.pt" else value["state"]["epoch"]))
+        saved.append((path.name, value["state"]["epoch"] if path.name == "last.pt" else value["epoch"]))
         real(path, value)
 
     monkeypatch.setattr(hardware, "save", save)
     result = train.train(config)
-    assert [epoch for name, epoch in saved if name == "best.pt"] == [1, 2]
+    assert [epoch for name, epoch in saved if name == "best.next.pt"] == [1, 2]
     assert [epoch for name, epoch in saved if name == "last.pt"] == [1, 2, 3, 4, 5]
     assert (result["epochs"], result["best_epoch"], result["dev_ccc"]) == (5, 2, 0.5)
     directory = directory_of(config)
@@ -579,7 +577,7 @@ def take_step(model: EmotionModel, optimizer=None, scaler=None, seed: int = 0, *
     hook = optimizer.register_step_pre_hook(keep)
     torch.manual_seed(seed)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    loss, predictions = run.step(model, x, lengths, labels, depth, optimizer, scaler, **how)
+    loss, predictions = run.step(model, x, lengths, labels, depth=depth, optimizer=optimizer, scaler=scaler, **how)
     hook.remove()
     return loss, predictions, gradients
 
@@ -692,11 +690,11 @@ def test_the_rates_rise_over_the_warm_up_and_fall_to_the_end(settings, monkeypat
     """Step n of `warmup` steps has n / warmup of lr and of head_lr, across epochs; the steps after it ever less."""
     real, rates = run.step, []
 
-    def step(model, x, lengths, labels, depth, optimizer, *rest):
+    def step(*arguments, optimizer, **how):
         rates.append({group["lr"] for group in optimizer.param_groups})
-        return real(model, x, lengths, labels, depth, optimizer, *rest)
+        return real(*arguments, optimizer=optimizer, **how)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(run, "step", step)
     train.train(settings(trainable_layers=1, warmup=5, lr=1e-3, head_lr=1e-2))
     factors = [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert [sorted(found) for found in rates] == [pytest.approx([1e-3 * f, 1e-2 * f]) for f in factors]
@@ -771,14 +769,14 @@ def test_with_a_whole_cache_the_prefix_is_not_in_memory_and_no_audio_is_read(set
     """After the epoch that fills it, and in another run from the start: all of it is on the meta device."""
     real, gone = run.step, []
 
-    def step(model, x, lengths, labels, depth, *rest):
+    def step(model, *arguments, depth, **how):
         prefix = [p.is_meta for module in model.backbone.before(depth) for p in module.parameters()]
         assert len(set(prefix)) == 1
         assert not any(p.is_meta for p in model.parameters() if p.requires_grad)
         gone.append(prefix[0])
-        return real(model, x, lengths, labels, depth, *rest)
+        return real(model, *arguments, depth=depth, **how)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(run, "step", step)
     keys = {"cache": True, "epochs": 2, **METHODS[method]}
     train.train(settings(name="fills", **keys))
     assert gone == [False] * STEPS + [True] * STEPS
@@ -818,7 +816,7 @@ def test_the_progress_bar_tells_loss_ccc_speed_and_time_left(settings, monkeypat
     [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file data/0")],
     ids=["disk full", "PyTorch's own error"],
 )
-@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+@pytest.mark.parametrize("name", ["best.next.pt", "last.pt"])
 def test_a_failing_save_leaves_the_old_checkpoint_whole(settings, tmp_path, monkeypatch, name, trouble):
     """Half written, in the second epoch: one message, no debris, and afterwards the run is as if it had not been."""
     script(monkeypatch, 0.1, 0.2, 0.3)
@@ -841,8 +839,7 @@ def test_a_failing_save_leaves_the_old_checkpoint_whole(settings, tmp_path, monk
     expected = f"{directory / name}: cannot be written ({trouble}); what was there is unharmed"
     assert str(error.value) == expected + ("; is the disk full?" if isinstance(trouble, RuntimeError) else "")
     assert torch.load(directory / "last.pt", weights_only=True)["state"]["epoch"] == 1
-    epochs = {"best.pt": 1, "last.pt": 2}[name]  # best.pt is saved first
-    assert torch.load(directory / "best.pt", weights_only=True)["epoch"] == epochs
+    assert torch.load(directory / "best.pt", weights_only=True)["epoch"] == 1  # the two always belong together
     assert not list(directory.glob(".*"))
     script(monkeypatch, 0.2, 0.3)
     train.train(config)
@@ -856,7 +853,7 @@ def test_a_full_disk_is_one_message_through_the_command_line(settings, tmp_path,
         torch, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
     )
     code = command_line(monkeypatch, path)
-    best = directory_of(settings()) / "best.pt"
+    best = directory_of(settings()) / "best.next.pt"
     assert code.startswith(f"error: {best}: cannot be written ([Errno {errno.ENOSPC}] No space left on device)")
     assert capsys.readouterr().err == ""
 
@@ -878,15 +875,15 @@ def test_a_run_that_diverges_says_so_and_keeps_the_epochs_before(settings, monke
     """Also where no loss shows it: the last step of an epoch may ruin the parameters after its loss."""
     real, calls = run.step, []
 
-    def step(model, *arguments):
+    def step(model, *arguments, **how):
         calls.append(None)
-        loss, predictions = real(model, *arguments)
+        loss, predictions = real(model, *arguments, **how)
         if len(calls) == call:
             model.head[-1].weight.data.fill_(math.nan)
         return loss, predictions
 
     config = settings(trainable_layers=1)
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(run, "step", step)
     with pytest.raises(ValueError, match=message):
         train.train(config)
     for name in ("best.pt", "last.pt"):
@@ -914,7 +911,7 @@ BAD_INPUT = {
     "no label range": (["label_range=null"], r"label_range: corpus 'manifest' has none of its own; set it, e\.g\."),
     "labels outside": (["label_range=[1,2]"], r"(?s)the corpus cannot be used \(\d+\):\n .*activation is .*outside"),
     "missing target": (["targets=[dominance]"], r"(?s)no label for target 'dominance', found activation, valence"),
-    "absent device": (["device=cuda:99"], r"device: cuda:99 is not there for PyTorch .*; this machine has .*cpu$"),
+    "absent device": (["device=cuda:99"], r"device: cuda:99 is not there for PyTorch .*; found .*cpu"),
     "no device": (["device=gpu"], r"device: 'gpu' is not a device; expected auto, cpu, cuda, cuda:1 or mps$"),
     "LoRA target": (["lora_rank=2", "lora_targets=[q,x]"], r"lora_targets: no x; expected some of q, k, v, o, fc1, "),
     "LoRA layer": (["lora_rank=2", "lora_layers=[7]"], r"lora_layers: no layer 7; expected numbers from 0 to 2$"),
@@ -996,7 +993,7 @@ def test_without_a_network_a_real_corpus_is_an_error_that_names_the_ways_out(set
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(
-        "error: backbone: facebook/wav2vec2-base is neither a path here nor in the Hugging Face cache"
+        "error: backbone: facebook/wav2vec2-base is neither a path here nor whole in the Hugging Face cache"
     )
     assert line.endswith("give `backbone` a directory or file with the weights, or connect to the network once")
     assert not list(tmp_path.rglob("*.pt"))
