@@ -2,7 +2,7 @@
 
 Each holds the model and computes every size-th utterance of each batch. What travels: the predictions, since CCC is a
 statistic of the whole batch, and the gradients of what trains. A sum over processes with zeros in the place of the
-others' rows is how rows travel, so shares may differ in size. In a process alone every function here does nothing.
+others' rows is how rows travel, so shares may differ in size. A process alone has `machine.hardware.Alone` instead.
 
 On GPUs tensors travel by NCCL; those on the CPU, and all words between processes, by gloo.
 """
@@ -57,6 +57,8 @@ def connected() -> Iterator[None]:
     """Raise ConnectionError where a collective operation fails, because another process is no more."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = str(error).split("] ", 1)[-1].split(". ")[0]  # without PyTorch's own file and line
         raise ConnectionError(f"another process of this run has ended, its message tells why ({reason})") from None

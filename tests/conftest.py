@@ -111,6 +111,15 @@ def write_tiny_checkpoint(folder: Path, large: bool = False) -> Path:
     return folder
 
 
+ACCELERATORS = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+
+
+@pytest.fixture(params=["cpu", *ACCELERATORS])
+def device(request) -> torch.device:
+    """The CPU, and every kind of accelerator that is there: whatever holds on one holds on all."""
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device(request.param)
+
+
 @pytest.fixture
 def one_thread():
     """Such small matrices are not worth two, which wait for each other wherever the processor is busy."""

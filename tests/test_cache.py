@@ -26,8 +26,9 @@ import lora
 import run
 import train
 import weights
-from cache import ActivationCache, Prefix, check_space, main, make_line
+from cache import ActivationCache, Prefix, make_line
 from config import load_config
+from machine.tier import OnGPU
 from model import EmotionModel, Layer, Wav2Vec2Config
 from tools import caches
 from tools.caches import verify
@@ -109,7 +110,7 @@ def test_an_utterance_is_the_same_alone_and_in_any_batch(tmp_path):
         check(cache, *numbers)
     assert cache.has([])
     assert cache.read([])[0].shape == (0, WIDTH)
-    assert sum(1 for _ in cache_module.read_index(cache.directory)) == 4
+    assert sum(1 for _ in caches.read_index(cache.directory)) == 4
 
 
 def test_the_same_corpus_in_another_order_finds_its_activations(tmp_path):
@@ -199,7 +200,7 @@ def test_int8_takes_a_byte_a_value_and_eight_a_channel(tmp_path):
     frames = [len(activation(number)) for number in range(5)]
     (shard,) = directory.glob("*.bin")
     assert shard.stat().st_size == sum(frames) * WIDTH + 5 * WIDTH * 8
-    assert [row[3] for row in cache_module.read_index(directory)] == frames
+    assert [row[3] for row in caches.read_index(directory)] == frames
     paths = touch(tmp_path, 2)
     cache = open_cache(tmp_path, paths, torch.int8, depth=3)
     assert cache.space(2.0) == 2 * (50 * WIDTH + WIDTH * 8) + index_bytes(paths)  # two of a second each
@@ -379,7 +380,7 @@ def test_a_flipped_bit_anywhere_is_found_and_never_read(tmp_path):
             again.write(range(count), part, [1] * count)
             assert torch.equal(again.read(range(count))[0], part)
             again.close()
-            assert sum(1 for _ in cache_module.read_index(cache.directory)) == count
+            assert sum(1 for _ in caches.read_index(cache.directory)) == count
             assert verify(cache.directory) == []
             for left in set(cache.directory.iterdir()) - files.keys():
                 left.unlink()
@@ -398,7 +399,7 @@ def test_what_was_forgotten_for_its_damage_is_computed_anew_and_nothing_else(tmp
     content = bytearray(shard.read_bytes())
     content[5] ^= 1
     shard.write_bytes(content)
-    entry = next(cache_module.read_index(directory))
+    entry = next(caches.read_index(directory))
     (directory / "z.bin").write_bytes(activation(0).numpy().tobytes())
     (directory / "z.index").write_bytes(make_line((entry[0], "z.bin", *entry[2:]), directory.name) + b"12ab")
     lines = index.read_bytes().splitlines(keepends=True)
@@ -449,7 +450,7 @@ def test_a_cache_that_is_deleted_under_a_run_is_one_clear_error(tmp_path):
     shutil.rmtree(directory)
     with pytest.raises(ValueError, match=rf"the activation of {paths[0]} cannot be read \(No such file or directory\)"):
         reader.read([0])
-    with pytest.raises(OSError, match=rf"cache {directory}: No such file or directory; free space, or set cache_dir"):
+    with pytest.raises(OSError, match=rf"cache {directory}: No such file or directory; set cache_dir"):
         write(writer, 2)
 
 
@@ -468,7 +469,7 @@ def test_a_complete_cache_may_be_read_where_nothing_may_be_written(tmp_path, mon
         monkeypatch.setattr(Path, name, refuse)
     monkeypatch.setattr(os, "replace", refuse)
     cache = open_cache(tmp_path, paths)
-    check_space({directory: cache.space(3.0)})
+    caches.require_space({directory: cache.space(3.0)})
     cache.note_user(tmp_path / "run", "x")
     check(cache, 0, 1, 2)
     assert verify(directory) == []
@@ -493,7 +494,7 @@ def test_two_writers_at_once_are_both_read(tmp_path):
         write(two, b)
     for cache in (one, two, reader):
         check(cache, 0, 1, 2, 3, 4)
-    assert sum(1 for _ in cache_module.read_index(one.directory)) == 5
+    assert sum(1 for _ in caches.read_index(one.directory)) == 5
     third = open_cache(tmp_path, paths)
     check(third, 0, 1, 2, 3, 4)
     assert not third.has([5])
@@ -623,14 +624,14 @@ def test_caches_that_will_not_fit_are_refused_before_they_are_begun(tmp_path, mo
     """Those on one disk together."""
     one, other = (open_cache(tmp_path, touch(tmp_path, 4), depth=depth).directory for depth in (1, 2))
     with pytest.raises(OSError, match=r"needs 1600000\.0 GB, the disk has [\d.]+ GB; free space, or set cache_dir"):
-        check_space({one: int(16e14)})
+        caches.require_space({one: int(16e14)})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100))
-    check_space({one: 60, other: 40})
+    caches.require_space({one: 60, other: 40})
     with pytest.raises(OSError, match=rf"cache {one}, {other}: needs 0\.0 GB"):
-        check_space({one: 60, other: 41})
+        caches.require_space({one: 60, other: 41})
     real = os.stat
     monkeypatch.setattr(os, "stat", lambda path: os.stat_result((0, 0, path == one, *real(path)[3:])))  # two disks
-    check_space({one: 60, other: 41})
+    caches.require_space({one: 60, other: 41})
 
 
 # ---------------------------------------------------------------- killed
@@ -718,10 +719,10 @@ def test_an_index_of_50000_utterances_opens_quickly_and_in_little_memory(tmp_pat
 
 
 def command_line(monkeypatch, *arguments: object) -> object:
-    """The exit status of `python cache.py ...`, or the message it exits with."""
-    monkeypatch.setattr(sys, "argv", ["cache.py", *map(str, arguments)])
+    """The exit status of `python -m tools.caches ...`, or the message it exits with."""
+    monkeypatch.setattr(sys, "argv", ["caches.py", *map(str, arguments)])
     try:
-        runpy.run_path(str(ROOT / "cache.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools" / "caches.py"), run_name="__main__")
     except SystemExit as end:
         return end.code
     return None
@@ -737,7 +738,11 @@ def test_verify_names_what_is_damaged_and_its_exit_status_says_so(tmp_path, monk
     content[-1] ^= 128
     shard.write_bytes(content)
     done = subprocess.run(
-        [sys.executable, "cache.py", "verify", str(directory)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "tools.caches", "verify", str(directory)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, f"{paths[2]}\n1 damaged; --repair forgets them\n", "")
 
@@ -768,10 +773,10 @@ def test_list_tells_size_content_and_users_of_each_cache(tmp_path, monkeypatch, 
     assert second == "  facebook/some, hidden state 2, 8 of float32"
     assert third == f"  used by {tmp_path / 'run'}"
     assert rest[0].startswith(f"{small}: ") and "2 utterances" in rest[0]
-    assert rest[1:3] == ["  SHA-256 abc..., hidden state 2, 8 of int8", "  used by nothing that is still there"]
+    assert rest[1:3] == ["  SHA-256 abc..., hidden state 2, 8 of int8", "  used by nothing that still exists"]
     assert rest[3].startswith(f"{tmp_path / 'cache'}: 2 caches, ")
     monkeypatch.setattr(caches, "FORMAT", cache_module.FORMAT + 1)
-    assert caches.describe(small).splitlines()[-1] == "  of another version: read no more"
+    assert caches.describe(small).splitlines()[-1] == "  written by another version; no longer used"
     (small / "cache.json").write_text("{")
     assert command_line(monkeypatch, "list", tmp_path / "cache") is None
     assert (
@@ -802,7 +807,7 @@ def test_clear_deletes_caches_alone_and_says_what_it_freed(tmp_path, monkeypatch
 def test_a_run_and_a_build_are_told_as_users_of_their_cache(several, capsys, monkeypatch):
     """Also one that is not finished; and what is listed is not taken for an index."""
     path = several["lora"]
-    run.build_caches([str(path)])
+    caches.build([str(path)])
     config = load_config(path, ["epochs=1", "name=user"])
     train.train(config)
     command_line(monkeypatch, "list", config.cache_dir)
@@ -839,7 +844,7 @@ def corpus(tmp_path_factory) -> list[str]:
 
 
 def fit(
-    paths: list[str], method: tuple, root: Path | None, dtype: str, tier: str = "auto"
+    paths: list[str], method: tuple, root: Path | None, dtype: str, tier: str = "disk"
 ) -> tuple[list[float], dict, Prefix]:
     """Losses of three epochs, and the inputs of the part that trains, by epoch and utterance."""
     layers, rank, depth = method
@@ -851,20 +856,24 @@ def fit(
     labels = torch.rand(len(paths), 2, generator=torch.Generator().manual_seed(1))
     optimizer = run.make_optimizer(model, 1e-3, 1e-2, 0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    prefix = Prefix(model, paths, torch.device("cpu"), "fp32")
+    how = {"backbone": "tiny", "precision": "fp32", "dtype": dtype}
+    cache = None if root is None else cache_module.open_cache(str(root), model, paths, **how)
+    prefix = Prefix(model, paths, torch.device("cpu"), torch.float32, cache)
     assert prefix.depth == depth
-    if root is not None:
-        prefix.open_cache(str(root), dtype, {"sha256": "tiny"}, tier=tier)
     losses, inputs = [], {}
     torch.manual_seed(0)
     for epoch in (1, 2, 3):
         freeze.train_mode(model, depth)
-        for numbers, x, lengths in prefix(data.batches(len(paths), 4, 0, epoch)):
+        batches = data.batches(len(paths), 4, 0, epoch)
+        for numbers, (x, lengths) in zip(batches, prefix(batches), strict=True):
             parts = x.split(lengths)
             inputs |= {(epoch, number): part.clone() for number, part in zip(numbers, parts, strict=True)}
-            losses.append(run.step(model, x, lengths, labels[numbers], depth, optimizer, scaler)[0].item())
+            losses.append(
+                run.step(model, x, lengths, labels[numbers], depth=depth, optimizer=optimizer, scaler=scaler)[0].item()
+            )
         if root is not None:
-            prefix.drop_if_cached()
+            prefix.release_if_cached()
+            prefix.source = OnGPU(prefix.cache, torch.device("cpu")) if tier == "gpu" else prefix.cache
             assert prefix.complete  # from here on it could not be computed
     return losses, inputs, prefix
 
@@ -889,29 +898,19 @@ def test_training_on_the_cache_has_the_losses_of_training_without(tmp_path, corp
     prefix.cache.close()
     again, _, second = fit(corpus, method, tmp_path, dtype)
     assert again == losses
-    assert second.build_seconds == 0 < prefix.build_seconds
+    assert second.seconds == 0 < prefix.seconds
 
 
-@pytest.mark.parametrize("tier", ["disk", "ram", "gpu"])
 @pytest.mark.parametrize("method", [LAST_LAYER, HEADS_ONLY], ids=["last", "heads"])
-def test_training_is_the_same_from_every_tier(tmp_path, corpus, monkeypatch, method, tier):
+def test_training_is_the_same_from_every_tier(tmp_path, corpus, method):
     """On a cache that is partly there, which the first epoch completes; with a file that the corpus names twice."""
-    monkeypatch.setattr(frozen, "pick_tier", lambda name, cache, device: tier)  # "gpu" is refused on a CPU
     corpus = [*corpus, corpus[0]]
-    expected, expected_inputs, _ = fit(corpus, method, tmp_path / "whole", "float16", "disk")
-    fit(corpus[3:7], method, tmp_path / "part", "float16", "disk")
-    losses, inputs, prefix = fit(corpus, method, tmp_path / "part", "float16")
-    assert (prefix.tier.held is None) == (tier == "disk")
+    expected, expected_inputs, _ = fit(corpus, method, tmp_path / "whole", "float16")
+    fit(corpus[3:7], method, tmp_path / "part", "float16")
+    losses, inputs, _ = fit(corpus, method, tmp_path / "part", "float16", "gpu")
     assert losses == expected
     assert inputs.keys() == expected_inputs.keys()
     assert all(torch.equal(inputs[key], expected_inputs[key]) for key in inputs)
-
-
-def test_a_gpu_tier_on_a_cpu_is_refused_before_anything_is_computed(tmp_path, corpus):
-    """One clear error, and no directory is made."""
-    with pytest.raises(ValueError, match="cache_tier: found gpu, but the device is the CPU; expected auto, disk or r"):
-        fit(corpus, LAST_LAYER, tmp_path, "float16", "gpu")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_that_differ_above_the_prefix_share_a_cache(tmp_path, corpus):
@@ -919,7 +918,7 @@ def test_runs_that_differ_above_the_prefix_share_a_cache(tmp_path, corpus):
     _, _, first = fit(corpus, LORA, tmp_path, "float16")
     _, _, second = fit(corpus, (0, 2, 0), tmp_path, "float16")
     assert second.cache.directory == first.cache.directory
-    assert second.build_seconds == 0
+    assert second.seconds == 0
     assert fit(corpus, LAST_LAYER, tmp_path, "float16")[2].cache.directory != first.cache.directory
 
 
@@ -958,8 +957,8 @@ def activations(path: Path) -> tuple[Path, torch.Tensor, list[int]]:
     config = load_config(path)
     utterances, label_range = run.load_utterances(config)
     model, identity = run.build_model(config, label_range)
-    prefix = Prefix(model, [utterance.path for utterance in utterances], torch.device("cpu"), "fp32")
-    cache = prefix.open_cache(config.cache_dir, config.cache_dtype, identity)
+    paths, how = [utterance.path for utterance in utterances], {"precision": "fp32", "dtype": config.cache_dtype}
+    cache = cache_module.open_cache(config.cache_dir, model, paths, backbone=identity["sha256"], **how)
     numbers = range(len(utterances))
     assert cache.has(numbers)
     stored, lengths = cache.read_stored(numbers), cache.lengths(numbers)
@@ -973,7 +972,7 @@ def test_caches_of_several_configs_are_built_in_one_pass(several, tmp_path, monk
     real_read, real_layer = data.read_audio, Layer.forward
     monkeypatch.setattr(data, "read_audio", lambda path: (read.append(path), real_read(path))[1])
     monkeypatch.setattr(Layer, "forward", lambda self, *inputs: (layers.append(1), real_layer(self, *inputs))[1])
-    built = run.build_caches([*map(str, several.values()), "batch_size=10"])
+    built = caches.build([*map(str, several.values()), "batch_size=10"])
     assert len(read) == 20
     assert len(layers) == 2 * 3  # two batches, three layers
     assert list(built) == [str(path) for path in several.values()]
@@ -981,7 +980,7 @@ def test_caches_of_several_configs_are_built_in_one_pass(several, tmp_path, monk
     together = {name: activations(path) for name, path in several.items()}
     shutil.rmtree(tmp_path / "cache")
     for name, path in several.items():
-        run.build_caches([str(path)])
+        caches.build([str(path)])
         directory, stored, lengths = activations(path)
         assert directory == Path(built[str(path)]["directory"]) == together[name][0]
         assert lengths == together[name][2]
@@ -995,7 +994,7 @@ def test_a_build_tells_what_each_cache_would_have_cost(several, monkeypatch):
     """A deeper prefix costs more than a shallower one; what is complete costs nothing, which is told apart from 0."""
     clock = [0.0]
     real_layer = Layer.forward
-    monkeypatch.setattr(frozen.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(caches.time, "perf_counter", lambda: clock[0])
 
     def layer(self: torch.nn.Module, *inputs) -> torch.Tensor:
         clock[0] += 1.0  # the only thing that takes time
@@ -1003,9 +1002,9 @@ def test_a_build_tells_what_each_cache_would_have_cost(several, monkeypatch):
 
     monkeypatch.setattr(Layer, "forward", layer)
     words = [str(several[name]) for name in ("lora", "last2")]
-    assert [report["seconds"] for report in run.build_caches([*words, "batch_size=10"]).values()] == [0.0, 2.0]
+    assert [report["seconds"] for report in caches.build([*words, "batch_size=10"]).values()] == [0.0, 2.0]
     words.append(str(several["heads"]))
-    seconds = [report["seconds"] for report in run.build_caches([*words, "batch_size=10"]).values()]
+    seconds = [report["seconds"] for report in caches.build([*words, "batch_size=10"]).values()]
     assert seconds == [None, None, 6.0]
 
 
@@ -1016,29 +1015,31 @@ def test_two_builds_at_once_share_the_work(several, monkeypatch):
     def read_audio(path: str) -> torch.Tensor:
         read.append(path)
         if len(read) == 1:
-            run.build_caches(paths)  # another process, from beginning to end
+            caches.build(paths)  # another process, from beginning to end
         return real(path)
 
     monkeypatch.setattr(data, "read_audio", read_audio)
-    built = run.build_caches(paths)
+    built = caches.build(paths)
     assert len(read) == 20 + 4  # the batch in hand
     for path in paths:
         assert verify(built[path]["directory"]) == []
-        assert sum(1 for _ in cache_module.read_index(Path(built[path]["directory"]))) == 20
+        assert sum(1 for _ in caches.read_index(Path(built[path]["directory"]))) == 20
 
 
 def test_a_damaged_activation_ends_a_run_and_is_mended_by_one_command(several, monkeypatch, capsys):
     """Which the message names; the same command then reads one file, and goes on where it was."""
     path = several["lora"]
-    directory = Path(run.build_caches([str(path)])[str(path)]["directory"])
+    directory = Path(caches.build([str(path)])[str(path)]["directory"])
     (shard,) = directory.glob("*.bin")
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     config = load_config(path, ["epochs=1", "name=mended"])
-    with pytest.raises(ValueError, match=f"is damaged; python cache.py verify --repair {directory} forgets") as error:
+    with pytest.raises(
+        ValueError, match=f"is damaged; python -m tools.caches verify --repair {directory} forgets"
+    ) as error:
         train.train(config)
-    assert command_line(monkeypatch, *str(error.value).split("python cache.py ")[1].split()[:3]) == 1
+    assert command_line(monkeypatch, *str(error.value).split("python -m tools.caches ")[1].split()[:3]) == 1
     assert "1 damaged; forgotten: the next run computes them anew" in capsys.readouterr().out
     read, real = [], data.read_audio
     monkeypatch.setattr(data, "read_audio", lambda path: (read.append(path), real(path))[1])
@@ -1050,30 +1051,30 @@ def test_a_damaged_activation_ends_a_run_and_is_mended_by_one_command(several, m
 def test_the_caches_of_one_build_must_fit_together(several, monkeypatch):
     """Each alone would; and what is estimated is what is written, index included, to some per cent."""
     paths = [str(path) for path in several.values()]
-    needed, real = {}, run.check_space
-    monkeypatch.setattr(run, "check_space", lambda these: (needed.update(these), real(these))[1])
+    needed, real = {}, caches.require_space
+    monkeypatch.setattr(caches, "require_space", lambda these: (needed.update(these), real(these))[1])
     free = shutil.disk_usage(several["lora"].parent)
-    built = run.build_caches(paths)
+    built = caches.build(paths)
     for report in built.values():
         written = sum(file.stat().st_size for file in Path(report["directory"]).glob("*.[bi]*"))
         assert 0.9 * written < needed[Path(report["directory"])] < 1.2 * written
     shutil.rmtree(Path(built[paths[0]]["directory"]).parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=max(needed.values())))
     with pytest.raises(OSError, match=r"cache .*, .*, .*: needs 0\.0 GB, the disk has"):
-        run.build_caches(paths)
+        caches.build(paths)
 
 
 def test_the_build_command_reports_to_a_file(several, tmp_path, monkeypatch, capsys):
-    """`cache.py build CONFIG CONFIG key=value --report FILE`, and a run then reads and computes nothing."""
+    """`tools.caches build CONFIG CONFIG key=value --report FILE`, and a run then reads and computes nothing."""
     report = tmp_path / "report.json"
     words = [str(several["last2"]), str(several["heads"]), "epochs=1"]
-    monkeypatch.setattr(sys, "argv", ["cache.py", "build", *words, "--report", str(report)])
-    main()
+    monkeypatch.setattr(sys, "argv", ["caches.py", "build", *words, "--report", str(report)])
+    caches.main()
     assert "built in" in capsys.readouterr().out
     assert json.loads(report.read_text()).keys() == set(words[:2])
     monkeypatch.setattr(data, "read_audio", None)
     result = train.train(load_config(several["last2"], ["epochs=1", "name=reads"]))
     assert result["seconds"]["cache_build"] == 0
-    monkeypatch.setattr(sys, "argv", ["cache.py", "build", "epochs=1"])
+    monkeypatch.setattr(sys, "argv", ["caches.py", "build", "epochs=1"])
     with pytest.raises(ValueError, match="build: expected at least one config"):
-        main()
+        caches.main()

@@ -594,7 +594,7 @@ def test_weights_that_are_no_numbers_stop_a_run_and_a_cache_before_anything_is_l
     assert not (tmp_path / "runs" / "a" / "last.pt").exists()
     (tmp_path / "a.yaml").write_text(json.dumps(settings), "utf-8")
     with pytest.raises(ValueError, match=r"\.wav does not fit torch\.float16 .*the model yields no numbers for it"):
-        run.build_caches([str(tmp_path / "a.yaml")])
+        caches.build([str(tmp_path / "a.yaml")])
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 import run
 import train
-from cache import Prefix, read_index
 from config import Config
-from machine import hardware
-from machine.hardware import parallel
-from tools.caches import verify
+from machine import hardware, parallel
+from tools import caches
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -44,12 +42,13 @@ RUNS = {
 }
 DRIVER = """
 import json, os, socket, sys
+os.environ["TORCHELASTIC_RUN_ID"] = "test"  # as torchrun does
 from pathlib import Path
 import torch
-from machine import parallel
-from machine import hardware
+from machine import hardware, parallel
 import run, train
 from config import Config
+from tools import caches
 from test_parallel import keep_gradients
 
 torch.set_num_threads(1)
@@ -67,7 +66,7 @@ def work(rank, size, port):
         with keep_gradients() as gradients:
             train.train(config)
         hardware.save(Path(config.output_dir) / config.name / "gradients.pt", gradients)
-    run.build_caches([to_build, f"cache_dir={to_build} {size}"])
+    caches.build([to_build, f"cache_dir={to_build} {size}"])
     os._exit(0)
 
 
@@ -126,7 +125,7 @@ def runs(tmp_path_factory, tiny_checkpoint, tiny_manifest) -> Path:
     torch.set_num_threads(before)
     path = folder / "build.yaml"
     path.write_text(yaml.safe_dump({**jobs[3], "name": "built"}))
-    run.build_caches([str(path), f"cache_dir={path} 1"])
+    caches.build([str(path), f"cache_dir={path} 1"])
     given = [sys.executable, "-c", DRIVER, json.dumps([SIZES, jobs, str(path)])]
     done = subprocess.run(given, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -167,7 +166,7 @@ def test_a_cache_that_several_processes_fill_is_whole_and_each_wrote_its_share(r
     directories = [path.parent for path in (runs / f"cache {size}").glob("*/cache.json")]
     assert len(directories) == 2  # of LoRA and of the heads
     for directory in directories:
-        assert verify(directory) == []
+        assert caches.verify(directory) == []
         lines = [path.read_text().splitlines() for path in directory.glob("*.index")]
         assert len(lines) == size
         assert all(lines)
@@ -176,18 +175,18 @@ def test_a_cache_that_several_processes_fill_is_whole_and_each_wrote_its_share(r
 
 def entries(directory: Path) -> dict[str, tuple[int, int]]:
     """Checksum and frames of each file in a cache."""
-    lines = list(read_index(directory))
+    lines = list(caches.read_index(directory))
     assert len(lines) == 20
     return {path: (crc, frames) for crc, _, _, frames, _, _, path in lines}
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_cache_that_several_processes_build_is_the_cache_of_one(runs, size):
-    """`cache.py build`: bit for bit, nothing twice, and each had a part of the work."""
+    """`tools.caches build`: bit for bit, nothing twice, and each had a part of the work."""
     one, several = (next(runs.glob(f"build.yaml {n}/*/cache.json")).parent for n in (1, size))
     assert entries(several) == entries(one)
     assert len(list(several.glob("*.index"))) == size
-    assert verify(several) == []
+    assert caches.verify(several) == []
 
 
 # ---------------------------------------------------------------- the command line
@@ -228,10 +227,10 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
     path, broken = tmp_path / "experiment.yaml", tmp_path / "broken.py"
     path.write_text(yaml.safe_dump(keys))
     broken.write_text(
-        "import sys\nimport parallel, train\nreal = run.step\n"
-        "def step(*given):\n"
+        "import sys\nimport run, train\nfrom machine import parallel\nreal = run.step\n"
+        "def step(*given, **how):\n"
         "    if parallel.rank() == 1:\n        sys.exit(f'{parallel.name()}error: the disk is full')\n"
-        "    return real(*given)\n"
+        "    return real(*given, **how)\n"
         "run.step = step\n"
         "try:\n    train.main()\n"
         "except ConnectionError as error:\n    sys.exit(f'{parallel.name()}error: {error}')\n"
@@ -249,16 +248,15 @@ def test_the_error_of_one_process_ends_all(tmp_path, tiny_checkpoint, tiny_manif
 
 def test_no_process_ends_before_the_first_has_saved(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
     """torchrun stops all where one ends, so all wait for each `last.pt`: at a stop it would be cut off otherwise."""
-    events, prefixes, prefix, save, wait, step = [], [], Prefix, hardware.save, parallel.wait, run.step
+    events, save, wait, step = [], hardware.save, hardware.parallel.wait, run.step
 
-    def stop_at_once(*given):
-        prefixes[-1].stop.set()
-        return step(*given)
+    def stop_at_once(*given, **how):
+        signal.raise_signal(signal.SIGINT)
+        return step(*given, **how)
 
-    monkeypatch.setattr(frozen, "Prefix", lambda *given: prefixes.append(prefix(*given)) or prefixes[-1])
     monkeypatch.setattr(hardware, "save", lambda path, value: (save(path, value), events.append(path.name)))
-    monkeypatch.setattr(parallel, "wait", lambda: (wait(), events.append("wait")))
-    monkeypatch.setattr(train, "step", stop_at_once)
+    monkeypatch.setattr(hardware.parallel, "wait", lambda: (wait(), events.append("wait")))
+    monkeypatch.setattr(run, "step", stop_at_once)
     with pytest.raises(hardware.Stopped):
         train.train(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
     assert events[-2:] == ["last.pt", "wait"]
@@ -286,27 +284,24 @@ def test_the_first_process_alone_writes_the_demo_and_downloads(
 
     for name in ("load_utterances", "build_model"):
         monkeypatch.setattr(run, name, inside(getattr(run, name)))
-    monkeypatch.setattr(parallel, "first_alone", first_alone)
+    monkeypatch.setattr(hardware.parallel, "first_alone", first_alone)
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(keys))
-    train.train(Config(**keys)) if work == "train" else run.build_caches([str(path)])
+    train.train(Config(**keys)) if work == "train" else caches.build([str(path)])
 
 
 def test_an_output_dir_that_is_not_shared_is_noticed_at_once(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
     """Not after all epochs, when another node misses the best checkpoint."""
-    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(hardware.parallel, "rank", lambda: 1)
     with pytest.raises(FileNotFoundError, match=r"config\.yaml: not there; output_dir must be on a disk that all"):
-        run.open_directory(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a")))
+        run.open_directory(Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest)), tmp_path / "a")
 
 
-def test_a_stop_of_any_process_stops_this_one(tmp_path, tiny_checkpoint, tiny_manifest, monkeypatch):
+def test_a_stop_of_any_process_stops_this_one(monkeypatch):
     """One that went on alone would wait for the others forever."""
-    config = Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a"))
-    monkeypatch.setattr(parallel, "any_of", lambda flag: not flag)
-    model, _ = run.build_model(config, (1, 7))
-    paths = [utterance.path for utterance in run.load_utterances(config)[0]]
-    with pytest.raises(hardware.Stopped):
-        next(Prefix(model, paths, torch.device("cpu"), "fp32")([[0, 1]]))
+    monkeypatch.setattr(hardware.parallel, "any_of", lambda flag: not flag)
+    with pytest.raises(hardware.Stopped), hardware.watched_signals() as watch:
+        next(watch([0, 1]))
 
 
 def test_processes_that_would_train_something_else_are_refused(monkeypatch):
@@ -326,7 +321,7 @@ def test_the_first_process_alone_writes_and_each_has_random_numbers_of_its_own(t
     """With the same masks of dropout for every share, utterances of a batch would not be independent."""
     drawn = {}
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(hardware.parallel, "rank", lambda rank=rank: rank)
         hardware.write_text(tmp_path / str(rank), "")
         for _ in range(2):
             run.seed_step(0, 5, torch.device("cpu"))

@@ -227,11 +227,10 @@ def build(words: Sequence[str]) -> dict[str, dict]:
     )
     for (*_, device, precision, tf32), group in groups.items():
         fill(group, device, precision, tf32)
-    jobs = [job for group in groups.values() for job in group]
+    job_of = {path: job for group in groups.values() for job in group for path in job.paths}
     return {
         path: {"directory": str(job.cache.directory), "seconds": job.seconds, "bytes": job.cache.stored_bytes()}
-        for job in jobs
-        for path in job.paths
+        for path, job in ((path, job_of[path]) for path in paths)
     }
 
 
