@@ -264,7 +264,7 @@ def failures(runs: Runs, seeds: Sequence[int], out: Path) -> list[str]:
 def draw(methods: dict[str, Config], runs: Runs, records: Sequence[dict], out: Path) -> str:
     """Every picture that the finished runs allow; returns what to say of them."""
     try:
-        from report import plots
+        import report.plots as plots
     except ImportError:
         return "no pictures: pip install matplotlib"
     shown = [record for record in records if record["seeds"]]

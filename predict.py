@@ -167,7 +167,7 @@ def row_writer(stream: TextIO, kind: str, targets: Sequence[str]) -> Callable[[l
 
 def import_plots() -> ModuleType:
     try:
-        from report import plots
+        import report.plots as plots
     except ImportError:
         raise ValueError("--plot: found no matplotlib, expected it; `pip install matplotlib`") from None
     return plots

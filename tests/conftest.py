@@ -120,6 +120,14 @@ def device(request) -> torch.device:
     return torch.device(request.param, 0) if request.param == "cuda" else torch.device(request.param)
 
 
+def forget_plots(monkeypatch) -> None:
+    """Let `report.plots` be imported anew, for instance without matplotlib."""
+    import report
+
+    monkeypatch.delitem(sys.modules, "report.plots", raising=False)
+    monkeypatch.delattr(report, "plots", raising=False)
+
+
 @pytest.fixture
 def one_thread():
     """Such small matrices are not worth two, which wait for each other wherever the processor is busy."""

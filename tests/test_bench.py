@@ -20,7 +20,9 @@ import model as model_module
 import run
 from config import load_config
 from freeze import count, prefix_depth, train_mode
+from machine import fast
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
+from report import speed
 
 ROOT = Path(__file__).parents[1]
 TURN = int(5.7 * 16_000)  # samples
@@ -58,7 +60,7 @@ def base_model(name: str, **settings) -> EmotionModel:
 )
 def test_operations_of_the_methods_on_wav2vec2_base(name, phase, cached, expected):
     """GFLOP per second of audio for a turn of 5.7 s, from sums made by hand."""
-    found = bench.operations(base_model(name), [TURN], cached)[phase] / 5.7e9
+    found = speed.operations(base_model(name), [TURN], cached)[phase] / 5.7e9
     assert found == pytest.approx(expected, rel=0.01)
 
 
@@ -76,7 +78,7 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(name, pre_norm, monk
         return x + torch.cat([self.conv(part.T)[:, : len(part)].T for part in x.split(lengths)])
 
     # off the CPU a batch is padded for these two, and padding would be counted
-    monkeypatch.setattr(model_module, "padded_attention", partial(each, model_module.padded_attention))
+    monkeypatch.setattr(fast, "attend_padded", partial(each, fast.attend_padded))
     monkeypatch.setattr(model_module.PositionalConvolution, "forward", convolve)
     # one group: PyTorch counts a grouped convolution's weight gradient as if it had one
     model = base_model(name, position_groups=1, pre_norm=pre_norm)
@@ -87,7 +89,7 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(name, pre_norm, monk
     with FlopCounterMode(display=False) as counter:
         model.backbone(x, frames, depth).sum().backward()
     expected = counter.get_total_flops()
-    assert bench.operations(model, samples, cached=True)["step"] == pytest.approx(expected, rel=0.005)
+    assert speed.operations(model, samples, cached=True)["step"] == pytest.approx(expected, rel=0.005)
 
 
 def test_operations_of_the_whole_forward_pass_are_those_of_transformers(transformers):
@@ -97,16 +99,16 @@ def test_operations_of_the_whole_forward_pass_are_those_of_transformers(transfor
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         theirs(torch.empty(1, TURN, device="meta"))
     expected = counter.get_total_flops()
-    assert bench.operations(base_model("full"), [TURN])["infer"] == pytest.approx(expected, rel=0.005)
+    assert speed.operations(base_model("full"), [TURN])["infer"] == pytest.approx(expected, rel=0.005)
 
 
 def test_operations_add_up():
     """Turns add; a step without a cache is one with it and the build; attention alone is quadratic."""
     model = base_model("partial3")
-    one, other, both = (bench.operations(model, samples) for samples in ([40_000], [90_000], [40_000, 90_000]))
+    one, other, both = (speed.operations(model, samples) for samples in ([40_000], [90_000], [40_000, 90_000]))
     assert both == {phase: one[phase] + other[phase] for phase in one}
-    assert one["step"] == one["build"] + bench.operations(model, [40_000], cached=True)["step"]
-    assert bench.operations(model, [800_000])["infer"] > 2.1 * bench.operations(model, [400_000])["infer"]
+    assert one["step"] == one["build"] + speed.operations(model, [40_000], cached=True)["step"]
+    assert speed.operations(model, [800_000])["infer"] > 2.1 * speed.operations(model, [400_000])["infer"]
 
 
 # ---------------------------------------------------------------- turns and groups
@@ -234,7 +236,7 @@ def test_a_factor_is_against_what_was_measured_in_turn(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["bench.py", "--table", str(path)])
     bench.main()
     text = capsys.readouterr().out
-    assert text == bench.tables(hand_made()) + "\n"
+    assert text == speed.tables(hand_made()) + "\n"
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     steps, others = lines[:7], lines[7:]
     assert len(others) == 7 and all(len(line) == 9 for line in lines)
@@ -248,17 +250,17 @@ def test_a_factor_is_against_what_was_measured_in_turn(tmp_path, monkeypatch, ca
 def test_a_picture_is_drawn(tmp_path, monkeypatch):
     """Where matplotlib is there; else a line says that it is not."""
     pytest.importorskip("matplotlib")
-    assert bench.draw(hand_made(), tmp_path / "a.png") == f", {tmp_path / 'a.png'}"
+    assert speed.draw(hand_made(), tmp_path / "a.png") == f", {tmp_path / 'a.png'}"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "matplotlib is not installed" in bench.draw(hand_made(), tmp_path / "b.png")
+    assert "matplotlib is not installed" in speed.draw(hand_made(), tmp_path / "b.png")
 
 
 @pytest.mark.parametrize(("text", "found"), [("no JSON", "is not JSON"), ("[1]", "no `groups`"), ("{}", "no `groups`")])
 def test_another_file_is_no_result(tmp_path, text, found):
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=rf"x\.json: .*{found}.*; expected what bench\.py wrote"):
-        bench.read_result(tmp_path / "x.json")
+        speed.read_result(tmp_path / "x.json")
 
 
 # ---------------------------------------------------------------- the command
@@ -271,8 +273,8 @@ def test_the_command_measures_writes_and_prints(tiny_checkpoint, tmp_path):
     command += ["--epochs=4", "--device=cpu", f"--configs={path_of('partial3_cached')}", f"--out={out}"]
     done = subprocess.run(command + ["--naive"] * HAS_PEER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result = bench.read_result(out)
-    assert done.stdout.startswith(bench.tables(result))
+    result = speed.read_result(out)
+    assert done.stdout.startswith(speed.tables(result))
     assert out.with_suffix(".png").is_file() or "matplotlib is not installed" in done.stdout
     (group,) = result["groups"]
     assert [r["side"] for r in group] == (["ours", "peer", "naive"] if HAS_PEER else ["ours"])
@@ -297,7 +299,7 @@ def test_a_process_that_fails_is_named_with_its_last_lines(tiny_checkpoint, tmp_
     (tmp_path / "deep.yaml").write_text("trainable_layers: [11]\n", encoding="utf-8")
     options = {"turns": 2, "threads": 1, "precision": "fp32", "device": "cpu", "verbose": False}
     options |= {"backbone": str(tiny_checkpoint), "folder": str(tmp_path)}
-    worker = bench.Worker(f"infer:ours:{tmp_path / 'deep.yaml'}", argparse.Namespace(**options))
+    worker = bench.Worker(f"infer:ours:{tmp_path / 'deep.yaml'}", argparse.Namespace(**options, linear="auto"))
     with pytest.raises(
         ValueError, match=r"(?s)^deep failed at 'infer' \(exit code 1\)\n.*no layer 11; expected"
     ) as error:

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import tiny_settings
+from conftest import forget_plots, tiny_settings
 from test_results import TARGETS, fabricate
 
 import compare
+import report
 import run
 from config import load_config
 from freeze import trained_state
@@ -130,7 +131,7 @@ def test_a_directory_with_another_configuration_or_test_set_is_an_error(finished
     manifest = Path(yaml.safe_load(Path("heads.yaml").read_text())["manifest"])
     utterances = run.data.read_manifest(manifest)
     next(u for u in utterances if u.split == "test").labels["valence"] = 1.0
-    monkeypatch.setattr(run.data, "load_corpus", lambda *_: utterances)
+    monkeypatch.setattr(run.data, "load_corpus", lambda **_: utterances)
     message = command_line(monkeypatch, "heads.yaml", "lr=1e-3", "--seeds", "1", "--out", "out")
     assert "heads-seed0 was tested on other utterances or labels than there are now; choose another --out" in message
 
@@ -232,7 +233,7 @@ def test_caches_are_filled_by_one_command_and_what_they_cost_is_kept(configs, mo
     answers = iter([{"a": (3.0, 10), "c": (4.0, 20)}, {"c": (None, 20)}])
 
     def build(arguments: list[str], log: Path) -> int:
-        commands.append([Path(word).stem for word in arguments[2:-2]])
+        commands.append([Path(word).stem for word in arguments[3:-2]])
         assert arguments[-2:] == ["--report", str(report)]
         answer = {str(compare.config_path(tmp_path, name)): cost for name, cost in next(answers).items()}
         report.write_text(json.dumps({key: {"seconds": s, "bytes": b} for key, (s, b) in answer.items()}))
@@ -336,7 +337,8 @@ def test_every_form_of_a_demo_table_says_that_it_is_one(configs, monkeypatch, tm
     for name, keys in (("a", {}), ("b", {"trainable_layers": 1})):
         fabricate(tmp_path / "out", name, 0, **keys)
     functions = dict.fromkeys(("cost", "curves", "depth", "scatter"), lambda *given: notes.append(given[-2]))
-    monkeypatch.setitem(sys.modules, "plots", types.SimpleNamespace(**functions))
+    monkeypatch.setitem(sys.modules, "report.plots", types.SimpleNamespace(**functions))
+    monkeypatch.setattr(report, "plots", sys.modules["report.plots"], raising=False)
     assert main(monkeypatch, *paths, "--out", tmp_path / "out", "--table", "--seeds", "1") == 0
     assert notes == [run.DEMO_NOTE] * 6  # time, memory, curves, depth, and a scatter for each target
     assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8").startswith(run.DEMO_NOTE)
@@ -357,7 +359,8 @@ def test_pictures_are_given_the_figures_of_the_table(configs, monkeypatch, tmp_p
     functions = {
         n: lambda *values: given.update({values[-1].name: values}) for n in ("cost", "curves", "depth", "scatter")
     }
-    monkeypatch.setitem(sys.modules, "plots", types.SimpleNamespace(**functions))
+    monkeypatch.setitem(sys.modules, "report.plots", types.SimpleNamespace(**functions))
+    monkeypatch.setattr(report, "plots", sys.modules["report.plots"], raising=False)
     assert main(monkeypatch, *paths, "--out", out, "--table", "--seeds", "2") == 0
     names, seconds, scores, targets, label, *_ = given["ccc_against_time"]
     assert (names, list(seconds), tuple(targets)) == (["a", "b", "c"], [100, 107, 100], TARGETS)
@@ -392,6 +395,7 @@ def test_all_counts_as_the_number_of_layers(finished, tmp_path):
 def test_without_matplotlib_there_is_a_table(configs, monkeypatch, tmp_path, capsys):
     """And one line that says how to get pictures."""
     fabricate(tmp_path / "out", "a", 0)
-    monkeypatch.setitem(sys.modules, "plots", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    forget_plots(monkeypatch)
     assert main(monkeypatch, *configs(a={}), "--out", tmp_path / "out", "--table", "--seeds", "1") == 0
     assert capsys.readouterr().out.endswith("no pictures: pip install matplotlib\n")

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import tiny_settings
 
 import data
@@ -14,6 +13,7 @@ import run
 import train
 from config import load_config
 from lora import adapters
+from machine import fast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +54,7 @@ def test_a_config_trains_end_to_end(path, tmp_path, tiny_checkpoint, tiny_manife
         overrides.append("precision=bf16")
     config = load_config(path, overrides)
     models, checkpointed = [], []
-    real_build, real_checkpoint = run.build_model, torch.utils.checkpoint.checkpoint
+    real_build, real_checkpoint = run.build_model, fast.checkpoint
 
     def build(*arguments):
         models.append(real_build(*arguments))
@@ -65,7 +65,7 @@ def test_a_config_trains_end_to_end(path, tmp_path, tiny_checkpoint, tiny_manife
         return real_checkpoint(function, *arguments, **how)
 
     monkeypatch.setattr(run, "build_model", build)
-    monkeypatch.setattr("model.checkpoint", checkpoint)
+    monkeypatch.setattr(fast, "checkpoint", checkpoint)
     result = train.train(config)
 
     model = models[0][0]
@@ -78,7 +78,8 @@ def test_a_config_trains_end_to_end(path, tmp_path, tiny_checkpoint, tiny_manife
     with_lora = path.stem.startswith("lora")
     assert all(name.endswith((".A", ".B")) == with_lora for name in beside)
     assert {adapter.A.shape[0] for *_, adapter in adapters(model)} == ({8} if with_lora else set())
-    assert checkpointed == (["Layer"] * LAYERS * 3 if path.stem == "full_checkpointing" else [])
+    expected = {"full_checkpointing": ["Layer"] * LAYERS * 3, "full_microbatches": ["EmotionModel"] * 2 * 3}
+    assert checkpointed == expected.get(path.stem, [])
     assert result["precision"] == ("bf16" if path.stem.endswith("_amp") else "fp32")
     assert (result["epochs"], result["total_parameters"]) == (1, freeze.count(model)[0])
 

@@ -577,7 +577,7 @@ def test_the_command_prints_the_report_and_exits_by_severity(good):
 
 def test_the_readme_names_every_corpus_and_its_command_has_valid_keys():
     """Its table is that of `CORPORA`, and the keys of its command belong to that corpus."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "corpora.md").read_text(encoding="utf-8")
     for name, corpus in corpora.CORPORA.items():
         for key in corpus.keys:
             assert re.search(rf"^\| `{name}` \|.*`{key}`", text, re.MULTILINE), (name, key)

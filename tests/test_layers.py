@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_settings
+from conftest import forget_plots, tiny_settings
 from torch import Tensor, nn
 
 import data
@@ -270,7 +270,7 @@ def test_no_note_on_a_corpus_of_ones_own(trained, monkeypatch, tmp_path, capsys)
 
 def test_without_matplotlib_there_are_tables(trained, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "plots", raising=False)
+    forget_plots(monkeypatch)
     assert command_line(monkeypatch, trained(trainable_layers=1), "--out", tmp_path) is None
     assert "no picture: matplotlib is not installed" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"layers.md", "layers.csv"}

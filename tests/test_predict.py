@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import speech_like, tiny_settings
+from conftest import forget_plots, speech_like, tiny_settings
 
 import data
 import freeze
@@ -361,7 +361,7 @@ def test_a_real_picture(trained, recordings, tmp_path, monkeypatch):
 
 def test_without_matplotlib_there_is_all_but_pictures(trained, recordings, tmp_path, monkeypatch, capsys):
     """And whoever asks for one is told before anything is computed."""
-    monkeypatch.delitem(sys.modules, "plots")
+    forget_plots(monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert command_line(monkeypatch, trained, recordings / "a.wav") is None
     assert len(rows_of(capsys.readouterr().out)) == 1

@@ -167,7 +167,7 @@ def write_csv(path: Path, rows: Sequence[Row], note: str) -> None:
 def draw(layers: Sequence[Row], similarity: Sequence[float], note: str, path: Path) -> str:
     """The picture, and what to say of it."""
     try:
-        from report import plots
+        import report.plots as plots
     except ImportError:
         return "no picture: matplotlib is not installed"
     names = ["input", *(row["part"].split()[1] for row in layers)]
