@@ -51,7 +51,7 @@ layers.{i}.feed_forward_norm.{p}  LAYER.{i}.final_layer_norm.{p}               L
 KEYS = [row.split() for row in KEYS.strip().splitlines()]
 OURS, HUGGING_FACE, FAIRSEQ = range(3)
 HOLES = {"{i}": r"(\d+)", "{p}": "(weight|bias)", "{x}": "([qkv])"}
-PREFIX = re.compile(r"(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\.")
+PREFIX = re.compile(r"^(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\.")
 ROOT = re.compile(
     r"(|.*\.)(encoder\.layers|feature_extractor\.conv_layers)\.\d+\."
 )  # what stands before a backbone's keys
@@ -285,7 +285,7 @@ def translate(key: str, source: int, target: int) -> list[str]:
 @cache
 def our_name(key: str) -> str | None:
     """Our name of a key of Hugging Face or fairseq, None if the backbone has no such part."""
-    key = PREFIX.sub("", key) if PREFIX.match(key) else key
+    key = PREFIX.sub("", key)
     return next(iter(translate(key, HUGGING_FACE, OURS) + translate(key, FAIRSEQ, OURS)), None)
 
 
