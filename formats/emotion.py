@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import EmotionModel
-from weights import EMOTION_HEAD, is_emotion_head, locate, make_backbone, read, unusable
+from weights import locate, make_backbone, read, unusable
 
-PLACES = dict(zip(EMOTION_HEAD, ("0", "3"), strict=True))  # in `EmotionModel.head`
+PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
 TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
 PUBLISHED = ("activation", "dominance", "valence")  # their order where a file does not name them
 
@@ -24,7 +24,7 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     files = locate(source)
     path, (tensors, settings) = files[0], read(files)
     if not is_emotion_head(tensors):
-        raise ValueError(f"{path}: has no emotion head; expected {' and '.join(EMOTION_HEAD)} beside the backbone")
+        raise ValueError(f"{path}: has no emotion head; expected {' and '.join(PLACES)} beside the backbone")
     if (pooling := settings.get("pooling_mode", "mean")) != "mean":
         raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
     backbone = make_backbone(tensors, settings, path)
@@ -45,6 +45,11 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
         state[name] = found.float()
     model.head.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def is_emotion_head(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the head of the published emotion models is among tensors by their source keys."""
+    return all(f"{key}.weight" in tensors and tensors[f"{key}.weight"].ndim == 2 for key in PLACES)
 
 
 def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:

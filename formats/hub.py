@@ -47,7 +47,8 @@ def fetch(repository: str, revision: str | None = None) -> Path:
             raise
         if directory is None:
             raise failure from None
-        note(f"{repository}: {', '.join(needed)} may be missing from the Hugging Face cache. {failure}")
+        lacking = ", ".join(needed)
+        note(f"{repository}: the Hugging Face cache lacks {lacking}, which could not be fetched: {first_line(error)}")
     if directory is None:
         raise FileNotFoundError(f"backbone: the hub's {repository} holds none of {', '.join(WEIGHT_FILES)}")
     return directory
@@ -93,11 +94,14 @@ def explain(error: Exception, repository: str, revision: str | None) -> Exceptio
         )
     if isinstance(error, ValueError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         return error
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return UnavailableError(
         f"backbone: {repository} is neither a path here nor whole in the Hugging Face cache, and cannot be downloaded "
-        f"({reason}); {WAYS_OUT}"
+        f"({first_line(error)}); {WAYS_OUT}"
     )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def check_download(file: Path) -> None:

@@ -84,7 +84,7 @@ def head_adapter(transformers, checkpoint: Path, folder: Path, **settings) -> to
         ({"bias": "lora_only", "target_modules": ["k_proj", "output_dense"]}, None),
         ({"lora_bias": True}, None),
         ({"rank_pattern": {"q_proj": 2, "layers.1.attention.v_proj": 7}}, None),
-        ({"alpha_pattern": {r"layers\.[02]\..*": 5, "v_proj": 1}, "use_rslora": True}, None),
+        ({"alpha_pattern": {r"layers\.[02]\..*": 5, "v_proj": 1}}, None),
     ],
     ids=lambda value: next(iter(value), None) if isinstance(value, dict) else "",
 )

@@ -224,7 +224,9 @@ def test_without_a_network_weights_without_settings_are_read_with_a_note(hub, tm
     hub.stop()
     assert weights.load_backbone("some/good").config.heads == 1
     said = capsys.readouterr().err
-    assert "note: some/good: config.json, preprocessor_config.json, processor_config.json may be missing from" in said
+    assert (
+        "note: some/good: the Hugging Face cache lacks config.json, preprocessor_config.json, processor_config" in said
+    )
     assert "no settings give num_attention_heads; assumed 1" in said and "no settings give do_normalize" in said
 
 

@@ -53,17 +53,8 @@ def test_transformers_reads_what_is_written(transformers, tmp_path, settings):
     backbone = small_backbone(**settings)
     save_backbone(backbone, tmp_path)
     name = json.loads((tmp_path / "config.json").read_text())["architectures"][0]
-    assert (
-        name
-        == (
-            "WavLM"
-            if "relative_buckets" in settings
-            else "Hubert"
-            if settings.get("projection_norm") is False
-            else "Wav2Vec2"
-        )
-        + "Model"
-    )
+    family = "Hubert" if "projection_norm" in settings else "WavLM" if "relative_buckets" in settings else "Wav2Vec2"
+    assert name == f"{family}Model"
     theirs, loading = getattr(transformers, name).from_pretrained(tmp_path, output_loading_info=True)
     assert {key: names for key, names in loading.items() if names} == {}
     for samples in (400, 7331):
