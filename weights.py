@@ -159,10 +159,8 @@ def list_directory(path: Path) -> list[Path]:
 
 def list_settings(path: Path) -> list[Path]:
     """The settings in a directory; the processor's only if the preprocessor's are in it, which older ones lack."""
-    files = (path / name for name in SETTINGS_FILES if (path / name).is_file())
-    return [
-        file for file in files if file.name != PROCESSOR or isinstance(read_json(file).get("feature_extractor"), dict)
-    ]
+    files = [path / name for name in SETTINGS_FILES if (path / name).is_file()]
+    return [file for file in files if file.name != PROCESSOR or "feature_extractor" in read_json(file)]
 
 
 def list_shards(index: Path) -> list[str]:
@@ -200,7 +198,8 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
     for path in files:
         if path.name in SETTINGS_FILES:
             content = read_json(path)
-            settings |= content["feature_extractor"] if path.name == PROCESSOR else content
+            nested = content.get("feature_extractor")
+            settings |= content if path.name != PROCESSOR else nested if isinstance(nested, dict) else {}
         elif path.suffix == ".safetensors":
             try:
                 tensors |= load_file(path)
@@ -362,16 +361,13 @@ def require_sizes(state: Mapping[str, Tensor], sources: Mapping[str, str], path:
             problems.append(f"{spell(name, sources)} is missing")
         elif state[name].ndim != ndim or 0 in state[name].shape:
             problems.append(f"{sources[name]} is {tuple(state[name].shape)}, expected {ndim} dimensions")
-    if not problems and state["position.conv.weight"].shape[0] % state["position.conv.weight"].shape[1]:
-        problems.append(f"{sources['position.conv.weight']} cannot be cut into groups")
     refuse(problems, path)
+    width, per_group, _ = state["position.conv.weight"].shape
+    refuse([f"{sources['position.conv.weight']} cannot be cut into groups"] if width % per_group else [], path)
 
 
 def setting(settings: Mapping, path: Path, *names: str, default: object, guess: bool = False) -> object:
-    """The first of these settings that is there, else `default`, with a note where that is a guess.
-
-    Raises ValueError if it is of another kind.
-    """
+    """The first of these settings that is there, of the kind of `default`, else that; where it is a guess, say so."""
     name = next((name for name in names if settings.get(name) is not None), None)
     value = settings.get(name, default)
     if name is None and guess:
