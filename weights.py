@@ -53,14 +53,14 @@ OURS, HUGGING_FACE, FAIRSEQ = range(3)
 HOLES = {"{i}": r"(\d+)", "{p}": "(weight|bias)", "{x}": "([qkv])"}
 PREFIX = re.compile(r"^(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\.")
 ROOT = re.compile(
-    r"(|.*\.)(encoder\.layers|feature_extractor\.conv_layers)\.\d+\."
-)  # what stands before a backbone's keys
+    r"(|.*\.)(encoder\.(?:transformer\.)?layers|feature_extractor\.conv_layers)\.\d+\."
+)  # before every key
 OWN = re.compile(  # what a backbone's keys begin with; what begins otherwise belongs to a head
     r"(feature_extractor\.conv_layers|feature_projection|encoder|layer_norm|post_extract_proj|masked_spec_embed"
     r"|mask_emb|adapter)(\.|$)"
 )
 HEADS = re.compile(  # parts of published models that are known, and no part of the backbone
-    r"(quantizer|project_q|project_hid|final_proj|lm_head|w2v_encoder\.proj|projector|classifier|tdnn|objective)\..*"
+    r"(quantizer|project_q|project_hid|final_proj|lm_head|w2v_encoder\.proj|projector|classifier|tdnn|aux|objective)\..*"
     r"|feature_extractor\.(weight|bias)|layer_weights|label_embs_concat|mask_time_emb_vector|mask_feature_emb_vector"
 )
 KNOWN = ("wav2vec2", "hubert", "wavlm")
@@ -276,8 +276,9 @@ def translate(key: str, source: int, target: int) -> list[str]:
 
 @cache
 def our_name(key: str) -> str | None:
-    """Our name of a key of Hugging Face or fairseq, None if the backbone has no such part."""
-    key = PREFIX.sub("", key)
+    """Our name of a key of Hugging Face, fairseq or torchaudio, None if the backbone has no such part."""
+    key = PREFIX.sub("", key).replace("encoder.transformer.", "encoder.")  # torchaudio's keys are HF's, one level down
+    key = key.replace("encoder.feature_projection.", "feature_projection.")
     return next(iter(translate(key, HUGGING_FACE, OURS) + translate(key, FAIRSEQ, OURS)), None)
 
 

@@ -420,6 +420,17 @@ def test_heads_beside_the_backbone_are_left_out_with_a_note(tiny_checkpoint, tmp
         assert said in capsys.readouterr().err
 
 
+def test_the_names_of_torchaudio_are_read(tiny_checkpoint, tmp_path):
+    """`encoder.transformer.*` and `encoder.feature_projection.*`, with the head of its pipelines, `aux`."""
+    tensors = {"aux.weight": torch.ones(2, 64)}
+    for key, tensor in tiny_tensors().items():
+        key = re.sub(r"^encoder\.", "encoder.transformer.", key)
+        tensors[re.sub(r"^feature_projection\.", "encoder.feature_projection.", key)] = tensor
+    torch.save(tensors, tmp_path / "a.bin")
+    (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    assert_same(weights.load_backbone(tmp_path / "a.bin"), weights.load_backbone(tiny_checkpoint))
+
+
 def test_two_encoders_in_a_file_are_refused_with_their_places(tmp_path):
     torch.save({"model": tiny_tensors(), "ema": {"teacher": tiny_tensors()}}, tmp_path / "a.bin")
     with pytest.raises(ValueError, match=r"a\.bin: holds 2 encoders, under ema\.teacher and model; expected one"):
