@@ -65,8 +65,9 @@ HEADS = re.compile(  # parts of published models that are known, and no part of 
 )
 KNOWN = ("wav2vec2", "hubert", "wavlm")
 ATTENTION_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # by width, in everything published of the three families
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = tuple(
+    f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+)
 MAX_LAYERS = 1000  # of a checkpoint; the largest published has 48
 MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
 PROCESSOR = "processor_config.json"  # transformers 5 writes the preprocessor's settings into this file alone
@@ -295,9 +296,8 @@ def spell(name: str, sources: Mapping[str, str]) -> str:
 def find_roots(keys: Iterable[str]) -> list[str]:
     """What stands before the keys of each backbone among `keys`: both convolutions and layers follow it."""
     found: dict[str, set[str]] = {}
-    for key in keys:
-        if match := ROOT.match(key):
-            found.setdefault(match[1], set()).add(match[2])
+    for match in filter(None, map(ROOT.match, keys)):
+        found.setdefault(match[1], set()).add(match[2])
     return sorted(root for root, parts in found.items() if len(parts) == 2)
 
 

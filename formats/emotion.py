@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model import EmotionModel
-from weights import locate, make_backbone, read, unusable
+from weights import locate, make_backbone, note, read, unusable
 
 PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
 TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
@@ -58,6 +58,8 @@ def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
     names = [str(name).lower() for _, name in sorted(labels.items())] if isinstance(labels, dict) else []
     if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
         names = list(PUBLISHED)
+        assumed = f"assumed {', '.join(names)}. To set them, put id2label into its config.json"
+        note(f"{path}: no settings name its {count} outputs; {assumed}")
     targets = tuple(TARGETS.get(name, "") for name in names)
     if "" in targets or len(set(targets)) != len(targets) or len(targets) != count:
         expected = "each of arousal, dominance and valence at most once"

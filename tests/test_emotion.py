@@ -60,11 +60,13 @@ def rewrite(folder: Path, published: Path, tensors: dict[str, Tensor] | None = N
         (None, ("activation", "dominance", "valence")),
     ],
 )
-def test_outputs_go_by_the_names_in_the_settings(published_model, tmp_path, names, targets):
-    """In whatever order; the published one where transformers filled in its own or there are none."""
+def test_outputs_go_by_the_names_in_the_settings(published_model, tmp_path, capsys, names, targets):
+    """In whatever order; the published one, with a note, where transformers filled in its own or there are none."""
     labels = names and {str(i): name for i, name in enumerate(names)}
     ours = load_emotion_model(rewrite(tmp_path, published_model[0], id2label=labels))
     assert ours.targets == targets
+    said = "no settings name its 3 outputs; assumed activation, dominance, valence. To set them, put id2label"
+    assert (said in capsys.readouterr().err) is (names is None or "LABEL_0" in names)
     waveform = speech_like(4000)
     assert list(ours.predict(waveform, 16_000).values()) == pytest.approx(ours.infer([waveform])[0].tolist())
 
