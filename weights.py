@@ -65,18 +65,17 @@ HEADS = re.compile(  # parts of published models that are known, and no part of 
 )
 KNOWN = ("wav2vec2", "hubert", "wavlm")
 ATTENTION_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # by width, in everything published of the three families
-WEIGHT_FILES = tuple(
-    f"{file}{end}" for file in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
-)
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = tuple(f"{name}{end}" for name in WHOLE for end in ("", ".index.json"))
 MAX_LAYERS = 1000  # of a checkpoint; the largest published has 48
 MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
 PROCESSOR = "processor_config.json"  # transformers 5 writes the preprocessor's settings into this file alone
 SETTINGS_FILES = ("config.json", "preprocessor_config.json", PROCESSOR)  # a later one overrides
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
-MOVED = {  # to this module of formats/
-    **{"save_backbone": "huggingface", "settings_of": "huggingface", "random_backbone": "random_weights"},
-    **{"sha256_of": "random_weights", "load_emotion_model": "emotion", "is_emotion_head": "emotion"},
+MOVED = dict.fromkeys(("save_backbone", "settings_of"), "formats.huggingface") | {
+    "load_emotion_model": "formats.emotion"
 }
+MOVED |= dict.fromkeys(("random_backbone", "sha256_of"), "formats.random_weights")
 
 
 class UnavailableError(FileNotFoundError):
@@ -86,7 +85,7 @@ class UnavailableError(FileNotFoundError):
 def __getattr__(name: str) -> object:
     """Functions that have moved to formats/ are still found here."""
     if name in MOVED:
-        return getattr(extra(f"formats.{MOVED[name]}", f"weights.{name}"), name)
+        return getattr(extra(MOVED[name], f"weights.{name}"), name)
     raise AttributeError(f"module 'weights' has no attribute {name!r}")
 
 
