@@ -52,9 +52,7 @@ KEYS = [row.split() for row in KEYS.strip().splitlines()]
 OURS, HUGGING_FACE, FAIRSEQ = range(3)
 HOLES = {"{i}": r"(\d+)", "{p}": "(weight|bias)", "{x}": "([qkv])"}
 PREFIX = re.compile(r"^(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\.")
-ROOT = re.compile(
-    r"(|.*\.)(encoder\.(?:transformer\.)?layers|feature_extractor\.conv_layers)\.\d+\."
-)  # before every key
+ROOT = re.compile(r"(|.*\.)(encoder\.(?:transformer\.)?layers|feature_extractor\.conv_layers)\.\d+\.")
 OWN = re.compile(  # what a backbone's keys begin with; what begins otherwise belongs to a head
     r"(feature_extractor\.conv_layers|feature_projection|encoder|layer_norm|post_extract_proj|masked_spec_embed"
     r"|mask_emb|adapter)(\.|$)"
@@ -72,10 +70,9 @@ MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
 PROCESSOR = "processor_config.json"  # transformers 5 writes the preprocessor's settings into this file alone
 SETTINGS_FILES = ("config.json", "preprocessor_config.json", PROCESSOR)  # a later one overrides
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
-MOVED = dict.fromkeys(("save_backbone", "settings_of"), "formats.huggingface") | {
-    "load_emotion_model": "formats.emotion"
-}
+MOVED = dict.fromkeys(("save_backbone", "settings_of"), "formats.huggingface")
 MOVED |= dict.fromkeys(("random_backbone", "sha256_of"), "formats.random_weights")
+MOVED["load_emotion_model"] = "formats.emotion"
 
 
 class UnavailableError(FileNotFoundError):

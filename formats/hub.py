@@ -95,7 +95,7 @@ def explain(error: Exception, repository: str, revision: str | None) -> Exceptio
     if isinstance(error, ValueError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         return error
     return UnavailableError(
-        f"backbone: {repository} is neither a path here nor whole in the Hugging Face cache, and cannot be downloaded "
+        f"backbone: {repository} is neither a path here nor in the Hugging Face cache, and cannot be downloaded "
         f"({first_line(error)}); {WAYS_OUT}"
     )
 
