@@ -155,7 +155,7 @@ def list_directory(path: Path) -> list[Path]:
 
 
 def list_settings(path: Path) -> list[Path]:
-    """The settings in a directory; the processor's only if the preprocessor's are in it, which older ones lack."""
+    """The settings in a directory; not a processor file without any, as older versions of transformers wrote."""
     files = [path / name for name in SETTINGS_FILES if (path / name).is_file()]
     return [file for file in files if file.name != PROCESSOR or "feature_extractor" in read_json(file)]
 
@@ -317,7 +317,7 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
             unknown.append(key)
         elif not HEADS.fullmatch(PREFIX.sub("", inner)):
             beside.append(key)
-    if unknown or not roots or "unispeech" in root:
+    if unknown or not roots or re.search(r"\bunispeech(_sat)?\.", root):  # the same architecture, taught otherwise
         found = f"found {len(tensors)} tensors{': ' if tensors else ''}{', '.join(list(tensors)[:8])}"
         what = f"{len(unknown)} tensors of no known place: {', '.join(unknown[:8])}"
         what = what if roots else f"holds no encoder of Wav2Vec 2.0, HuBERT or WavLM; {found}"

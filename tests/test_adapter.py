@@ -221,3 +221,15 @@ def test_lora_on_the_attention_of_wavlm_is_no_adapter_of_peft(tmp_path):
         with pytest.raises(ValueError, match="WavLM's q, k, v or o") if refused else nullcontext():
             adapter.save_adapter(backbone, tmp_path, "microsoft/wavlm-base")
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_names_the_revision_of_its_base_and_fits_any(tiny_checkpoint, tmp_path):
+    """As PEFT keeps it, beside the name; merged into the same repository at another revision."""
+    backbone = weights.load_backbone(tiny_checkpoint)
+    lora.inject(backbone, 2, 4, ["q"])
+    adapter.save_adapter(backbone, tmp_path, "some/base@v1")
+    settings = json.loads((tmp_path / adapter.FILES[0]).read_text())
+    assert (settings[BASE], settings["revision"]) == ("some/base", "v1")
+    assert adapter.merge_adapter(weights.load_backbone(tiny_checkpoint), tmp_path, "some/base@v2")
+    with pytest.raises(ValueError, match="made for some/base, and the backbone is some/other"):
+        adapter.merge_adapter(weights.load_backbone(tiny_checkpoint), tmp_path, "some/other")

@@ -311,6 +311,13 @@ def test_the_licence_is_that_of_the_backbone(source, identifier, words):
 # ---------------------------------------------------------------- refusals, and nothing by halves
 
 
+def test_the_card_keeps_the_revision_of_the_backbone(runs):
+    """The front matter names the repository alone, as the hub wants it; the code loads the very revision."""
+    assert card.front_matter("some/base@v1", "peft")["base_model"] == "some/base"
+    config = run.plain(run.load_best(runs["linear_head"])[1]) | {"backbone": "some/base@v1"}
+    assert 'from_pretrained("some/base", revision="v1")' in card.code(config, "peft", ["valence"], "1", "7")
+
+
 def command_line(monkeypatch, *arguments: object) -> object:
     """`python export.py ...` in this process: what it exits with, None at its end."""
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
