@@ -420,6 +420,20 @@ def test_files_of_other_trainers_are_read_where_there_is_one_reading(tiny_checkp
     assert ("left out: bert.encoder.layers.0.fc1.weight" in capsys.readouterr().err) is beside
 
 
+@pytest.mark.parametrize("package", ["pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data"])
+def test_what_lightning_and_random_states_pickle_beside_does_no_harm(tiny_checkpoint, tmp_path, package):
+    """Hyper-parameters in Lightning's dictionary, NumPy's random state, a path: through stand-ins."""
+    numpy = pytest.importorskip("numpy")
+    content = {"state_dict": {f"model.wav2vec2.{key}": x for key, x in tiny_tensors().items()}}
+    content |= {"rng": numpy.random.get_state(), "where": Path("runs/a")}
+    with pretend_class(f"{package}.AttributeDict") as AttributeDict:
+        values = type("AttributeDict", (dict,), {"__module__": package})
+        setattr(sys.modules[package], AttributeDict.__name__, values)
+        torch.save(content | {"hyper_parameters": values(lr=1e-4)}, tmp_path / "a.ckpt")
+    (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    assert_same(weights.load_backbone(tmp_path / "a.ckpt"), weights.load_backbone(tiny_checkpoint))
+
+
 def test_heads_beside_the_backbone_are_left_out_with_a_note(tiny_checkpoint, tmp_path, capsys):
     """In a file of a trainer, under names of its own, whether the backbone has a prefix or none."""
     for prefix in ("", "backbone."):
