@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model import EmotionModel
 from weights import locate, make_backbone, note, read, unusable
@@ -23,7 +23,7 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     """
     files = locate(source)
     path, (tensors, settings) = files[0], read(files)
-    if not is_emotion_head(tensors):
+    if any(f"{key}.weight" not in tensors or tensors[f"{key}.weight"].ndim != 2 for key in PLACES):
         raise ValueError(f"{path}: has no emotion head; expected {' and '.join(PLACES)} beside the backbone")
     if (pooling := settings.get("pooling_mode", "mean")) != "mean":
         raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
@@ -45,11 +45,6 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
         state[name] = found.float()
     model.head.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def is_emotion_head(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the head of the published emotion models is among tensors by their source keys."""
-    return all(f"{key}.weight" in tensors and tensors[f"{key}.weight"].ndim == 2 for key in PLACES)
 
 
 def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
