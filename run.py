@@ -194,7 +194,7 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
     try:
         files = weights.locate(config.backbone)
         backbone = weights.load_backbone(config.backbone, **regularisation)
-        if len(files) > 1 and weights.is_emotion_head(weights.read(files)[0]):  # one alone is no published directory
+        if len(files) > 1 and "classifier.out_proj.weight" in weights.read(files)[0]:  # a published emotion model
             data.say_once(f"note: {config.backbone}: its emotion head is left out; {LICENCE}")
         if config.adapter is None:
             return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}

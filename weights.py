@@ -12,7 +12,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -51,33 +51,28 @@ layers.{i}.feed_forward_norm.{p}  LAYER.{i}.final_layer_norm.{p}               L
 KEYS = [row.split() for row in KEYS.strip().splitlines()]
 OURS, HUGGING_FACE, FAIRSEQ = range(3)
 HOLES = {"{i}": r"(\d+)", "{p}": "(weight|bias)", "{x}": "([qkv])"}
-PREFIX = re.compile(r"(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\.")
-ROOT = re.compile(
-    r"(|.*\.)(encoder\.layers|feature_extractor\.conv_layers)\.\d+\."
-)  # what stands before a backbone's keys
+PREFIX = re.compile(r"^(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\.")
+ROOT = re.compile(r"(|.*\.)(encoder\.(?:transformer\.)?layers|feature_extractor\.conv_layers)\.\d+\.")
 OWN = re.compile(  # what a backbone's keys begin with; what begins otherwise belongs to a head
     r"(feature_extractor\.conv_layers|feature_projection|encoder|layer_norm|post_extract_proj|masked_spec_embed"
     r"|mask_emb|adapter)(\.|$)"
 )
 HEADS = re.compile(  # parts of published models that are known, and no part of the backbone
-    r"(quantizer|project_q|project_hid|final_proj|lm_head|w2v_encoder\.proj|projector|classifier|tdnn|objective)\..*"
+    r"(quantizer|project_q|project_hid|final_proj|lm_head|w2v_encoder\.proj|projector|classifier|tdnn|aux|objective)\..*"
     r"|feature_extractor\.(weight|bias)|layer_weights|label_embs_concat|mask_time_emb_vector|mask_feature_emb_vector"
 )
 KNOWN = ("wav2vec2", "hubert", "wavlm")
 ATTENTION_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # by width, in everything published of the three families
-EMOTION_HEAD = ("classifier.dense", "classifier.out_proj")
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = tuple(f"{name}{end}" for name in WHOLE for end in ("", ".index.json"))
 MAX_LAYERS = 1000  # of a checkpoint; the largest published has 48
 MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
 PROCESSOR = "processor_config.json"  # transformers 5 writes the preprocessor's settings into this file alone
-NESTED = "feature_extractor"  # the key in it of what was a file of its own
 SETTINGS_FILES = ("config.json", "preprocessor_config.json", PROCESSOR)  # a later one overrides
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
-MOVED = {  # to this module of formats/
-    **{"save_backbone": "huggingface", "settings_of": "huggingface", "load_emotion_model": "emotion"},
-    **{"random_backbone": "random_weights", "sha256_of": "random_weights"},
-}
+MOVED = dict.fromkeys(("save_backbone", "settings_of"), "formats.huggingface")
+MOVED |= dict.fromkeys(("random_backbone", "sha256_of"), "formats.random_weights")
+MOVED["load_emotion_model"] = "formats.emotion"
 
 
 class UnavailableError(FileNotFoundError):
@@ -87,7 +82,7 @@ class UnavailableError(FileNotFoundError):
 def __getattr__(name: str) -> object:
     """Functions that have moved to formats/ are still found here."""
     if name in MOVED:
-        return getattr(extra(f"formats.{MOVED[name]}", f"weights.{name}"), name)
+        return getattr(extra(MOVED[name], f"weights.{name}"), name)
     raise AttributeError(f"module 'weights' has no attribute {name!r}")
 
 
@@ -118,12 +113,7 @@ def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, 
     return backbone.eval()
 
 
-def is_emotion_head(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the head of the published emotion models is among tensors by their source keys."""
-    return all(f"{key}.weight" in tensors and tensors[f"{key}.weight"].ndim == 2 for key in EMOTION_HEAD)
-
-
-@lru_cache
+@cache
 def note(line: str) -> None:
     """Print a note to stderr, the same one only once."""
     print(f"note: {line}", file=sys.stderr)
@@ -163,9 +153,9 @@ def list_directory(path: Path) -> list[Path]:
 
 
 def list_settings(path: Path) -> list[Path]:
-    """The settings in a directory; the processor's only if the preprocessor's are in it, which older ones lack."""
-    files = (path / name for name in SETTINGS_FILES if (path / name).is_file())
-    return [file for file in files if file.name != PROCESSOR or isinstance(read_json(file).get(NESTED), dict)]
+    """The settings in a directory; not a processor file without any, as older versions of transformers wrote."""
+    files = [path / name for name in SETTINGS_FILES if (path / name).is_file()]
+    return [file for file in files if file.name != PROCESSOR or "feature_extractor" in read_json(file)]
 
 
 def list_shards(index: Path) -> list[str]:
@@ -203,7 +193,8 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
     for path in files:
         if path.name in SETTINGS_FILES:
             content = read_json(path)
-            settings |= content[NESTED] if path.name == PROCESSOR else content
+            nested = content.get("feature_extractor")
+            settings |= content if path.name != PROCESSOR else nested if isinstance(nested, dict) else {}
         elif path.suffix == ".safetensors":
             try:
                 tensors |= load_file(path)
@@ -220,10 +211,7 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
 
 
 def require_plain(path: Path) -> None:
-    """Raise ValueError for a zip file with what PyTorch never writes and a small file could fill the memory with.
-
-    These are compressed members, members that share their bytes, and a large pickle: of a byte it can make an object.
-    """
+    """Raise ValueError for a zip with which a small file could fill the memory, and which PyTorch never writes."""
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # the format before PyTorch 1.6
             return
@@ -234,14 +222,15 @@ def require_plain(path: Path) -> None:
                 raise ValueError("it has compressed members, or members that share their bytes")
             for member in members:
                 pickled = member.filename.endswith(".pkl")
+                # a pickle can make an object of every byte
                 if pickled and (member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member)):
                     raise ValueError("it holds more than tensors and plain values")
 
 
 def stored_tensors(content: Mapping, path: Path) -> dict[str, Tensor]:
     """The tensors in what was unpickled, by name, without attributes. Raises ValueError if they are not in the file."""
-    named = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    tensors = {key: Tensor.detach(value) for key, value in named.items()}
+    items = ((key, value) for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor))
+    tensors = {key: Tensor.detach(value) for key, value in items}
     declared, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
     if declared > 2 * size:  # of two tensors with one memory each counts
         raise ValueError(f"{path}: declares {declared:,} bytes of tensors, but has only {size:,}")
@@ -282,8 +271,9 @@ def translate(key: str, source: int, target: int) -> list[str]:
 
 @cache
 def our_name(key: str) -> str | None:
-    """Our name of a key of Hugging Face or fairseq, None if the backbone has no such part."""
-    key = PREFIX.sub("", key) if PREFIX.match(key) else key
+    """Our name of a key of Hugging Face, fairseq or torchaudio, None if the backbone has no such part."""
+    key = PREFIX.sub("", key).replace("encoder.transformer.", "encoder.")  # torchaudio's keys are HF's, one level down
+    key = key.replace("encoder.feature_projection.", "feature_projection.")
     return next(iter(translate(key, HUGGING_FACE, OURS) + translate(key, FAIRSEQ, OURS)), None)
 
 
@@ -300,9 +290,8 @@ def spell(name: str, sources: Mapping[str, str]) -> str:
 def find_roots(keys: Iterable[str]) -> list[str]:
     """What stands before the keys of each backbone among `keys`: both convolutions and layers follow it."""
     found: dict[str, set[str]] = {}
-    for key in keys:
-        if match := ROOT.match(key):
-            found.setdefault(match[1], set()).add(match[2])
+    for match in filter(None, map(ROOT.match, keys)):
+        found.setdefault(match[1], set()).add(match[2])
     return sorted(root for root, parts in found.items() if len(parts) == 2)
 
 
@@ -312,8 +301,7 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
     if len(roots) > 1:
         found = " and ".join(root.rstrip(".") or "no prefix" for root in roots)
         raise ValueError(f"{path}: holds {len(roots)} encoders, under {found}; expected one, so save that one alone")
-    root = roots[0] if roots else ""
-    state, sources, unknown, beside = {}, {}, [], []
+    root, state, sources, unknown, beside = "".join(roots), {}, {}, [], []
     for key, tensor in tensors.items():
         inner = key.removeprefix(root)
         name = our_name(inner) if key.startswith(root) else None
@@ -327,7 +315,7 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
             unknown.append(key)
         elif not HEADS.fullmatch(PREFIX.sub("", inner)):
             beside.append(key)
-    if unknown or not roots or "unispeech" in root:
+    if unknown or not roots or re.search(r"\bunispeech(_sat)?\.", root):  # the same architecture, taught otherwise
         found = f"found {len(tensors)} tensors{': ' if tensors else ''}{', '.join(list(tensors)[:8])}"
         what = f"{len(unknown)} tensors of no known place: {', '.join(unknown[:8])}"
         what = what if roots else f"holds no encoder of Wav2Vec 2.0, HuBERT or WavLM; {found}"
@@ -368,16 +356,13 @@ def require_sizes(state: Mapping[str, Tensor], sources: Mapping[str, str], path:
             problems.append(f"{spell(name, sources)} is missing")
         elif state[name].ndim != ndim or 0 in state[name].shape:
             problems.append(f"{sources[name]} is {tuple(state[name].shape)}, expected {ndim} dimensions")
-    if not problems and state["position.conv.weight"].shape[0] % state["position.conv.weight"].shape[1]:
-        problems.append(f"{sources['position.conv.weight']} cannot be cut into groups")
     refuse(problems, path)
+    width, per_group, _ = state["position.conv.weight"].shape
+    refuse([f"{sources['position.conv.weight']} cannot be cut into groups"] if width % per_group else [], path)
 
 
 def setting(settings: Mapping, path: Path, *names: str, default: object, guess: bool = False) -> object:
-    """The first of these settings that is there, else `default`, with a note where that is a guess.
-
-    Raises ValueError if it is of another kind.
-    """
+    """The first of these settings that is there, of the kind of `default`, else that; where it is a guess, say so."""
     name = next((name for name in names if settings.get(name) is not None), None)
     value = settings.get(name, default)
     if name is None and guess:
@@ -393,6 +378,7 @@ def setting(settings: Mapping, path: Path, *names: str, default: object, guess: 
 
 def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2Vec2Config:
     """The architecture: sizes from the tensors, the rest from the settings, else from what is published."""
+    get = partial(setting, settings, path)
     convs = [state[f"feature_encoder.convs.{i}.weight"].shape for i in range(len(Wav2Vec2Config.conv_kernels))]
     channels, kernels = tuple(shape[0] for shape in convs), tuple(shape[2] for shape in convs)
     width, per_group, kernel = state["position.conv.weight"].shape
@@ -401,44 +387,41 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
     if settings.get("model_type") == "wavlm" and not buckets:
         raise ValueError(f"{path}: is a wavlm checkpoint by its settings, but has no relative position bias")
     large = "feature_encoder.norms.1.weight" in state  # the kind of layer-normed convolutions; all these are pre-norm
-    expected = {"hidden_act": "gelu", "feat_extract_activation": "gelu", "activation_fn": "gelu", "add_adapter": False}
-    expected |= {"adapter_attn_dim": None, "conv_pos_batch_norm": False, "sampling_rate": 16_000}
+    expected = dict.fromkeys(("hidden_act", "feat_extract_activation", "activation_fn"), "gelu")
+    expected |= {"add_adapter": False, "adapter_attn_dim": None, "conv_pos_batch_norm": False, "sampling_rate": 16_000}
     for name, value in expected.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {settings[name]!r} in its settings; only {value!r} is known here")
-    strides = tuple(setting(settings, path, "conv_stride", default=list(Wav2Vec2Config.conv_strides)))
+    strides = tuple(get("conv_stride", default=list(Wav2Vec2Config.conv_strides)))
     if (kernels, strides) != (Wav2Vec2Config.conv_kernels, Wav2Vec2Config.conv_strides):
         raise ValueError(f"{path}: convolutions have kernels {kernels} and strides {strides}; only the usual are known")
-    heads, named = (
-        ATTENTION_HEADS.get(width, max(1, min(width // 64, 16))),
-        ("num_attention_heads", "encoder_attention_heads"),
-    )
-    heads = setting(settings, path, *named, default=heads, guess=width not in ATTENTION_HEADS)
-    layers = setting(settings, path, "num_hidden_layers", "encoder_layers", default=layers)
+    heads, published = ("num_attention_heads", "encoder_attention_heads"), ATTENTION_HEADS.get(width)
+    heads = get(*heads, default=published or max(1, min(width // 64, 16)), guess=published is None)
+    layers = get("num_hidden_layers", "encoder_layers", default=layers)
     if layers > MAX_LAYERS:
         raise ValueError(f"{path}: has {layers} layers, expected at most {MAX_LAYERS}")
     if width % heads:
         raise ValueError(f"{path}: {heads} attention heads in its settings do not divide its width {width}")
     # Published: yes for every large one, no for WavLM-base. Of the others the hub's files say yes, their authors no.
     yes = large or ("architectures" in settings and not buckets)
-    normalized = setting(settings, path, "do_normalize", "normalize", default=yes, guess=not (large or buckets))
+    normalized = get("do_normalize", "normalize", default=yes, guess=not (large or buckets))
     # DistilHuBERT (arXiv 2110.01900) has two layers and no norm before its projection.
     distilled = layers == 2 and not any(name.startswith("projection.norm.") for name in state)
     return Wav2Vec2Config(
         conv_channels=channels,
         conv_norm="layer" if large else "group",
         conv_bias="feature_encoder.convs.0.bias" in state,
-        projection_norm=setting(settings, path, "feat_proj_layer_norm", default=not distilled),
+        projection_norm=get("feat_proj_layer_norm", default=not distilled),
         width=width,
         layers=layers,
         heads=heads,
         ffn=state["layers.0.feed_forward.fc1.weight"].shape[0],
-        pre_norm=setting(settings, path, "do_stable_layer_norm", "layer_norm_first", default=large),
+        pre_norm=get("do_stable_layer_norm", "layer_norm_first", default=large),
         position_kernel=kernel,
         position_groups=width // per_group,
-        norm_eps=setting(settings, path, "layer_norm_eps", default=1e-5),
+        norm_eps=get("layer_norm_eps", default=1e-5),
         relative_buckets=buckets,
-        relative_distance=setting(settings, path, "max_bucket_distance", "max_distance", default=800),
+        relative_distance=get("max_bucket_distance", "max_distance", default=800),
         normalize_waveform=bool(normalized),
     )
 

@@ -84,7 +84,10 @@ def merge_adapter(backbone: Wav2Vec2, directory: str | Path, base: str | None = 
         name = our_name(f"{inner}.weight")
         if name in parameters:
             rank, scale = strength(settings, module, directory)
-            updates |= update(name.removesuffix(".weight"), found, parameters, rank, scale, module, problems)
+            try:
+                updates |= update(name.removesuffix(".weight"), module, found, parameters, rank, scale)
+            except ValueError as error:
+                problems.append(str(error))
         else:
             (problems if name or OWN.match(inner) else beside).append(f"{module} is no part of this backbone")
     if problems or not updates:
@@ -103,22 +106,15 @@ def merge_adapter(backbone: Wav2Vec2, directory: str | Path, base: str | None = 
 
 
 def update(
-    name: str,
-    found: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
-    rank: int,
-    scale: float,
-    module: str,
-    problems: list[str],
+    name: str, module: str, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rank: int, scale: float
 ) -> dict[str, Tensor]:
-    """The new values of the parameters of our module `name` from the tensors that PEFT saved of its `module`."""
+    """The new values of the parameters of `name`, PEFT's `module`, of which it saved what was `found`."""
     new, weight, bias = {}, parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
     if "weight" in found:
-        problems.append(f"{module}.weight would replace a weight of the backbone, which is more than LoRA")
+        raise ValueError(f"{module}.weight would replace a weight of the backbone, which is more than LoRA")
     if biases := [key for key in ("bias", "lora_B.bias") if key in found]:
         if bias is None or any(found[key].shape != bias.shape for key in biases):
-            problems.append(f"{module} has no bias of the size of {' and '.join(biases)}")
-            return {}
+            raise ValueError(f"{module} has no bias of the size of {' and '.join(biases)}")
         new[f"{name}.bias"] = found.get("bias", bias).float()
         if "lora_B.bias" in found:
             new[f"{name}.bias"] = new[f"{name}.bias"] + scale * found["lora_B.bias"].float()
@@ -127,8 +123,7 @@ def update(
         shapes = {matrix: tuple(tensor.shape) for matrix, tensor in pair.items()}
         expected = {"A": (rank, *weight.shape[1:]), "B": (weight.shape[0], rank)}
         if weight.ndim != 2 or shapes != expected:
-            problems.append(f"{module} has {shapes}, expected {expected if weight.ndim == 2 else 'a linear layer'}")
-            return {}
+            raise ValueError(f"{module} has {shapes}, expected {expected if weight.ndim == 2 else 'a linear layer'}")
         new[f"{name}.weight"] = weight + scale * pair["B"].float() @ pair["A"].float()
     return new
 
@@ -161,27 +156,19 @@ def read_settings(directory: Path, base: str | None) -> dict:
 
 def strength(settings: Mapping, module: str, directory: Path) -> tuple[int, float]:
     """Rank and scale of a module's LoRA: by the first pattern that its name ends in, as in PEFT, or the default."""
-    values = []
-    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        chosen = settings.get(key)
-        for pattern, value in (settings.get(patterns) or {}).items():
-            if matches_end(pattern, module):
-                chosen = value
-                break
-        values.append(chosen)
-    rank, alpha = values
+
+    def chosen(key: str, patterns: str) -> object:
+        pairs = (settings.get(patterns) or {}).items()
+        return next((value for end, value in pairs if re.match(rf"(.*\.)?({end})$", module)), settings.get(key))
+
+    try:
+        rank, alpha = chosen("r", "rank_pattern"), chosen("lora_alpha", "alpha_pattern")
+    except re.error as error:
+        raise ValueError(f"{directory / FILES[0]}: a pattern is no regular expression ({error})") from None
     if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 2**31:
         found = f"expected r and lora_alpha as numbers, found {rank!r} and {alpha!r}"
         raise ValueError(f"{directory / FILES[0]}: {found}")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def matches_end(pattern: str, module: str) -> bool:
-    """Whether a module's name is a pattern, or ends in it after a dot, as PEFT's `get_pattern_key` decides."""
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error:
-        return False
 
 
 def read_modules(path: Path) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], list[str]]:

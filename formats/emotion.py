@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from model import EmotionModel
-from weights import EMOTION_HEAD, is_emotion_head, locate, make_backbone, read, unusable
+from weights import locate, make_backbone, note, read, unusable
 
-PLACES = dict(zip(EMOTION_HEAD, ("0", "3"), strict=True))  # in `EmotionModel.head`
+PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
 TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
 PUBLISHED = ("activation", "dominance", "valence")  # their order where a file does not name them
 
@@ -23,8 +23,8 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     """
     files = locate(source)
     path, (tensors, settings) = files[0], read(files)
-    if not is_emotion_head(tensors):
-        raise ValueError(f"{path}: has no emotion head; expected {' and '.join(EMOTION_HEAD)} beside the backbone")
+    if any(f"{key}.weight" not in tensors or tensors[f"{key}.weight"].ndim != 2 for key in PLACES):
+        raise ValueError(f"{path}: has no emotion head; expected {' and '.join(PLACES)} beside the backbone")
     if (pooling := settings.get("pooling_mode", "mean")) != "mean":
         raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
     backbone = make_backbone(tensors, settings, path)
@@ -53,6 +53,8 @@ def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
     names = [str(name).lower() for _, name in sorted(labels.items())] if isinstance(labels, dict) else []
     if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
         names = list(PUBLISHED)
+        assumed = f"assumed {', '.join(names)}. To set them, put id2label into its config.json"
+        note(f"{path}: no settings name its {count} outputs; {assumed}")
     targets = tuple(TARGETS.get(name, "") for name in names)
     if "" in targets or len(set(targets)) != len(targets) or len(targets) != count:
         expected = "each of arousal, dominance and valence at most once"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import constants, errors, hf_hub_url, try_to_load_from_cache
-from huggingface_hub import file_download as download
+import huggingface_hub as hub
+from huggingface_hub import constants, errors
 
 from weights import PROCESSOR, SETTINGS_FILES, WAYS_OUT, WEIGHT_FILES, UnavailableError, list_shards, note, sha256
 
@@ -22,22 +22,22 @@ def fetch(repository: str, revision: str | None = None) -> Path:
     they are, and a note says so. Raises FileNotFoundError, or UnavailableError where only the network is missing.
     """
 
-    def cached(name: str) -> Path | None:
-        found = try_to_load_from_cache(repository, name, constants.HF_HUB_CACHE, revision)
-        return Path(found) if isinstance(found, str) else None
+    def look(name: str) -> object:
+        """A file's path, None if it is not in the cache, or the hub's note that it does not exist."""
+        return hub.try_to_load_from_cache(repository, name, constants.HF_HUB_CACHE, revision)
 
-    def unknown(name: str) -> bool:  # neither there nor known to be absent on the hub
-        return try_to_load_from_cache(repository, name, constants.HF_HUB_CACHE, revision) is None
+    def cached(name: str) -> Path | None:
+        return Path(found) if isinstance(found := look(name), str) else None
 
     directory: Path | None = None
     try:
         directory = find_weights(cached, whole=True)
         needed = [name for name in SETTINGS_FILES if name != PROCESSOR or not cached(SETTINGS_FILES[1])]
-        if directory and not (needed := [name for name in needed if unknown(name)]):
+        if directory and not (needed := [name for name in needed if look(name) is None]):
             return directory
         pinned = directory.name if directory else revision  # a commit's hash is the name of its directory
         with suppress(errors.EntryNotFoundError):
-            download.get_hf_file_metadata(hf_hub_url(repository, needed[0], revision=pinned), timeout=TIMEOUT)
+            hub.get_hf_file_metadata(hub.hf_hub_url(repository, needed[0], revision=pinned), timeout=TIMEOUT)
         for name in needed:  # before the weights: a download that is cut off leaves no weights without settings
             get(repository, name, pinned)
         directory = directory or find_weights(lambda name: get(repository, name, pinned), whole=False)
@@ -47,7 +47,8 @@ def fetch(repository: str, revision: str | None = None) -> Path:
             raise
         if directory is None:
             raise failure from None
-        note(f"{repository}: {', '.join(needed)} may be missing from the Hugging Face cache. {failure}")
+        lacking = ", ".join(needed)
+        note(f"{repository}: the Hugging Face cache lacks {lacking}, which could not be fetched: {first_line(error)}")
     if directory is None:
         raise FileNotFoundError(f"backbone: the hub's {repository} holds none of {', '.join(WEIGHT_FILES)}")
     return directory
@@ -65,10 +66,8 @@ def find_weights(find: Callable[[str], Path | None], whole: bool) -> Path | None
 
 def get(repository: str, name: str, revision: str | None) -> Path | None:
     """A file of a repository, downloaded if the cache has it not; None if the hub does not have it."""
-    import huggingface_hub
-
     try:
-        file = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+        file = Path(hub.hf_hub_download(repository, name, revision=revision))
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):  # the network was lost on the way
             raise
@@ -93,11 +92,14 @@ def explain(error: Exception, repository: str, revision: str | None) -> Exceptio
         )
     if isinstance(error, ValueError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         return error
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return UnavailableError(
-        f"backbone: {repository} is neither a path here nor whole in the Hugging Face cache, and cannot be downloaded "
-        f"({reason}); {WAYS_OUT}"
+        f"backbone: {repository} is neither a path here nor in the Hugging Face cache, and cannot be downloaded "
+        f"({first_line(error)}); {WAYS_OUT}"
     )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def check_download(file: Path) -> None:

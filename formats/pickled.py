@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,14 +24,21 @@ class StandIn(dict):
         self.update(state if isinstance(state, dict) else {})
 
 
-STAND_INS = (  # settings, then what stands beside them: vocabulary and validation scores
+STAND_INS = (  # settings, then what stands beside them: vocabulary, scores, random states, hyper-parameters, paths
     "argparse.Namespace",
     *(f"omegaconf.{name}Config" for name in ("dictconfig.Dict", "listconfig.List")),
     *(f"omegaconf.nodes.{name}Node" for name in ("Any", "String", "Integer", "Float", "Boolean")),
     *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata")),
     *("typing.Any", "builtins.dict", "builtins.list", "builtins.int", "builtins.str", "collections.defaultdict"),
     "fairseq.data.dictionary.Dictionary",
-    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"pathlib.{system}Path" for system in ("Posix", "Windows", "PurePosix", "PureWindows")),
+)
+
+DICTIONARIES = (  # Lightning's, of hyper-parameters; the unpickler fills nothing but real dictionaries
+    *(f"{name}.utilities.parsing.AttributeDict" for name in ("pytorch_lightning", "lightning.pytorch")),
+    *(f"{name}.utilities.data.AttributeDict" for name in ("lightning_fabric", "lightning.fabric")),
 )
 
 
@@ -39,7 +47,8 @@ def read_pickle(path: Path) -> tuple[dict[str, object], dict]:
 
     By PyTorch's restricted unpickler: tensors, containers and stand-ins, nothing else. Raises ValueError.
     """
-    with torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS]):
+    harmless = [(StandIn, name) for name in STAND_INS] + [(OrderedDict, name) for name in DICTIONARIES]
+    with torch.serialization.safe_globals(harmless):
         try:
             require_plain(path)
             try:

@@ -71,11 +71,11 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(name, pre_norm, monk
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # it knows no such device
 
     def each(attend, q, k, v, lengths, dropout, *bias):
-        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([attend(*qkv, [len(qkv[0])], dropout, *bias) for qkv in parts])
+        parts = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
+        return torch.cat([attend(*qkv, fast.Frames([len(qkv[0])]), dropout, *bias) for qkv in parts])
 
     def convolve(self, x, lengths):
-        return x + torch.cat([self.conv(part.T)[:, : len(part)].T for part in x.split(lengths)])
+        return x + torch.cat([self.conv(part.T)[:, : len(part)].T for part in x.split(list(lengths))])
 
     # off the CPU a batch is padded for these two, and padding would be counted
     monkeypatch.setattr(fast, "attend_padded", partial(each, fast.attend_padded))

@@ -7,7 +7,6 @@ import re
 import runpy
 import shutil
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,13 @@ from conftest import perturb, speech_like, tiny_config, tiny_settings, write_tin
 from safetensors.torch import load_file, save_file
 
 import export
-import lora
 import run
 import train
 import weights
 from config import Config
 from formats import adapter, card, onnx
 from machine import hardware
-from model import EmotionModel, Wav2Vec2Config
+from model import EmotionModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,6 +130,26 @@ def test_head_names_its_targets_and_their_range(runs, tmp_path):
     assert names == {"hidden.weight", "hidden.bias", "output.weight", "output.bias", "score.weight"}
 
 
+def test_a_run_whose_backbone_has_moved_is_exported_from_where_it_is_now(runs, tmp_path, monkeypatch):
+    """`--backbone`: asked for by the message, checked by its SHA-256, and the base that a PEFT adapter names."""
+    shutil.copytree(runs["lora"], tmp_path / "run")
+    best = run.load_checkpoint(tmp_path / "run" / "best.pt")
+    best["config"]["backbone"] = str(tmp_path / "gone")
+    hardware.save(tmp_path / "run" / "best.pt", best)
+    message = command_line(monkeypatch, tmp_path / "run", tmp_path / "out")
+    assert "gone is neither" in message and message.endswith("say so with --backbone")
+    moved = shutil.copytree(runs["lora"].parents[1] / "base", tmp_path / "moved")
+    for form in ("peft", "transformers"):
+        out = tmp_path / form
+        assert command_line(monkeypatch, tmp_path / "run", out, "--backbone", moved, "--format", form) is None
+    assert json.loads((tmp_path / "peft" / adapter.FILES[0]).read_text())[BASE] == str(moved)
+    expected = run.load_run(runs["lora"])
+    assert_predicts_as(expected, predicted(tmp_path / "transformers", monkeypatch))
+    assert_predicts_as(expected, predicted(tmp_path / "peft", monkeypatch))
+    with pytest.raises(ValueError, match=r"trained on other weights of .*large .* say with --backbone where"):
+        run.load_run(tmp_path / "run", backbone=str(runs["lora"].parents[1] / "large"))
+
+
 # ---------------------------------------------------------------- PEFT, out and in
 
 
@@ -164,44 +182,6 @@ def test_our_adapter_is_merged_as_our_run_is(runs, tmp_path, tiny_manifest):
     assert str(out) in identity["source"]
 
 
-def make_adapter(transformers, checkpoint: Path, folder: Path, wrap: str = "Model", **settings):
-    """An adapter that PEFT itself saved, its model, and B no longer zero."""
-    peft = pytest.importorskip("peft")
-    base = getattr(transformers, f"Wav2Vec2{wrap}").from_pretrained(checkpoint)
-    model = peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], **settings}))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-@pytest.mark.parametrize(
-    ("wrap", "settings"),
-    [
-        ("Model", {"r": 4, "lora_alpha": 8}),
-        ("Model", {"r": 4, "lora_alpha": 8, "use_rslora": True}),
-        ("Model", {"r": 3, "lora_alpha": 1, "target_modules": r".*(_proj|_dense|n.projection)", "lora_dropout": 0.1}),
-        ("Model", {"r": 2, "target_modules": ["k_proj", "output_dense"], "layers_to_transform": [1]}),
-        ("ForCTC", {"r": 2}),
-    ],
-    ids=["plain", "rslora", "all_linear", "one_layer", "with_a_head"],
-)
-def test_an_adapter_made_by_peft_is_merged(transformers, tiny_checkpoint, tmp_path, wrap, settings):
-    """Hidden states within 1e-5 of PEFT's own, which are far from the base model's."""
-    torch.manual_seed(0)
-    theirs = make_adapter(transformers, tiny_checkpoint, tmp_path, wrap, **settings)
-    backbone = run.find_backbone(Config(backbone=str(tiny_checkpoint), adapter=str(tmp_path)))[0]
-    waveform = speech_like(7331)
-    with torch.no_grad():
-        output = theirs.base_model.model.base_model if wrap == "ForCTC" else theirs
-        expected = output(waveform[None]).last_hidden_state[0]
-    ours = backbone.hidden_states([waveform])[-1][0]
-    before = weights.load_backbone(tiny_checkpoint).hidden_states([waveform])[-1][0]
-    assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
-    assert (ours - before).abs().max() > 0.01
-
-
 def test_training_goes_on_from_an_adapter_and_knows_it(runs, tmp_path, tiny_manifest):
     """The cache and best.pt belong to the merged backbone; another adapter in its place is refused."""
     out = export.export(runs["lora"], tmp_path / "adapter", "peft")
@@ -215,88 +195,6 @@ def test_training_goes_on_from_an_adapter_and_knows_it(runs, tmp_path, tiny_mani
     save_file({key: 2 * tensor for key, tensor in tensors.items()}, out / adapter.FILES[1])
     with pytest.raises(ValueError, match=r"trained on other weights of .* with "):
         run.load_run(tmp_path / "runs" / "heads")
-
-
-def written(folder: Path, tensors: dict | None = None, **settings) -> Path:
-    """An adapter directory by hand: rank 2 on q of layer 0."""
-    folder.mkdir(exist_ok=True)
-    (folder / adapter.FILES[0]).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4} | settings))
-    module = "base_model.model.encoder.layers.0.attention.q_proj"
-    default = {f"{module}.lora_A.weight": torch.ones(2, 64), f"{module}.lora_B.weight": torch.ones(64, 2)}
-    save_file(default if tensors is None else tensors, folder / adapter.FILES[1])
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only 'LORA'"),
-        ({"use_dora": True}, "use_dora is True; only plain LoRA"),
-        ({"rank_pattern": {"q_proj": 4}}, r"q_proj has {'A': \(2, 64\).* expected {'A': \(4, 64\)"),
-        ({"rank_pattern": {"q_proj": "4"}}, "expected r and lora_alpha as numbers, found '4' and 4"),
-        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern is \['q_proj'\], expected an object"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
-        ({"of_the_future": 1}, "of_the_future is 1"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base model"),
-        ({"r": "2"}, "expected r and lora_alpha as numbers, found '2' and 4"),
-        ({"r": 0}, "expected r and lora_alpha as numbers, found 0 and 4"),
-        ({"r": 3}, "q_proj has .* expected "),
-        (
-            {BASE: "facebook/wav2vec2-large"},
-            "made for facebook/wav2vec2-large, and the backbone is facebook/wav2vec2-b",
-        ),
-    ],
-)
-def test_adapters_of_other_kinds_are_refused_by_name(tiny_checkpoint, tmp_path, settings, message):
-    backbone = weights.load_backbone(tiny_checkpoint)
-    before = {name: parameter.clone() for name, parameter in backbone.named_parameters()}
-    with pytest.raises(ValueError, match=message):
-        adapter.merge_adapter(backbone, written(tmp_path, **settings), "facebook/wav2vec2-base")
-    assert all(torch.equal(parameter, before[name]) for name, parameter in backbone.named_parameters())
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"encoder.layers.3.attention.q_proj": (64, 64)}, "layers.3.attention.q_proj is no part of this backbone"),
-        ({"encoder.layers.0.attention.q_proj": (96, 96)}, r"q_proj has .*\(2, 96\).* expected .*\(2, 64\)"),
-        ({"classifier": (64, 64)}, "classifier is no part of this backbone"),
-        ({"model.decoder.q_proj": (64, 64)}, "model.decoder.q_proj is no part of this backbone"),
-        ({"encoder.layers.0.layer_norm": (64, 64)}, "layer_norm has .* expected a linear layer"),
-        ({"encoder.pos_conv_embed.conv": (64, 64)}, "expected a linear layer"),
-        ({}, "it holds no tensors"),
-    ],
-)
-def test_adapters_of_other_models_are_refused_by_module(tiny_checkpoint, tmp_path, tensors, message):
-    found = {}
-    for module, (outputs, inputs) in tensors.items():
-        found[f"base_model.model.{module}.lora_A.weight"] = torch.ones(2, inputs)
-        found[f"base_model.model.{module}.lora_B.weight"] = torch.ones(outputs, 2)
-    with pytest.raises(ValueError, match=message):
-        adapter.merge_adapter(weights.load_backbone(tiny_checkpoint), written(tmp_path, found))
-
-
-def test_half_a_pair_and_strange_tensors_are_refused(tiny_checkpoint, tmp_path):
-    backbone = weights.load_backbone(tiny_checkpoint)
-    key = "base_model.model.encoder.layers.0.attention.q_proj.lora_A.weight"
-    with pytest.raises(ValueError, match=r"q_proj has .* expected "):
-        adapter.merge_adapter(backbone, written(tmp_path, {key: torch.ones(2, 64)}))
-    strange = {key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(64)}
-    with pytest.raises(ValueError, match="lora_magnitude_vector is no matrix of LoRA"):
-        adapter.merge_adapter(backbone, written(tmp_path, strange))
-
-
-def test_no_adapter_and_a_damaged_one(tiny_checkpoint, tmp_path):
-    backbone = weights.load_backbone(tiny_checkpoint)
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json; expected a directory as PEFT saves it"):
-        adapter.merge_adapter(backbone, tmp_path / "nowhere")
-    folder = written(tmp_path)
-    (folder / adapter.FILES[1]).write_bytes((folder / adapter.FILES[1]).read_bytes()[:50])
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        adapter.merge_adapter(backbone, folder)
-    (folder / adapter.FILES[0]).write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        adapter.merge_adapter(backbone, folder)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +311,13 @@ def test_the_licence_is_that_of_the_backbone(source, identifier, words):
 # ---------------------------------------------------------------- refusals, and nothing by halves
 
 
+def test_the_card_keeps_the_revision_of_the_backbone(runs):
+    """The front matter names the repository alone, as the hub wants it; the code loads the very revision."""
+    assert card.front_matter("some/base@v1", "peft")["base_model"] == "some/base"
+    config = run.plain(run.load_best(runs["linear_head"])[1]) | {"backbone": "some/base@v1"}
+    assert 'from_pretrained("some/base", revision="v1")' in card.code(config, "peft", ["valence"], "1", "7")
+
+
 def command_line(monkeypatch, *arguments: object) -> object:
     """`python export.py ...` in this process: what it exits with, None at its end."""
     monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
@@ -472,14 +377,3 @@ def test_nothing_half_written_is_left(runs, tmp_path, monkeypatch, form):
 def test_an_adapter_has_no_place_in_logmel():
     with pytest.raises(ValueError, match="adapter: expected null, as backbone is logmel"):
         Config(backbone="logmel", adapter="somewhere")
-
-
-def test_lora_on_the_attention_of_wavlm_is_no_adapter_of_peft(tmp_path):
-    """Loaded by PEFT it would change nothing, without a word; on the feed-forward layers it works and is written."""
-    config = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=1, heads=4, ffn=128, relative_buckets=32)
-    for targets, refused in ((["q", "fc1"], True), (["fc1"], False)):
-        backbone = weights.random_backbone(config)
-        lora.inject(backbone, 2, 4, targets)
-        with pytest.raises(ValueError, match="WavLM's q, k, v or o") if refused else nullcontext():
-            adapter.save_adapter(backbone, tmp_path, "microsoft/wavlm-base")
-    assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -1,9 +1,6 @@
 """What `weights` promises: every family, layout and dtype gives the same model; all else is refused, unexecuted."""
 
 import argparse
-import errno
-import hashlib
-import http.server
 import json
 import os
 import pickle
@@ -11,23 +8,19 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import types
-from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, perturb, published_recipe, speech_like, tiny_config, tiny_tensors
+from conftest import TINY, perturb, speech_like, tiny_config, tiny_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import run
 import weights
 from formats import pickled
-from lora import inject
-from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
+from model import Wav2Vec2
 
 SMALL = {key: value for key, value in TINY.items() if key not in ("hidden_size", "num_attention_heads")}
 FAMILIES = {  # model class, width, heads, layer-normed convolutions and pre-norm, bias in the convolutions
@@ -132,16 +125,6 @@ def test_every_published_size_gives_the_hidden_states_of_transformers(full_size,
     assert worst <= (2e-4 if name == "XLS-R 2B" else 1e-4)
 
 
-def test_the_published_emotion_model_at_its_size_has_the_outputs_of_its_recipe(full_size, transformers):
-    """... with random weights; the largest difference is printed."""
-    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 12, "intermediate_size": 4096}
-    theirs = published_recipe(transformers, **sizes)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        theirs.save_pretrained(folder)
-        worst = assert_published(theirs, weights.load_emotion_model(folder), (400, 7331, 48_000))
-    print(f"emotion model: outputs differ by {worst:.1e}")
-
-
 @pytest.mark.parametrize(
     ("family", "head", "extra"),
     [
@@ -194,105 +177,6 @@ def test_weight_norm_is_folded_to_the_last_digits():
     weights.fold_weight_norm(state, {"position.v": "encoder.pos_conv.0.weight_v"}, Path("x.pt"))
     exact = v.double() / v.double().norm(dim=(0, 1), keepdim=True)
     assert torch.allclose(state["position.conv.weight"].double(), exact, rtol=1e-6, atol=0)
-
-
-# ---------------------------------------------------------------- the published emotion model
-
-
-@torch.no_grad()
-def assert_published(theirs: torch.nn.Module, ours: EmotionModel, samples: Iterable[int]) -> float:
-    """Outputs by name within 1e-4 of those of the published recipe, for waveforms normalised as it does; the worst."""
-    worst = 0.0
-    for waveform in map(speech_like, samples):
-        normalised = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-7).sqrt()
-        expected = dict(zip(("activation", "dominance", "valence"), theirs(normalised[None])[0].tolist(), strict=True))
-        found = ours.predict(waveform, 16_000)
-        assert found == pytest.approx(expected, rel=0, abs=1e-4)
-        worst = max(worst, *(abs(found[name] - expected[name]) for name in expected))
-    return worst
-
-
-def test_the_published_emotion_model_has_the_outputs_of_its_recipe(published_model):
-    """Its head, its mean over frames, its names; labels from 0 to 1; whatever the batch."""
-    folder, theirs = published_model
-    ours = weights.load_emotion_model(folder)
-    assert (ours.targets, ours.label_range) == (("activation", "dominance", "valence"), (0, 1))
-    assert not ours.training
-    assert_published(theirs, ours, (400, 7331, 48_000))
-    waveforms = [speech_like(n) for n in (7331, 400, 4000)]
-    alone = torch.cat([ours.infer([waveform]) for waveform in waveforms])
-    assert torch.allclose(ours.infer(waveforms), alone, rtol=0, atol=1e-5)
-    assert (alone[0] - alone[1]).abs().min() > 1e-3  # else the comparison would say little
-
-
-def rewrite(folder: Path, published: Path, tensors: dict[str, Tensor] | None = None, **settings) -> Path:
-    """A copy of the published directory with other settings and tensors; None: without."""
-    stored = load_file(published / "model.safetensors") | (tensors or {})
-    stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
-    config = json.loads((published / "config.json").read_text()) | settings
-    return write(folder, stored, {key: value for key, value in config.items() if value is not None})
-
-
-@pytest.mark.parametrize(
-    ("names", "targets"),
-    [
-        (["valence", "Arousal", "dominance"], ("valence", "activation", "dominance")),
-        (["activation", "valence", "dominance"], ("activation", "valence", "dominance")),
-        (["LABEL_0", "LABEL_1", "LABEL_2"], ("activation", "dominance", "valence")),
-        (None, ("activation", "dominance", "valence")),
-    ],
-)
-def test_outputs_go_by_the_names_in_the_settings(published_model, tmp_path, names, targets):
-    """In whatever order; the published one where transformers filled in its own or there are none."""
-    labels = names and {str(i): name for i, name in enumerate(names)}
-    ours = weights.load_emotion_model(rewrite(tmp_path, published_model[0], id2label=labels))
-    assert ours.targets == targets
-    waveform = speech_like(4000)
-    assert list(ours.predict(waveform, 16_000).values()) == pytest.approx(ours.infer([waveform])[0].tolist())
-
-
-DENSE, OUT = "classifier.dense", "classifier.out_proj"
-
-
-@pytest.mark.parametrize(
-    ("tensors", "settings", "message"),
-    [
-        (
-            {},
-            {"id2label": {"0": "anger", "1": "joy", "2": "valence"}},
-            "outputs are anger, joy, valence; expected",
-        ),
-        (
-            {},
-            {"id2label": {"0": "arousal", "1": "activation", "2": "valence"}},
-            "arousal, activation, valence; exp",
-        ),
-        ({}, {"id2label": {"0": "arousal", "1": "valence"}}, "its 3 outputs are arousal, valence; expected"),
-        (
-            {f"{OUT}.weight": torch.ones(2, 64), f"{OUT}.bias": torch.ones(2)},
-            {"id2label": None},
-            "its 2 outputs are activation, dominance, valence; expected",
-        ),
-        ({}, {"pooling_mode": "max"}, "pooling_mode is 'max' in its settings; only 'mean' is known here"),
-        ({f"{OUT}.weight": None}, {}, f"has no emotion head; expected {DENSE} and {OUT} beside the backbone"),
-        ({"classifier.dense2.bias": torch.ones(9)}, {}, r"no known place in its head: classifier\.dense2\.bias"),
-        ({f"{DENSE}.bias": None}, {}, rf"{DENSE}\.bias is \(0,\), expected \(64,\)"),
-        ({f"{DENSE}.weight": torch.ones(64, 63)}, {}, rf"{DENSE}\.weight is \(64, 63\), expected \(64, 64\)"),
-        ({f"{OUT}.weight": torch.ones(3, 63)}, {}, rf"{OUT}\.weight is \(3, 63\), expected \(3, 64\)"),
-    ],
-)
-def test_another_head_is_refused(published_model, tmp_path, tensors, settings, message):
-    """Categories, other targets, another pooling, half a head: never numbers under a wrong name."""
-    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
-        weights.load_emotion_model(rewrite(tmp_path, published_model[0], tensors, **settings))
-
-
-def test_the_published_model_is_a_backbone_without_its_head(published_model, tmp_path):
-    """`classifier.dense`, `classifier.out_proj` beside a prefixed backbone, `vocab_size` null."""
-    folder, theirs = published_model
-    assert json.loads((folder / "config.json").read_text())["vocab_size"] is None
-    theirs.wav2vec2.save_pretrained(tmp_path)
-    assert_same(weights.load_backbone(folder), weights.load_backbone(tmp_path))
 
 
 # ---------------------------------------------------------------- files and dtypes
@@ -413,6 +297,186 @@ def test_the_preprocessor_says_whether_waveforms_are_normalised(tmp_path, stored
     if stored is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": stored}))
     assert weights.load_backbone(folder).config.normalize_waveform is expected
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_the_processor_of_transformers_5_says_whether_waveforms_are_normalised(transformers, tmp_path, stored):
+    """`processor_config.json` alone, as `Wav2Vec2Processor` saves it; it belongs to the checkpoint's files."""
+    folder = write(tmp_path, tiny_tensors())
+    (tmp_path / "vocab.json").write_text(json.dumps({"[PAD]": 0, "[UNK]": 1, "|": 2, "a": 3}))
+    words = {"unk_token": "[UNK]", "pad_token": "[PAD]", "word_delimiter_token": "|"}
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), **words)
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=stored)
+    transformers.Wav2Vec2Processor(feature_extractor=extractor, tokenizer=tokenizer).save_pretrained(tmp_path)
+    assert not (folder / "preprocessor_config.json").exists()
+    assert weights.load_backbone(folder).config.normalize_waveform is stored
+    assert weights.locate(folder)[-1].name == "processor_config.json"
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": not stored}))
+    theirs = transformers.AutoFeatureExtractor.from_pretrained(folder).do_normalize
+    assert weights.load_backbone(folder).config.normalize_waveform is theirs is stored
+
+
+def test_an_older_processor_file_says_nothing(tmp_path):
+    """It names classes and no settings, so it is no part of the checkpoint: identities of before stay."""
+    folder = write(tmp_path, tiny_tensors())
+    before = weights.locate(folder)
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Wav2Vec2Processor"}))
+    assert weights.locate(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "normalised", "noted"),
+    [
+        ("base", True, True),
+        ("hubert_base", True, True),
+        ("lv60_robust_xlsr", True, False),
+        ("hubert_large", True, False),
+        ("wavlm_base", False, False),
+        ("wavlm_large", True, False),
+    ],
+)
+def test_without_a_preprocessor_the_family_decides_or_a_note_says_what_was_assumed(
+    transformers, tmp_path, capsys, family, normalised, noted
+):
+    """Published: every large one and no WavLM-base is normalised; of the others the hub and the authors differ."""
+    peer(transformers, family).save_pretrained(tmp_path)
+    assert weights.load_backbone(tmp_path).config.normalize_waveform is normalised
+    said = f"note: {tmp_path / 'model.safetensors'}: no settings give do_normalize; assumed true. "
+    said += "Put it into a preprocessor_config.json beside it\n"
+    assert capsys.readouterr().err == (said if noted else "")
+
+
+def test_a_bare_file_of_a_width_that_nobody_published_says_what_heads_were_assumed(tmp_path, capsys):
+    """... and they can be set beside it."""
+    torch.save(tiny_tensors(), tmp_path / "a.pt")
+    assert weights.load_backbone(tmp_path / "a.pt").config.heads == 1
+    said = capsys.readouterr().err
+    assert "a.pt: no settings give num_attention_heads; assumed 1. Put it into a config.json beside it" in said
+    assert "and rename the weights to .bin" in said
+    (tmp_path / "a.pt").rename(tmp_path / "a.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    assert weights.load_backbone(tmp_path / "a.bin").config.heads == 4
+    assert "num_attention_heads" not in capsys.readouterr().err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings_beside", [True, False])
+def test_distilhubert_gives_the_hidden_states_of_transformers(transformers, tmp_path, settings_beside):
+    """Two layers, and no norm before the projection (`feat_proj_layer_norm: false`); a bare file tells it too."""
+    theirs = peer(transformers, "hubert_base", num_hidden_layers=2, feat_proj_layer_norm=False, hidden_size=768)
+    theirs.save_pretrained(tmp_path)
+    if not settings_beside:
+        (tmp_path / "config.json").unlink()
+    ours = weights.load_backbone(tmp_path)
+    assert (ours.config.layers, ours.config.projection_norm, ours.config.heads) == (2, False, 12)
+    for samples in (400, 7331):
+        waveform = speech_like(samples)
+        for depth, (a, b) in enumerate(zip(ours.hidden_states([waveform]), states_of(theirs, waveform), strict=True)):
+            assert torch.allclose(a[0], b, rtol=0, atol=1e-4), (samples, depth)
+
+
+def test_a_norm_before_the_projection_that_is_missing_is_no_distilhubert(tmp_path):
+    """Only settings, or two layers without any, make it one."""
+    names = [f"feature_projection.layer_norm.{kind}" for kind in ("weight", "bias")]
+    with pytest.raises(ValueError, match=r"feature_projection\.layer_norm\.weight is missing; feature_projec"):
+        weights.load_backbone(write(tmp_path, without(*names)))
+
+
+def test_names_that_have_moved_are_found_where_they_were():
+    """Other programs import them from here; a name that never was is an error as of any module."""
+    from formats import emotion, huggingface, random_weights
+
+    assert weights.load_emotion_model is emotion.load_emotion_model
+    assert weights.save_backbone is huggingface.save_backbone
+    assert weights.random_backbone is random_weights.random_backbone
+    with pytest.raises(AttributeError, match="module 'weights' has no attribute 'nothing'"):
+        _ = weights.nothing
+
+
+# ---------------------------------------------------------------- files of other trainers
+
+
+NESTINGS = {
+    "data parallel": lambda t: {f"module.{key}": x for key, x in t.items()},
+    "compiled": lambda t: {f"_orig_mod.{key}": x for key, x in t.items()},
+    "several prefixes": lambda t: {f"module._orig_mod.model.wav2vec2.{key}": x for key, x in t.items()},
+    "lightning": lambda t: {"state_dict": {f"model.{k}": x for k, x in t.items()}, "epoch": 3, "optimizer_states": []},
+    "model_weight": lambda t: {"model_weight": t, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+    "model_state_dict": lambda t: {"model_state_dict": {f"wav2vec2.{k}": x for k, x in t.items()}, "loss": 0.5},
+    "twice nested": lambda t: {"checkpoint": {"net": {f"encoder.{key}": x for key, x in t.items()}}},
+    "text beside": lambda t: t | {"bert.encoder.layers.0.fc1.weight": torch.ones(2, 2)},
+    "argparse": lambda t: {"args": argparse.Namespace(lr=1e-4), "model": t},
+}
+
+
+@pytest.mark.parametrize("kind", [name for name in NESTINGS])
+def test_files_of_other_trainers_are_read_where_there_is_one_reading(tiny_checkpoint, tmp_path, capsys, kind):
+    """A shared prefix, a mapping inside, heads beside: the same model, and a note names what is left out."""
+    torch.save(NESTINGS[kind](tiny_tensors()), tmp_path / "a.bin")
+    (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": true}')
+    assert_same(weights.load_backbone(tmp_path / "a.bin"), weights.load_backbone(tiny_checkpoint))
+    beside = kind == "text beside"
+    assert ("left out: bert.encoder.layers.0.fc1.weight" in capsys.readouterr().err) is beside
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data"])
+def test_what_lightning_and_random_states_pickle_beside_does_no_harm(tiny_checkpoint, tmp_path, package):
+    """Hyper-parameters in Lightning's dictionary, NumPy's random state, a path: through stand-ins."""
+    numpy = pytest.importorskip("numpy")
+    content = {"state_dict": {f"model.wav2vec2.{key}": x for key, x in tiny_tensors().items()}}
+    content |= {"rng": numpy.random.get_state(), "where": Path("runs/a")}
+    with pretend_class(f"{package}.AttributeDict") as AttributeDict:
+        values = type("AttributeDict", (dict,), {"__module__": package})
+        setattr(sys.modules[package], AttributeDict.__name__, values)
+        torch.save(content | {"hyper_parameters": values(lr=1e-4)}, tmp_path / "a.ckpt")
+    (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    assert_same(weights.load_backbone(tmp_path / "a.ckpt"), weights.load_backbone(tiny_checkpoint))
+
+
+def test_heads_beside_the_backbone_are_left_out_with_a_note(tiny_checkpoint, tmp_path, capsys):
+    """In a file of a trainer, under names of its own, whether the backbone has a prefix or none."""
+    for prefix in ("", "backbone."):
+        heads = {f"{name}.weight": torch.ones(2, 2) for name in ("regressor", "pool.score", "out.0", "out.1", "out.2")}
+        tensors = {f"{prefix}{key}": x for key, x in tiny_tensors().items()} | heads
+        folder = write(tmp_path / (prefix or "bare"), tensors)
+        assert_same(weights.load_backbone(folder), weights.load_backbone(tiny_checkpoint))
+        said = "left out: out.0.weight, out.1.weight, out.2.weight, pool.score.weight and 1 more"
+        assert said in capsys.readouterr().err
+
+
+def test_the_names_of_torchaudio_are_read(tiny_checkpoint, tmp_path):
+    """`encoder.transformer.*` and `encoder.feature_projection.*`, with the head of its pipelines, `aux`."""
+    tensors = {"aux.weight": torch.ones(2, 64)}
+    for key, tensor in tiny_tensors().items():
+        key = re.sub(r"^encoder\.", "encoder.transformer.", key)
+        tensors[re.sub(r"^feature_projection\.", "encoder.feature_projection.", key)] = tensor
+    torch.save(tensors, tmp_path / "a.bin")
+    (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    assert_same(weights.load_backbone(tmp_path / "a.bin"), weights.load_backbone(tiny_checkpoint))
+
+
+def test_two_encoders_in_a_file_are_refused_with_their_places(tmp_path):
+    torch.save({"model": tiny_tensors(), "ema": {"teacher": tiny_tensors()}}, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=r"a\.bin: holds 2 encoders, under ema\.teacher and model; expected one"):
+        weights.load_backbone(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("layout", ["wrapped", "fairseq", "fairseq large"])
+def test_a_missing_tensor_is_named_as_its_file_would_name_it(tmp_path, layout):
+    """With the prefix of the others, in the words of who wrote them."""
+    if layout == "wrapped":
+        tensors, key = {f"module.wav2vec2.{k}": x for k, x in tiny_tensors().items()}, f"module.wav2vec2.{Q}"
+        keys = [key, "module.wav2vec2.feature_extractor.conv_layers.0.layer_norm.bias"]
+    else:
+        tensors = fairseq_tensors(layout.endswith("large"), True)
+        root = "w2v_encoder.w2v_model"
+        norm = "0.2.1.bias" if layout.endswith("large") else "0.2.bias"
+        keys = [f"{root}.encoder.layers.1.self_attn.q_proj.weight", f"{root}.feature_extractor.conv_layers.{norm}"]
+    for key in keys:
+        torch.save({name: x for name, x in tensors.items() if name != key}, tmp_path / "a.bin")
+        with pytest.raises(ValueError, match=rf"a\.bin: .* its own architecture: {re.escape(key)} is missing$"):
+            weights.load_backbone(tmp_path / "a.bin")
 
 
 # ---------------------------------------------------------------- fairseq
@@ -855,282 +919,3 @@ def test_an_index_without_a_map_is_an_error(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
     with pytest.raises(ValueError, match=r"index\.json: expected a `weight_map`"):
         weights.load_backbone(tmp_path)
-
-
-# ---------------------------------------------------------------- the hub
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the Hugging Face hub that downloads use, over `files`: {repository: {name: content}}."""
-
-    files: dict[str, dict[str, bytes]]
-    requests: list[str]
-    damage = False
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self, body: bool = False):
-        owner, name, resolve, _, file = (self.path.strip("/") + "////").split("/", 4)
-        file = file.rstrip("/")
-        if resolve == "resolve":  # beside these, the library asks for a list of no interest here
-            self.requests.append(f"{self.command} {file}")
-        repository = self.files.get(f"{owner}/{name}")
-        content = (repository or {}).get(file)
-        self.send_response(200 if content is not None else 404)
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-        if content is None:
-            self.send_header("X-Error-Code", "RepoNotFound" if repository is None else "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        large = not file.endswith(".json")  # in git-lfs, named after the SHA-256; small files after git's SHA-1
-        etag = (hashlib.sha256 if large else hashlib.sha1)(content).hexdigest()
-        self.send_header("ETag", f'"{etag}"')
-        if large:
-            self.send_header("X-Linked-Etag", f'"{etag}"')
-            self.send_header("X-Linked-Size", str(len(content)))
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content[:-1] + bytes([content[-1] ^ 1]) if self.damage and large else content)
-
-    def do_GET(self):
-        self.do_HEAD(body=True)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch, tiny_checkpoint):
-    """A hub on this machine with one good repository, and an empty cache."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    good = {path.name: path.read_bytes() for path in tiny_checkpoint.iterdir()}
-    handler = type("Handler", (Hub,), {"files": {"some/good": good}, "requests": [], "damage": False})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    handler.stop = lambda: (server.shutdown(), server.server_close())
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield handler
-    handler.stop()
-    thread.join()
-
-
-def test_a_hub_id_is_downloaded_once(hub, tiny_checkpoint):
-    """First from the hub, then from the cache with the hub gone; the same model as from the directory."""
-    reference = weights.load_backbone(tiny_checkpoint)
-    assert_same(weights.load_backbone("some/good"), reference)
-    gets = [request.split()[1] for request in hub.requests if request.startswith("GET")]
-    assert sorted(gets) == ["config.json", "model.safetensors", "preprocessor_config.json"]
-    hub.requests.clear()
-    hub.stop()
-    assert_same(weights.load_backbone("some/good"), reference)
-    assert not hub.requests
-
-
-@pytest.mark.parametrize("suffix", ["bin", "sharded bin", "sharded safetensors"])
-def test_repositories_without_a_whole_safetensors_file_work(hub, tmp_path, tiny_checkpoint, suffix):
-    """Only `pytorch_model.bin`, or shards: everything needed is fetched, and nothing twice."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    if suffix == "bin":
-        torch.save(tiny_tensors(), folder / "pytorch_model.bin")
-    else:
-        shard(folder, tiny_tensors(), suffix.split()[1])
-    (folder / "config.json").write_text(json.dumps(tiny_config()))
-    hub.files["some/other"] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert_same(weights.load_backbone("some/other"), weights.load_backbone(tiny_checkpoint))
-    gets = [request.split()[1] for request in hub.requests if request.startswith("GET")]
-    assert sorted(gets) == sorted(hub.files["some/other"])
-    hub.stop()
-    weights.load_backbone("some/other")
-
-
-def test_the_published_emotion_model_is_found_by_its_hub_id(hub, published_model):
-    """Through `run.load_run`, as predict.py asks for it."""
-    folder, theirs = published_model
-    hub.files["some/emotion"] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert_published(theirs, run.load_run("some/emotion"), [4000])
-    with pytest.raises(FileNotFoundError, match=r"some/typo: no run here; .*is neither a path here nor a repository"):
-        run.load_run("some/typo")
-
-
-def test_a_download_that_was_cut_off_is_continued(hub, tmp_path, tiny_checkpoint):
-    """With the index and one of two shards in the cache, the other is fetched: half a checkpoint is none."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    shard(folder, tiny_tensors(), "safetensors")
-    (folder / "config.json").write_text(json.dumps(tiny_config()))
-    files = hub.files["some/other"] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    second = files.pop("model-00002-of-00002.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00002\.safetensors"):
-        weights.load_backbone("some/other")
-    files["model-00002-of-00002.safetensors"] = second
-    assert_same(weights.load_backbone("some/other"), weights.load_backbone(tiny_checkpoint))
-
-
-def test_settings_are_fetched_before_weights(hub):
-    """... so that weights in the cache always have their settings beside them."""
-    weights.load_backbone("some/good")
-    gets = [request.split()[1] for request in hub.requests if request.startswith("GET")]
-    assert gets[-1] == "model.safetensors"
-
-
-def test_a_damaged_download_is_refused_and_removed(hub, tmp_path, tiny_checkpoint):
-    """The SHA-256 does not fit: nothing stays in the cache, and the next attempt succeeds."""
-    hub.damage = True
-    with pytest.raises(ValueError, match=r"model\.safetensors arrived damaged .*run again"):
-        weights.load_backbone("some/good")
-    assert not list((tmp_path / "cache").rglob("model.safetensors"))
-    hub.damage = False
-    assert_same(weights.load_backbone("some/good"), weights.load_backbone(tiny_checkpoint))
-
-
-def test_a_repository_that_is_not_there_is_one_clear_error(hub):
-    """Not `UnavailableError`, which stands for the network: a mistyped name must never pass for that."""
-    hub.files["some/empty"] = {"README.md": b"no weights"}
-    with pytest.raises(FileNotFoundError, match=r"some/typo is neither a path here nor a repository") as error:
-        weights.load_backbone("some/typo")
-    assert not isinstance(error.value, weights.UnavailableError)
-    with pytest.raises(FileNotFoundError, match=r"the hub's some/empty holds none of model\.safetensors, "):
-        weights.load_backbone("some/empty")
-    with pytest.raises(FileNotFoundError, match=r"backbone: a--b/c\.\.d is neither a path here nor a repository"):
-        weights.load_backbone("a--b/c..d")
-
-
-@pytest.mark.parametrize("offline", [False, True], ids=["server gone", "HF_HUB_OFFLINE"])
-def test_without_a_network_the_answer_is_quick_and_quiet(hub, monkeypatch, caplog, capfd, offline):
-    """One attempt, no retries, not a line of the library's: `UnavailableError` with the ways out."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    sleeps = []
-    monkeypatch.setattr("time.sleep", sleeps.append)
-    if offline:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    else:
-        hub.stop()
-    with pytest.raises(weights.UnavailableError, match=r"some/good is neither .*give `backbone` .*or connect") as error:
-        weights.load_backbone("some/good")
-    assert "\n" not in str(error.value)
-    assert not sleeps and not hub.requests and not caplog.records
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_full_disk_is_not_taken_for_a_missing_network(hub, monkeypatch):
-    """`UnavailableError` lets the demo go on with random weights; other trouble must not."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-
-    def full(*_, **__) -> str:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
-    with pytest.raises(OSError, match="No space left on device") as error:
-        weights.load_backbone("some/good")
-    assert not isinstance(error.value, weights.UnavailableError)
-
-
-# ---------------------------------------------------------------- random weights
-
-
-def test_random_weights_are_the_same_for_the_same_seed():
-    """The demo without a network is reproducible: a golden sum, and every parameter finite."""
-    config = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=2, heads=4, ffn=128)
-    one, same, other = (weights.random_backbone(config, seed) for seed in (0, 0, 1))
-    assert_same(one, same)
-    assert not torch.equal(one.layers[0].attention.q.weight, other.layers[0].attention.q.weight)
-    assert all(parameter.isfinite().all() for parameter in one.parameters()) and not one.training
-    total = sum(parameter.double().abs().sum().item() for parameter in one.parameters())
-    assert total == pytest.approx(5237.5649, rel=1e-6)
-
-
-@torch.no_grad()
-def test_random_weights_keep_the_signal():
-    """Features and hidden states of the base shape have a usable scale: nothing vanishes on the way."""
-    backbone = weights.random_backbone(Wav2Vec2Config(layers=1))
-    features, lengths = backbone.feature_encoder([speech_like(4000)])
-    assert 0.05 < features.std() < 20
-    assert 0.5 < backbone(features, lengths).std() < 2
-
-
-# ---------------------------------------------------------------- writing
-
-
-ARCHITECTURES = {
-    "group, post-norm": {},
-    "layer, pre-norm, bias": {"conv_norm": "layer", "pre_norm": True, "conv_bias": True},
-    "layer, post-norm": {"conv_norm": "layer"},
-    "group, pre-norm, bias": {"pre_norm": True, "conv_bias": True},
-    "odd sizes": {
-        "conv_channels": (8, 16, 24, 32, 40, 48, 56),
-        "position_kernel": 15,
-        "position_groups": 4,
-        "norm_eps": 1e-4,
-        "normalize_waveform": False,
-    },
-    "WavLM": {"relative_buckets": 320},
-    "WavLM large": {"relative_buckets": 64, "relative_distance": 99, "conv_norm": "layer", "pre_norm": True},
-}
-
-
-def small_backbone(**settings) -> Wav2Vec2:
-    """Random, small, every parameter with a value of its own."""
-    sizes = {"conv_channels": (32,) * 7, "width": 64, "layers": 2, "heads": 4, "ffn": 96}
-    return perturb(weights.random_backbone(Wav2Vec2Config(**{**sizes, **settings})))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("settings", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_a_backbone_that_is_written_is_the_one_that_is_read(tmp_path, settings):
-    """Bitwise, with its architecture, the positional convolution's weight norm folded; a tap of zeros stays zeros."""
-    backbone = small_backbone(**settings)
-    backbone.position.conv.weight[:, :, 3] = 0
-    weights.save_backbone(backbone, tmp_path / "new" / "folder")
-    assert_same(weights.load_backbone(tmp_path / "new" / "folder"), backbone)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("settings", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_transformers_reads_what_is_written(transformers, tmp_path, settings):
-    """Without a missing or unexpected key; every hidden state within 1e-4, and its feature extractor normalises so."""
-    backbone = small_backbone(**settings)
-    weights.save_backbone(backbone, tmp_path)
-    kind = transformers.WavLMModel if "relative_buckets" in settings else transformers.Wav2Vec2Model
-    theirs, loading = kind.from_pretrained(tmp_path, output_loading_info=True)
-    assert {key: names for key, names in loading.items() if names} == {}
-    for samples in (400, 7331):
-        waveform = speech_like(samples)
-        output = theirs.eval()(waveform[None], output_hidden_states=True)
-        expected = [*output.hidden_states[:-1], output.last_hidden_state]
-        for depth, (a, b) in enumerate(zip(backbone.hidden_states([waveform]), expected, strict=True)):
-            assert torch.allclose(a[0], b[0], rtol=0, atol=1e-4), (samples, depth)
-    extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(tmp_path)
-    assert extractor.do_normalize == backbone.config.normalize_waveform
-
-
-def test_a_backbone_can_replace_the_file_that_it_is_mapped_from(tmp_path):
-    """Its weights lie in that file; nothing is left beside it."""
-    first, other = small_backbone(), small_backbone(ffn=80)
-    weights.save_backbone(first, tmp_path)
-    mapped = weights.load_backbone(tmp_path)
-    weights.save_backbone(mapped, tmp_path)
-    assert_same(weights.load_backbone(tmp_path), first)
-    weights.save_backbone(other, tmp_path)
-    assert_same(weights.load_backbone(tmp_path), other)
-    assert_same(mapped, first)
-    names = {"config.json", "model.safetensors", "preprocessor_config.json"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-
-
-def test_what_is_no_whole_backbone_is_not_written(tmp_path):
-    """One with LoRA in it, and one whose prefix was dropped: an error, and no file."""
-    backbone = small_backbone()
-    backbone.layers[0].to_empty(device="meta")
-    with pytest.raises(ValueError, match=r"layers\.0\.\S+ is not in memory"):
-        weights.save_backbone(backbone, tmp_path)
-    backbone = small_backbone()
-    inject(backbone, 2, 2.0, ["q"])
-    with pytest.raises(ValueError, match=r"layers\.0\.attention\.q\.A has no place; merge LoRA first"):
-        weights.save_backbone(backbone, tmp_path)
-    assert list(tmp_path.iterdir()) == []
