@@ -9,10 +9,10 @@ Nothing is padded, cropped or normalised here: an utterance is its samples, and 
 """
 
 import csv
-import io
 import math
 import numbers
 import os
+import re
 import stat
 import struct
 import sys
@@ -44,6 +44,9 @@ MIN_SAMPLE_RATE = 1000  # Hz; less is a damaged header, and a second becomes hou
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
 MAX_SAMPLES = 1 << 30  # of a file, at its rate and at 16 kHz: 6 hours at 48 kHz, 4 GB; FLAC packs silence to nothing
 
+BY_SOUNDFILE = {"WAV", "WAVEX", "RF64", "FLAC", "HTK", "MAT4", "MAT5", "MPC2K", "SD2", "SDS", "WVE", "XI"}
+PART = re.compile(r"(.+)#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)?", re.DOTALL)  # W3C Media Fragments
+
 Notes = dict[str, list[str]]  # what was left out of a corpus or is odd, and the names of the files
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -63,6 +66,16 @@ class Utterance:
     split: str
     speaker: str
     labels: dict[str, float]
+    start: float = 0.0  # seconds
+    end: float | None = None  # None: the end of the file
+
+    @property
+    def source(self) -> str:
+        """What `read_audio` takes and a cache knows it by: the path, or `path#t=START,END` for a part of the file."""
+        if self.start == 0 and self.end is None:
+            return self.path
+        times = (f"{time:.6f}".rstrip("0").rstrip(".") for time in (self.start, self.end) if time is not None)
+        return f"{self.path}#t={','.join(times)}" + ("," if self.end is None else "")
 
 
 class Problem(NamedTuple):
@@ -279,38 +292,40 @@ def label_problems(
 def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float]:
     """Seconds of each utterance, in order; one ValueError lists every file that `read_audio` would refuse.
 
-    The header is enough for integer PCM in WAV, which declares its size and cannot hold NaN. All else is
-    decoded.
+    The header is enough for integer PCM in WAV, which declares its length and cannot hold NaN. All else is decoded.
     """
+    sources = list(dict.fromkeys(utterance.source for utterance in utterances))
 
-    def check(utterance: Utterance) -> float | str:
+    def length(source: str) -> float | str:
         try:
-            _, samples, sample_rate = read_original(utterance.path, decode_pcm=False)
+            _, samples, sample_rate = read_original(source, decode_pcm=False)
             return samples / sample_rate
         except (FileNotFoundError, ValueError) as problem:
             return str(problem)
 
     # In parts, as a file's header takes less time than handing it to a thread.
-    parts = [utterances[start : start + 64] for start in range(0, len(utterances), 64)]
+    parts = [sources[start : start + 64] for start in range(0, len(sources), 64)]
     with ThreadPoolExecutor(threads) as pool:
-        checked = [each for part in pool.map(lambda part: [check(u) for u in part], parts) for each in part]
+        checked = [each for part in pool.map(lambda part: [length(source) for source in part], parts) for each in part]
     # The limit is for a wrong folder, where each of 100,000 files is missing.
     raise_listed("bad audio files", [problem for problem in checked if isinstance(problem, str)], limit=1000)
-    return checked
+    seconds = dict(zip(sources, checked, strict=True))
+    return [seconds[utterance.source] for utterance in utterances]
 
 
-def read_audio(path: str | Path) -> Tensor:
+def read_audio(source: str | Path) -> Tensor:
     """An audio file of any rate, width, channel count and format as (S,) float32, 16 kHz; channels averaged.
 
-    Raises FileNotFoundError, or ValueError for a file that is empty, not audio, truncated, not finite or
-    shorter than MIN_SAMPLES. Truncation is noticed in WAV, FLAC, OGG, Opus, and MP3 that declares its length.
+    `source` is a path, or `path#t=START,END` in seconds for a part of the file (see `Utterance.source`). Raises
+    FileNotFoundError, or ValueError for a file that is empty, not audio, truncated, not finite or shorter than
+    MIN_SAMPLES.
     """
-    waveform, _, sample_rate = read_original(str(path))
+    waveform, _, sample_rate = read_original(str(source))
     return resample(waveform, sample_rate)
 
 
-def resample(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
-    """(S,) floats at any integer rate in Hz -> (ceil(S * 16000 / rate),) float32 at 16 kHz."""
+def resample(waveform: Tensor | np.ndarray, sample_rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:
+    """(S,) floats at any integer rate in Hz -> (ceil(S * new_rate / rate),) float32 at 16 kHz or another new rate."""
     if not isinstance(sample_rate, numbers.Integral) or not 0 < sample_rate <= MAX_SAMPLE_RATE:
         expected = f"an integer from 1 to {MAX_SAMPLE_RATE} Hz"
         raise ValueError(f"sample_rate: found {sample_rate!r}, expected {expected}")
@@ -319,47 +334,77 @@ def resample(waveform: Tensor | np.ndarray, sample_rate: int) -> Tensor:
         found = f"{tuple(waveform.shape)} {waveform.dtype}"
         raise ValueError(f"waveform: found {found}, expected one channel (S,) of floats in -1..1")
     waveform = waveform.float()
-    if sample_rate == SAMPLE_RATE:
+    if sample_rate == new_rate:
         return waveform
     from scipy.signal import resample_poly  # here, since it takes a second and 70 MB to import
 
-    common = math.gcd(SAMPLE_RATE, int(sample_rate))
+    common = math.gcd(new_rate, int(sample_rate))
     # scipy, not torchaudio, so that the numbers do not depend on what else is installed.
-    resampled = resample_poly(waveform.cpu().numpy(), SAMPLE_RATE // common, int(sample_rate) // common)
+    resampled = resample_poly(waveform.cpu().numpy(), new_rate // common, int(sample_rate) // common)
     return torch.from_numpy(resampled.astype(np.float32))
 
 
-def read_original(path: str, decode_pcm: bool = True) -> tuple[np.ndarray | None, int, int]:
+def split_source(source: str) -> tuple[str, float, float | None]:
+    """The path of a source, and where its part starts and ends in seconds; None is the end of the file."""
+    match = PART.fullmatch(source)
+    if not match or os.path.exists(source):  # a file may have such a name
+        return source, 0.0, None
+    path, start, end = match.groups()
+    return path, float(start), float(end) if end else None
+
+
+def read_original(source: str, decode_pcm: bool = True) -> tuple[np.ndarray | None, int, int]:
     """The mono waveform (S,) at the file's own rate, S, and the rate; raises as `read_audio` does.
 
     Without `decode_pcm` the waveform of integer PCM in WAV is left out: None.
     """
+    path, start, end = split_source(source)
     try:
-        with _open(path) as sound:
-            samples, sample_rate, waveform = sound.frames, sound.samplerate, None
-            if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
-                raise ValueError(f"its header declares a sample rate of {sample_rate} Hz; convert it again")
-            if decode_pcm or sound.format not in ("WAV", "WAVEX") or not sound.subtype.startswith("PCM_"):
-                waveform = _decode(sound)
+        waveform, samples, sample_rate = _decode(path, start, end, decode_pcm)
+        if end is not None and samples < round(end * sample_rate) - round(start * sample_rate):
+            raise ValueError(f"its part {start:g} to {end:g} s ends after the file; correct `end`")
         at_16k = -(-samples * SAMPLE_RATE // sample_rate)  # rounded up, as `resample` does
         if at_16k < MIN_SAMPLES:
             found = f"{at_16k} samples at 16 kHz"
             raise TooShortError(f"too short: {found}, expected at least {MIN_SAMPLES}; leave it out")
-        require_length(samples, sample_rate)
+        if waveform is not None and not np.isfinite(waveform).all():
+            raise ValueError("holds NaN or infinite samples; convert it again or leave it out")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such audio file; check the path or leave it out") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except TooShortError as problem:
-        raise TooShortError(f"{path}: {problem}") from None
     except ValueError as problem:
-        raise ValueError(f"{path}: {problem}") from None
+        kind = TooShortError if isinstance(problem, TooShortError) else ValueError
+        raise kind(f"{source}: {problem}") from None
     return waveform, samples, sample_rate
 
 
-def _open(path: str) -> soundfile.SoundFile:
-    """Open a sound whose end is there: libsndfile reads a WAV or OGG that was cut short without a word."""
-    source: str | io.BytesIO = path
+def _decode(path: str, start: float, end: float | None, decode_pcm: bool) -> tuple[np.ndarray | None, int, int]:
+    """As `read_original`: WAV and FLAC with soundfile, everything else and what has no known length with PyAV."""
+    known = has_known_length(path)
+    try:
+        sound = soundfile.SoundFile(os.fsencode(path)) if known else None
+    except (RuntimeError, TypeError):  # TypeError: a headerless .raw file
+        sound = None
+    if sound is None or sound.format not in BY_SOUNDFILE or sound.frames > 1 << 62:
+        waveform, sample_rate = extra("formats.media", f"{path}: is neither WAV nor FLAC").decode(path, start, end)
+        return waveform, len(waveform), sample_rate
+    with sound:
+        if not MIN_SAMPLE_RATE <= sound.samplerate <= MAX_SAMPLE_RATE:
+            raise ValueError(f"its header declares a sample rate of {sound.samplerate} Hz; convert it again")
+        first = min(round(start * sound.samplerate), sound.frames)
+        last = sound.frames if end is None else min(round(end * sound.samplerate), sound.frames)
+        require_length(last - first, sound.samplerate)
+        pcm = sound.format in ("WAV", "WAVEX") and sound.subtype.startswith("PCM_")
+        waveform = _read_samples(sound, first, last) if decode_pcm or not pcm else None
+        return waveform, last - first, sound.samplerate
+
+
+def has_known_length(path: str) -> bool:
+    """False for a WAV file that a program wrote into a pipe. Raises ValueError for what no decoder should be given.
+
+    libsndfile reads a WAV file that was cut short, or one of two that were joined, without a word.
+    """
     if stat.S_ISFIFO(os.stat(path).st_mode):  # to open it would wait for whoever writes into it
         raise ValueError("is no file but a pipe; leave it out")
     with open(path, "rb") as file:
@@ -368,28 +413,20 @@ def _open(path: str) -> soundfile.SoundFile:
         header = file.read(28)
         if size == 0:
             raise ValueError("empty file (0 bytes); copy it again or leave it out")
-        if header[:4] == b"RIFF" and header[8:12] == b"WAVE":
-            if header[12:16] == b"fmt " and header[24:28] == bytes(4):
-                raise ValueError("its header declares a sample rate of 0 Hz; convert it again")
-            start, declared = _wav_samples(file)
-            found = size - start
-            if found < declared < 0x7FFFF000:  # from there on it is what sox and ffmpeg write into a pipe
-                raise ValueError(f"truncated: {found} of {declared} bytes of samples; copy it again")
-            if declared == 0 < found and int.from_bytes(header[4:8], "little") + 8 != size:
-                # A program that streams wrote 0 and never came back; libsndfile wants the other placeholder.
-                file.seek(0)
-                content = bytearray(file.read())
-                content[start - 4 : start] = b"\xff" * 4
-                source = io.BytesIO(content)
-        elif header[:4] == b"OggS" and not _ogg_ends(file, size):
-            raise ValueError("truncated: the last OGG page is cut or not marked as the last; copy it again")
-    try:
-        return soundfile.SoundFile(source)
-    except (
-        RuntimeError,
-        TypeError,
-    ):  # TypeError: headerless .raw. libsndfile's own reasons mislead (see MP3)
-        raise ValueError("not audio that soundfile reads; convert it to WAV, FLAC, OGG or MP3") from None
+        if header[:4] != b"RIFF" or header[8:12] != b"WAVE":
+            return True
+        if header[12:16] == b"fmt " and header[24:28] == bytes(4):
+            raise ValueError("its header declares a sample rate of 0 Hz; convert it again")
+        start, declared = _wav_samples(file)
+        found = size - start
+        if declared >= 0x7FFFF000 or (declared == 0 < found and int.from_bytes(header[4:8], "little") + 8 != size):
+            return False  # placeholders of programs that do not know the length when they write the header
+        if found < declared:
+            raise ValueError(f"truncated: {found} of {declared} bytes of samples; copy it again")
+        file.seek(start + declared)
+        if file.read(4) == b"RIFF":
+            raise ValueError("a second WAV file is joined to its end; split them")
+    return True
 
 
 def _wav_samples(file: BinaryIO) -> tuple[int, int]:
@@ -403,35 +440,24 @@ def _wav_samples(file: BinaryIO) -> tuple[int, int]:
     raise ValueError("truncated: a WAV header without samples; copy it again")
 
 
-def _ogg_ends(file: BinaryIO, size: int) -> bool:
-    """Whether an OGG file closes with a whole page that is marked as the last of its stream."""
-    file.seek(max(0, size - 65_307))  # the largest page there can be
-    tail = file.read()
-    page = tail[max(0, tail.rfind(b"OggS")) :]
-    return len(page) > 27 and page[5] & 4 > 0 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
-
-
 def require_length(samples: int, sample_rate: int) -> None:
     if samples * max(1, SAMPLE_RATE / sample_rate) > MAX_SAMPLES:
         raise ValueError(f"is longer than {MAX_SAMPLES} samples; cut it into several files")
 
 
-def _decode(sound: soundfile.SoundFile) -> np.ndarray:
-    """All samples with the channels averaged: (S,) float32 at the own rate; part by part, for hours of stereo."""
-    parts = [np.empty(0, np.float32)]
+def _read_samples(sound: soundfile.SoundFile, first: int, last: int) -> np.ndarray:
+    """Samples `first` to `last` with the channels averaged: (S,) float32; block by block, for hours of stereo."""
+    blocks, left = [np.empty(0, np.float32)], last - first
     try:
-        size, count = max(1, BLOCK // sound.channels), 0
-        while len(part := sound.read(size, dtype="float32", always_2d=True)):  # (S, channels)
-            parts.append(part.mean(axis=1))
-            require_length(count := count + len(part), sound.samplerate)
+        sound.seek(first)
+        while left and len(block := sound.read(min(left, max(1, BLOCK // sound.channels)), "float32", always_2d=True)):
+            blocks.append(block.mean(axis=1))  # (S, channels) -> (S,)
+            left -= len(block)
     except RuntimeError as error:
         raise ValueError(f"truncated or damaged: {error}; copy or convert it again") from None
-    samples = np.concatenate(parts)
-    if len(samples) < sound.frames:
-        raise ValueError(f"truncated: {len(samples)} of {sound.frames} samples; copy it again")
-    if not np.isfinite(samples).all():
-        raise ValueError("holds NaN or infinite samples; convert it again or leave it out")
-    return samples
+    if left:
+        raise ValueError(f"truncated: {last - first - left} of {last - first} samples; copy it again")
+    return np.concatenate(blocks)
 
 
 # ---------------------------------------------------------------- scales and batches

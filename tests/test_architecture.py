@@ -21,6 +21,7 @@ LIBRARY = {  # what of ours a module may import: at its top, and inside a functi
     "results": ({"data", "metrics"}, {}),
     "demo": (set(), {}),
     "data": ({"config"}, {}),
+    "media": ({"data"}, {}),
     "tree": ({"data"}, {}),
     **{name: ({"data", "tree"}, {}) for name in ("iemocap", "msp_improv", "msp_podcast", "muse")},
     "published": ({"data", "demo", "emotale", "iemocap", "msp_improv", "msp_podcast", "muse"}, {}),

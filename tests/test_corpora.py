@@ -445,7 +445,7 @@ def write_wav(waveform, rate=16_000):
 
 PROBLEMS = {  # kind: exit code, how to make the file, the row of the manifest, what is said
     "missing": (2, lambda path: None, "bad.wav,train,s9,4,4", "no such audio file"),
-    "unreadable": (2, lambda path: path.write_text("text" * 99), "bad.wav,train,s9,4,4", "not audio that soundfile"),
+    "unreadable": (2, lambda path: path.write_text("text" * 99), "bad.wav,train,s9,4,4", "not audio that can be read"),
     "too short": (2, write_wav(sound(0.02)), "bad.wav,train,s9,4,4", "320 samples at 16 kHz, expected at least 400"),
     "too long": (1, write_wav(sound(61.0)), "bad.wav,train,s9,4,4", "61.0 s, expected at most 60 s"),
     "silent": (1, write_wav(0.2 + np.zeros(8000)), "bad.wav,train,s9,4,4", "of full scale"),
