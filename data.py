@@ -8,6 +8,7 @@
 Nothing is padded, cropped or normalised here: an utterance is its samples, and its length is its own.
 """
 
+import codecs
 import csv
 import math
 import numbers
@@ -22,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TextIO, TypeVar
 
 import numpy as np
 import soundfile
@@ -33,8 +35,10 @@ from torch import Tensor
 from config import extra
 
 SPLITS = ("train", "dev", "test")
-REQUIRED_COLUMNS = ("path", "split", "speaker", "activation", "valence")
+REQUIRED_COLUMNS = ("path", "split", "speaker")
 LABEL_COLUMNS = ("activation", "valence", "dominance")
+SYNONYMS = {"activation": "arousal", "arousal": "activation"}
+RANGES = [(0, 1), (-1, 1), (1, 5), (1, 7), (1, 9), (0, 10), (0, 100)]  # scales in use, the likely before the wide
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # at the start of a cell; the last are the wide = + - @
 
 SAMPLE_RATE = 16_000  # Hz, what every Wav2Vec 2.0 was trained on
@@ -87,17 +91,10 @@ class Problem(NamedTuple):
 
 
 def load_corpus(
-    name: str,
-    root: str | None = None,
-    manifest: str | None = None,
-    fold: int | None = None,
-    test_set: str | None = None,
-    dev_set: str | None = None,
-    flip_activation: bool | None = None,
+    name: str, root: str | None = None, manifest: str | None = None, fold: int | None = None, **keys: Any
 ) -> list[Utterance]:
     """The utterances of a corpus. What was left out of it or is odd is printed to stderr. See `read_corpus`."""
-    keys = {"fold": fold, "test_set": test_set, "dev_set": dev_set, "flip_activation": flip_activation}
-    utterances, notes = read_corpus(name, root, manifest, **keys)
+    utterances, notes = read_corpus(name, root, manifest, fold=fold, **keys)
     for note, files in notes.items():
         examples = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
         say_once(f"warning: {root}: {note}" + (f": {len(files):,} ({examples})" if files else ""))
@@ -105,21 +102,29 @@ def load_corpus(
 
 
 def read_corpus(
-    name: str, root: str | None = None, manifest: str | None = None, **keys: str | int | None
+    name: str,
+    root: str | None = None,
+    manifest: str | None = None,
+    targets: Sequence[str] | None = None,
+    **keys: str | int | None,
 ) -> tuple[list[Utterance], Notes]:
     """The utterances of a corpus, and what a user should know of them.
 
-    "manifest" is a CSV file; every other name is a corpus that `corpora.published` reads from the folder `root`, and
-    `keys` are those of the configuration that choose a part of it. Raises FileNotFoundError or ValueError for an
-    unknown name, a key that the corpus does not use, and files that are not as published.
+    "manifest" is a CSV file with a column for each of `targets`; every other name is a corpus that `corpora.published`
+    reads from the folder `root`, and `keys` are those of the configuration that choose a part of it. Raises
+    FileNotFoundError or ValueError for an unknown name, a key that the corpus does not use, and files that are not as
+    published.
     """
     keys = {"data_root": root, "manifest": manifest} | keys
     if name != "manifest":
-        return extra("corpora.published", f"corpus: {name}").read(name, keys)
+        utterances, notes = extra("corpora.published", f"corpus: {name}").read(name, keys)
+        for utterance in utterances if "arousal" in (targets or ()) else ():
+            utterance.labels["arousal"] = utterance.labels.get("activation", math.nan)
+        return utterances, notes
     require_used(name, keys, ["manifest"])
     if manifest is None:
         raise ValueError("manifest: found nothing, but corpus 'manifest' needs a CSV; set `manifest: FILE`")
-    return read_manifest(manifest), {}
+    return read_manifest(manifest, targets), {}
 
 
 def require_used(name: str, keys: dict[str, str | int | None], used: Sequence[str]) -> None:
@@ -129,13 +134,23 @@ def require_used(name: str, keys: dict[str, str | int | None], used: Sequence[st
             raise ValueError(f"{key}: corpus {name!r} has no use for it, found {value!r}; remove the key")
 
 
-def find_label_range(name: str, label_range: Sequence[float] | None) -> tuple[float, float]:
-    """The range as configured, else the one that the corpus was published with. Raises ValueError."""
-    if label_range is None:
-        if name == "manifest":
-            raise ValueError(f"label_range: corpus {name!r} has none of its own; set it, e.g. label_range: [1, 7]")
-        label_range = extra("corpora.published", f"corpus: {name}").CORPORA[name].label_range
-    return tuple(label_range)
+def find_label_range(
+    name: str, label_range: Sequence[float] | None, utterances: Sequence[Utterance] = (), targets: Sequence[str] = ()
+) -> tuple[float, float]:
+    """The range as configured, else the one that the corpus was published with.
+
+    A manifest has none of its own: the ValueError proposes the range that the labels suggest.
+    """
+    if label_range is not None:
+        return tuple(label_range)
+    if name != "manifest":
+        return extra("corpora.published", f"corpus: {name}").CORPORA[name].label_range
+    found = [utterance.labels[target] for utterance in utterances for target in targets if target in utterance.labels]
+    found = [label for label in found if math.isfinite(label)] or [1.0, 7.0]
+    low, high = min(found), max(found)
+    likely = [each for each in RANGES if each[0] <= low and high <= each[1]] + [(math.floor(low), math.ceil(high))]
+    advice = f"the labels, {low:g} to {high:g}, suggest this line:\nlabel_range: [{likely[0][0]}, {likely[0][1]}]"
+    raise ValueError(f"label_range: corpus {name!r} has none of its own; {advice}")
 
 
 @cache
@@ -147,43 +162,64 @@ def say_once(line: str) -> None:
 # ---------------------------------------------------------------- manifests
 
 
-def read_manifest(path: str | Path) -> list[Utterance]:
-    """Read a CSV `path,split,speaker,activation,valence[,dominance]` in UTF-8; other columns are ignored.
+def read_manifest(path: str | Path, targets: Sequence[str] | None = None) -> list[Utterance]:
+    """Read a CSV `path,split,speaker[,start,end]` with a column for each target, in UTF-8; other columns are ignored.
 
-    Relative audio paths are relative to the manifest; an empty label cell means that there is no such label.
-    Raises FileNotFoundError, or one ValueError that lists the bad rows by line.
+    `start` and `end` in seconds make the utterance a part of the file; both may be empty. Without `targets` the labels
+    are those of LABEL_COLUMNS that are there. Relative audio paths are relative to the manifest; an empty label cell
+    means that there is no such label. Raises FileNotFoundError, or one ValueError that lists the bad rows by line.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such manifest; check the key `manifest`")
     with reading(path, "manifest") as file:
-        return parse_manifest(path, file)
+        return parse_manifest(path, file, targets)
 
 
-def parse_manifest(path: str | Path, file: TextIO) -> list[Utterance]:
+def find_columns(path: str | Path, header: Sequence[str], targets: Sequence[str] | None) -> dict[str, int]:
+    """Where the columns of a manifest are; that of a label may be called by its other word, in capitals too."""
+    if not any(header):
+        raise ValueError(f"{path}: the manifest is empty, expected a header {','.join(REQUIRED_COLUMNS)}, and targets")
+    at, missing = {}, []
+    for name in (*REQUIRED_COLUMNS, "start", "end", *(LABEL_COLUMNS if targets is None else targets)):
+        words = (
+            [name] if name in (*REQUIRED_COLUMNS, "start", "end") else [name, SYNONYMS.get(name, name), name.lower()]
+        )
+        words += [SYNONYMS.get(name, name).capitalize(), name.capitalize()] if len(words) > 1 else []
+        if found := [word for word in words if word in header]:
+            at[name] = header.index(found[0])
+            if header.count(found[0]) > 1:
+                raise ValueError(f"{path}: column {found[0]} is there more than once; found {header}")
+        elif name in REQUIRED_COLUMNS or name in (targets or ()):
+            missing.append(name)
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; found {list(header)}, separated by commas")
+    return at
+
+
+def parse_manifest(path: str | Path, file: TextIO, targets: Sequence[str] | None = None) -> list[Utterance]:
     """The rows of an open manifest; `path` is what relative audio paths are relative to."""
     reader = csv.reader(file)
     header = [cell.strip() for cell in next(reader, [])]
-    if not any(header):
-        raise ValueError(f"{path}: the manifest is empty, expected a header {','.join(REQUIRED_COLUMNS)}")
-    if missing := [column for column in REQUIRED_COLUMNS if column not in header]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; found {header}, separated by commas")
-    if twice := [column for column in (*REQUIRED_COLUMNS, *LABEL_COLUMNS) if header.count(column) > 1]:
-        raise ValueError(f"{path}: column {twice[0]} is there more than once; found {header}")
-    at = {column: header.index(column) for column in header}
-    targets = [(target, at[target]) for target in LABEL_COLUMNS if target in at]
+    at = find_columns(path, header, targets)
+    times, labelled = [name for name in ("start", "end") if name in at], set(at) - {*REQUIRED_COLUMNS, "start", "end"}
+    labelled = [name for name in at if name in labelled]
     folder = os.path.dirname(os.path.abspath(path))
     utterances, problems = [], []
-    for row in filter(any, reader):  # not the blank lines
+    for row in reader:
+        if not any(map(str.strip, row)):  # a blank line
+            continue
         try:
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells, expected {len(header)}")
-            audio, split, speaker = (row[at[column]].strip() for column in REQUIRED_COLUMNS[:3])
-            if not audio:
-                raise ValueError("path is empty")
+            audio, split, speaker = (row[at[column]].strip() for column in REQUIRED_COLUMNS)
             if split not in SPLITS:
                 raise ValueError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
-            labels = {target: number(target, row[i]) for target, i in targets if row[i].strip()}
-            utterances.append(Utterance(os.path.join(folder, audio), split, speaker, labels))
+            labels = {name: number(name, row[at[name]]) for name in labelled if row[at[name]].strip()}
+            part = {name: number(name, row[at[name]]) for name in times if row[at[name]].strip()}
+            start, end = part.get("start", 0.0), part.get("end")
+            if not 0 <= start < (math.inf if end is None else end):
+                raise ValueError(f"start {start:g} and end {end}, expected seconds, the end after the start")
+            utterances.append(Utterance(find_file(folder, audio), split, speaker, labels, start, end))
         except ValueError as problem:
             problems.append(f"line {reader.line_num}: {problem}")
     raise_listed(f"{path}: bad rows in the manifest", problems)
@@ -192,10 +228,25 @@ def parse_manifest(path: str | Path, file: TextIO) -> list[Utterance]:
     return utterances
 
 
+def find_file(folder: str, name: str) -> str:
+    """The path of a file relative to `folder`. Backslashes, as Windows has them, are understood everywhere."""
+    if not name:
+        raise ValueError("path is empty")
+    path = os.path.join(folder, name)
+    if "\\" not in name or os.sep == "\\" or os.path.exists(path):
+        return path
+    if not os.path.exists(path := os.path.join(folder, name.replace("\\", "/"))):
+        raise ValueError(f"path {name!r} has backslashes, and with / there is no such file either")
+    return path
+
+
 @contextmanager
 def reading(path: str | Path, what: str, errors: str = "strict") -> Iterator[TextIO]:
     """A text file, opened; what goes wrong while it is read is one error that names it."""
     try:
+        with open(path, "rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{path}: the {what} is UTF-16; save it as UTF-8")
         with open(path, encoding="utf-8-sig", errors=errors, newline="") as file:  # -sig: Excel writes a mark
             yield file
     except OSError as error:
@@ -257,33 +308,67 @@ def label_problems(
 ) -> list[Problem]:
     """All that is wrong with splits, labels and speakers.
 
-    Right is: each split has utterances, each utterance a finite label within `label_range` (inclusive) for
-    each target, and no speaker is in two splits. A speaker "" or "Unknown" is nobody and may be in all.
+    Right is: each utterance has a finite label within `label_range` (inclusive) for each target, each split has two
+    that differ, no speaker and no part of a file is in two splits, and no part of a file has several labels.
     """
     low, high = label_range
-    present = {utterance.split for utterance in utterances}
-    problems = [Problem("empty split", "", f"split {s!r} has no utterances") for s in SPLITS if s not in present]
-    splits_of = defaultdict(set)
+    problems, splits_of, rows_of, values = [], defaultdict(set), defaultdict(list), defaultdict(set)
     for utterance in utterances:
         splits_of[utterance.speaker].add(utterance.split)
+        rows_of[os.path.normpath(utterance.path)].append(utterance)
         for target in targets:
             value = utterance.labels.get(target)
+            values[utterance.split, target].add(value)
             if value is None:
                 found = ", ".join(utterance.labels) or "none"
-                detail = f"no label for target {target!r}, found {found}"
-                problems.append(Problem("no label", utterance.path, detail))
+                problems.append(Problem("no label", utterance.path, f"no label for target {target!r}, found {found}"))
             elif not math.isfinite(value):
-                detail = f"{target} is {value}, expected a finite number"
-                problems.append(Problem("no label", utterance.path, detail))
+                problems.append(Problem("no label", utterance.path, f"{target} is {value}, expected a finite number"))
             elif not low <= value <= high:
                 detail = f"{target} is {value:g}, outside `label_range` {low:g} to {high:g}"
                 problems.append(Problem("label outside the range", utterance.path, detail))
+    return [*split_problems(values, targets), *problems, *shared_problems(splits_of, rows_of, allow_speaker_overlap)]
+
+
+def split_problems(values: dict[tuple[str, str], set[float | None]], targets: Sequence[str]) -> list[Problem]:
+    """Splits that are empty, or of which no CCC exists."""
+    problems = []
+    for split in SPLITS:
+        if not any((split, target) in values for target in targets):
+            problems.append(Problem("empty split", "", f"split {split!r} has no utterances"))
+            continue
+        for target in targets:
+            if len(values[split, target] - {None}) == 1:
+                detail = f"split {split!r} has no two different labels of {target}; its CCC would be 0/0"
+                problems.append(Problem("constant labels", "", detail))
+    return problems
+
+
+def shared_problems(
+    splits_of: dict[str, set[str]], rows_of: dict[str, list[Utterance]], allow_speaker_overlap: bool
+) -> list[Problem]:
+    """Speakers and files that are in two splits, and files with several labels."""
+    problems = []
+    for path, rows in rows_of.items():
+        rows.sort(key=lambda row: (row.start, row.end or math.inf))
+        for row, other in pairwise(rows):
+            if row.split != other.split and other.start < (row.end or math.inf):
+                detail = f"is in {row.split} and in {other.split}; an utterance belongs to one split"
+                problems.append(Problem("file in two splits", path, detail))
+            elif row.source == other.source and row.labels != other.labels:
+                detail = "has several rows with different labels; for parts of a file, give columns `start` and `end`"
+                problems.append(Problem("several labels", path, detail))
     for speaker, splits in splits_of.items():
-        if len(splits) > 1 and speaker.lower() not in ("", "unknown") and not allow_speaker_overlap:
+        if len(splits) > 1 and not is_nobody(speaker) and not allow_speaker_overlap:
             shared = " and ".join(split for split in SPLITS if split in splits)
             detail = f"speaker {speaker!r} is in {shared}; part them, or set `allow_speaker_overlap: true`"
             problems.append(Problem("speaker overlap", "", detail))
     return problems
+
+
+def is_nobody(speaker: str) -> bool:
+    """Whether this is no name: utterances of "Unknown" are by as many speakers as there are utterances."""
+    return speaker.strip().lower() in ("", "unknown")
 
 
 # ---------------------------------------------------------------- audio

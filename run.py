@@ -31,17 +31,15 @@ LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 
 def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, float]]:
     """The corpus and the range of its labels, checked. Raises FileNotFoundError or ValueError."""
     utterances = data.load_corpus(**corpus_keys(config))
-    label_range = data.find_label_range(config.corpus, config.label_range)
+    label_range = data.find_label_range(config.corpus, config.label_range, utterances, config.targets)
     data.check_labels(utterances, config.targets, label_range, config.allow_speaker_overlap)
-    if sum(utterance.split == "train" for utterance in utterances) < 2:
-        raise ValueError("split 'train' has one utterance, expected 2 or more: the CCC of one is 0/0")
     return utterances, label_range
 
 
 def corpus_keys(config: Config) -> dict:
     """The arguments of `data.load_corpus`."""
     keys = {key: getattr(config, key) for key in ("manifest", "fold", "test_set", "dev_set", "flip_activation")}
-    return {"name": config.corpus, "root": config.data_root, **keys}
+    return {"name": config.corpus, "root": config.data_root, "targets": config.targets, **keys}
 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:

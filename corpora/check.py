@@ -39,6 +39,9 @@ ERRORS = (  # what training refuses, and what makes scores too good; every other
     "label outside the range",
     "speaker overlap",
     "duplicate in two splits",
+    "constant labels",
+    "file in two splits",
+    "several labels",
 )
 DENSE = 2000  # utterances from which on a picture shows their number in place of each
 LOOKS = {"train": ("#000000", "-", "o"), "dev": ("#0072b2", "--", "^"), "test": ("#d55e00", ":", "s")}
@@ -265,7 +268,7 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     """
     config = load_config(path, overrides)
     utterances, notes = data.read_corpus(**run.corpus_keys(config))
-    label_range = data.find_label_range(config.corpus, config.label_range)
+    label_range = data.find_label_range(config.corpus, config.label_range, utterances, config.targets)
     problems = data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap)
     problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
     chosen = {"fold": config.fold, "test_set": config.test_set, "dev_set": config.dev_set}
