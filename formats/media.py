@@ -14,7 +14,8 @@ from typing import BinaryIO
 import av
 import numpy as np
 
-from data import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_length, resample, say_once
+from data import say_once
+from machine.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_length, resample
 
 LOSSLESS = {"aiff", "au", "caf", "w64", "flac", "avr", "epaf", "iff", "ircam", "pvf"}  # declare samples
 LOSSY = {"mov", "matroska", "asf", "avi"}  # declare a time, to which codecs round and pad
