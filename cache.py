@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from machine.audio import split_source
 from machine.writing import replace, write_text
 
 SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
@@ -280,7 +281,7 @@ def name_of(directory: Path) -> str:
 def file_state(path: str) -> tuple[int, int] | None:
     """Size and time of change, by which a replaced audio file is noticed."""
     try:
-        status = os.stat(path)
+        status = os.stat(split_source(path)[0])
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns

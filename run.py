@@ -112,7 +112,7 @@ def build_caches(words: Sequence[str]) -> dict[str, dict]:
         precision = pick_precision(config.precision, device)
         with parallel.first_alone():  # it writes the demo corpus
             utterances, label_range = load_utterances(config)
-        audio = tuple(utterance.path for utterance in utterances)
+        audio = tuple(utterance.source for utterance in utterances)
         seconds = seconds_of(audio)  # before the model, as it names what is wrong with the corpus
         with parallel.first_alone():  # it downloads
             model, identity = build_model(config, label_range)

@@ -162,7 +162,7 @@ def train(config: Config) -> dict:
     # Data
     with parallel.first_alone():  # it writes the demo corpus
         utterances, label_range = run.load_utterances(config)
-    paths, seconds = [utterance.path for utterance in utterances], data.check_audio(utterances)
+    paths, seconds = [utterance.source for utterance in utterances], data.check_audio(utterances)
     labels = torch.tensor([[utterance.labels[target] for target in config.targets] for utterance in utterances])
     labels = data.scale_labels(labels, label_range)
     split = {name: [i for i, u in enumerate(utterances) if u.split == name] for name in data.SPLITS}
@@ -351,7 +351,7 @@ def advise_on_memory(
 
 def describe(name: str, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> dict:
     """The corpus in numbers: utterances, speakers and hours of each split; and a SHA-256 of all but paths and sound."""
-    rows = [[Path(u.path).name, u.split, u.speaker, u.labels, s] for u, s in zip(utterances, seconds, strict=True)]
+    rows = [[Path(u.source).name, u.split, u.speaker, u.labels, s] for u, s in zip(utterances, seconds, strict=True)]
     corpus: dict = {"name": name, "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
     for split in data.SPLITS:
         chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == split]
@@ -401,14 +401,19 @@ def summarise(
 def write_predictions(
     path: Path, targets: Sequence[str], utterances: Sequence[data.Utterance], predictions: np.ndarray
 ) -> None:
-    """CSV of the test set: file, speaker, prediction and label of every target, all in the corpus scale."""
+    """CSV of the test set: file, speaker, prediction and label of every target, all in the corpus scale.
+
+    Where utterances are parts of files, columns `start` and `end` in seconds follow; an empty `end` is the file's.
+    """
+    times = ["start", "end"] if any(utterance.source != utterance.path for utterance in utterances) else []
 
     def save(file: Path) -> None:
         with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets)])
+            writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets), *times])
             for utterance, row in zip(utterances, predictions.tolist(), strict=True):
                 labels = [utterance.labels[target] for target in targets]
+                labels += [getattr(utterance, time) for time in times]
                 names = map(data.text_cell, (utterance.path, utterance.speaker))
                 writer.writerow([*names, *(f"{value:.4f}" for value in row), *labels])
 

@@ -3,8 +3,10 @@
 Every file is made here, by PyAV or soundfile, from a sound of which the right length is known.
 """
 
+import csv
 import io
 import struct
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,8 +14,11 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import yaml
+from conftest import tiny_settings
 
 import data
+import train
 
 RATE = 16_000
 BIT_RATES = {"wmav2": 192_000, "mp2": 192_000, "libopencore_amrnb": 12_200}
@@ -417,3 +422,37 @@ def test_a_file_name_that_is_not_utf_8(tmp_path):
         except OSError:
             pytest.skip("this file system wants UTF-8")
         assert abs(len(data.read_audio(path)) - 4 * RATE) < 2000
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_run_on_parts_of_files(tmp_path, tiny_checkpoint, monkeypatch, cache):
+    """They train and test as the same sounds cut into files do; each has its own entry; predictions have the times."""
+    rng, rows, cut_rows = np.random.default_rng(0), [], []
+    for split in data.SPLITS:
+        sound = voice(seconds=4, seed=len(rows)) + 0.01 * rng.standard_normal(4 * RATE).astype(np.float32)
+        soundfile.write(tmp_path / f"{split}.wav", sound, RATE, "FLOAT")
+        for n in range(4):
+            soundfile.write(tmp_path / f"{split}{n}.wav", sound[n * RATE : (n + 1) * RATE], RATE, "FLOAT")
+            rows.append(f"{split}.wav,{split},{split},{n},{n + 1},{1 + n},{7 - n}")
+            cut_rows.append(f"{split}{n}.wav,{split},{split},,,{1 + n},{7 - n}")
+    results = {}
+    for name, listed in (("parts", rows), ("files", cut_rows)):
+        manifest = tmp_path / f"{name}.csv"
+        manifest.write_text("\n".join(["path,split,speaker,start,end,activation,valence", *listed]), encoding="utf-8")
+        keys = tiny_settings(tmp_path, tiny_checkpoint, manifest, name=name, epochs=1, trainable_layers=1, cache=cache)
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "c.yaml")])
+        train.main()
+        with open(tmp_path / "runs" / name / "predictions_test.csv", newline="", encoding="utf-8") as file:
+            results[name] = list(csv.DictReader(file))
+    for n, (part, file) in enumerate(zip(*results.values(), strict=True)):
+        assert float(part["activation"]) == pytest.approx(float(file["activation"]), abs=2e-3)
+        assert (part["start"], part["end"], Path(part["file"]).name) == (f"{n}.0", f"{n + 1}.0", "test.wav")
+    assert list(results["files"][0]) == [
+        "file",
+        "speaker",
+        "activation",
+        "valence",
+        "activation_label",
+        "valence_label",
+    ]

@@ -204,7 +204,7 @@ def main() -> None:
     data.check_audio(chosen)
 
     pretrained, model, source = load_pair(directory, checkpoint, config)
-    paths = [utterance.path for utterance in chosen]
+    paths = [utterance.source for utterance in chosen]
     prefix = frozen.Prefix(model, paths, device, "fp32")  # ends before the first LoRA
     merge(model)
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
