@@ -27,7 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from config import extra
-from machine.audio import MIN_SAMPLES, SAMPLE_RATE, TooShortError, read_original, resample  # noqa: F401
+from machine.audio import MIN_SAMPLES, SAMPLE_RATE, TooShortError, read_original, resample, silence  # noqa: F401
 
 SPLITS = ("train", "dev", "test")
 REQUIRED_COLUMNS = ("path", "split", "speaker")
@@ -379,14 +379,17 @@ def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float
     return [seconds[utterance.source] for utterance in utterances]
 
 
-def read_audio(source: str | Path) -> Tensor:
+def read_audio(source: str | Path, silent: list[str] | None = None) -> Tensor:
     """An audio file of any rate, width, channel count and format as (S,) float32, 16 kHz; channels averaged.
 
     `source` is a path, or `path#t=START,END` in seconds for a part of the file (see `Utterance.source`). Raises
     FileNotFoundError, or ValueError for a file that is empty, not audio, truncated, not finite or shorter than
-    MIN_SAMPLES.
+    MIN_SAMPLES. A file in which nothing can be heard is read, and added to `silent`, without it named on stderr.
     """
     waveform, _, sample_rate = read_original(str(source))
+    if problem := silence(waveform):
+        problem = f"{source}: {problem}"
+        say_once(f"warning: {problem}") if silent is None else silent.append(problem)
     return resample(waveform, sample_rate)
 
 

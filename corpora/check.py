@@ -27,9 +27,8 @@ import run
 from config import load_config
 from corpora.published import CORPORA
 from data import SPLITS, Problem, Utterance, is_nobody, text_cell
-from machine.audio import TooShortError, read_original
+from machine.audio import TooShortError, read_original, silence
 
-SILENT = 1e-3  # of full scale: no sample is farther from the mean; -60 dB
 CLIPPED = 1e-3  # the share of samples at full scale that is heard
 LONG = 60.0  # seconds; one label hardly holds for so long, and attention needs memory for the square
 ERRORS = (  # what training refuses, and what makes scores too good; every other kind of problem is a warning
@@ -116,9 +115,8 @@ def listen(path: str) -> Heard:
     seconds = samples / sample_rate
     if seconds > LONG:
         problems.append(Problem("too long", path, f"{seconds:.1f} s, expected at most {LONG:g} s"))
-    level = float(np.abs(waveform - waveform.mean()).max())
-    if level < SILENT:
-        problems.append(Problem("silent", path, f"no sample is above {level:.1g} of full scale"))
+    if problem := silence(waveform):
+        problems.append(Problem("silent", path, problem))
         return Heard(seconds, b"", problems)
     share = float((np.abs(waveform) >= 0.999).mean())
     if share >= CLIPPED:

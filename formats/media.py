@@ -23,6 +23,12 @@ JOINED = {"mp3", "aac", "amr"}  # files without a container: between two that we
 LOST = 4  # packets in a row that may be such tags and headers
 SEEKABLE = {"mov", "matroska", "ogg"}  # each packet has its time, so that a part of the file can be found
 SLACK = 0.15  # seconds
+SOUND = "3ga aac ac3 adts aif aifc aiff alac amr ape au avr awb caf dts eac3 flac gsm htk ircam m4a m4b m4p mat mka mp1"
+SOUND += (
+    " mp2 mp3 mpc nist oga ogg opus paf pvf qcp ra rf64 sd2 sds snd sph spx svx tta voc w64 wav wave weba wma wv wve xi"
+)
+FILM = "3g2 3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts ogm ogv rm ts vob webm wmv"
+SUFFIXES = {f".{name}" for name in f"{SOUND} {FILM}".split()}  # of files that are sound or film
 LEAD = 0.5  # seconds decoded before a part, so that the decoder has settled
 OGG_PAGE = 65_307  # bytes of the largest page there can be
 

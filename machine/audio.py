@@ -26,6 +26,7 @@ MIN_SAMPLE_RATE = 1000  # Hz; less is a damaged header, and a second becomes hou
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
 MAX_SAMPLES = 1 << 30  # of a file, at its rate and at 16 kHz: 6 hours at 48 kHz, 4 GB; FLAC packs silence to nothing
 
+SILENT = 1e-3  # of full scale: no sample is farther from the mean; -60 dB
 BY_SOUNDFILE = {"WAV", "WAVEX", "RF64", "FLAC", "HTK", "MAT4", "MAT5", "MPC2K", "SD2", "SDS", "WVE", "XI"}
 PART = re.compile(r"(.+)#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)?", re.DOTALL)  # W3C Media Fragments
 
@@ -52,6 +53,17 @@ def resample(waveform: Tensor | np.ndarray, sample_rate: int, new_rate: int = SA
     # scipy, not torchaudio, so that the numbers do not depend on what else is installed.
     resampled = resample_poly(waveform.cpu().numpy(), new_rate // common, int(sample_rate) // common)
     return torch.from_numpy(resampled.astype(np.float32))
+
+
+def silence(waveform: np.ndarray | Tensor) -> str:
+    """What is wrong with a sound (S,) in which nothing can be heard; else an empty text."""
+    middle = float(waveform.mean())
+    level = float(abs(waveform - middle).max())
+    if level >= SILENT:
+        return ""
+    if abs(middle) >= SILENT:
+        return f"silent: every sample is {middle:.3g}"
+    return f"silent, or its channels cancel: no sample is above {level:.1g} of full scale"
 
 
 def split_source(source: str) -> tuple[str, float, float | None]:

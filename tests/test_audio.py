@@ -456,3 +456,18 @@ def test_a_run_on_parts_of_files(tmp_path, tiny_checkpoint, monkeypatch, cache):
         "activation_label",
         "valence_label",
     ]
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.25])
+def test_silence_a_constant_and_channels_that_cancel_are_named(tmp_path, capsys, constant):
+    """They are read, and named once."""
+    data.say_once.cache_clear()
+    sound = voice()
+    stereo = np.stack([sound, -sound], axis=1) if constant == 0 else np.full((RATE, 2), constant)
+    soundfile.write(tmp_path / "a.wav", stereo, RATE, "FLOAT")
+    assert len(data.read_audio(tmp_path / "a.wav")) == len(data.read_audio(tmp_path / "a.wav")) == len(stereo)
+    expected = "silent: every sample is 0.25" if constant else "silent, or its channels cancel: no sample is above 0 of"
+    assert capsys.readouterr().err.count(f"a.wav: {expected}") == 1
+    named: list[str] = []
+    data.read_audio(tmp_path / "a.wav", named)
+    assert len(named) == 1 and capsys.readouterr().err == ""

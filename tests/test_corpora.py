@@ -457,7 +457,7 @@ PROBLEMS = {  # kind: exit code, how to make the file, the row of the manifest, 
     "unreadable": (2, lambda path: path.write_text("text" * 99), "bad.wav,train,s9,4,4", "not audio that can be read"),
     "too short": (2, write_wav(sound(0.02)), "bad.wav,train,s9,4,4", "320 samples at 16 kHz, expected at least 400"),
     "too long": (1, write_wav(sound(61.0)), "bad.wav,train,s9,4,4", "61.0 s, expected at most 60 s"),
-    "silent": (1, write_wav(0.2 + np.zeros(8000)), "bad.wav,train,s9,4,4", "of full scale"),
+    "silent": (1, write_wav(0.2 + np.zeros(8000)), "bad.wav,train,s9,4,4", "silent: every sample is 0.2"),
     "clipped": (1, write_wav(np.clip(sound(level=3), -1, 1)), "bad.wav,train,s9,4,4", "% of the samples are at full"),
     "duplicate": (1, write_wav(sound(rate=44_100), 44_100), "bad.wav,train,s9,4,4", "in train, sounds as .*0.wav"),
     "duplicate in two splits": (
