@@ -109,7 +109,7 @@ def decode_file(path: str, start: float, end: float | None, decode_pcm: bool) ->
     except (RuntimeError, TypeError):  # TypeError: a headerless .raw file
         sound = None
     if sound is None or sound.format not in BY_SOUNDFILE or sound.frames > 1 << 62:
-        waveform, sample_rate = extra("formats.media", f"{path}: is neither WAV nor FLAC").decode(path, start, end)
+        waveform, sample_rate = extra("formats.media", "it is neither WAV nor FLAC").decode(path, start, end)
         return waveform, len(waveform), sample_rate
     with sound:
         if not MIN_SAMPLE_RATE <= sound.samplerate <= MAX_SAMPLE_RATE:

@@ -4,6 +4,8 @@ import csv
 import math
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -18,6 +20,7 @@ import data
 from corpora.demo import synthesize_demo
 from machine import audio
 
+ROOT = Path(__file__).parents[1]
 HEADER = "path,split,speaker,activation,valence"
 
 
@@ -170,6 +173,36 @@ def test_a_manifest_of_300_000_rows_is_read_in_seconds(tmp_path):
     data.check_labels(utterances, ["activation", "valence"], (1, 7))
     assert len(utterances) == 300_000
     assert time.perf_counter() - start < 15  # 1.5 s when the machine has nothing else to do
+
+
+def test_manifests_of_wav_need_no_folder_beside_machine(tmp_path):
+    """Three files read a manifest of WAV; what needs more says which folder or package is missing."""
+    for name in ("config.py", "data.py", "machine/__init__.py", "machine/audio.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    soundfile.write(tmp_path / "a.wav", tone(), 16_000)
+    soundfile.write(tmp_path / "a.mp3", tone(), 16_000)
+    write_manifest(tmp_path, "a.wav,train,s,1,2")
+    lines = [
+        "import sys, data",
+        "print(len(data.read_audio(data.load_corpus('manifest', manifest='manifest.csv')[0].path)))",
+        "for work in (lambda: data.load_corpus('iemocap', '.', fold=1), lambda: data.read_audio('a.mp3')):",
+        "    try: work()",
+        "    except ValueError as error: print(error)",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    missing = "the folder {}/ is not beside config.py; copy it"
+    assert done.stdout.splitlines() == [
+        "8000",
+        f"corpus: iemocap: needs corpora.published, but {missing.format('corpora')}",
+        f"a.mp3: it is neither WAV nor FLAC: needs formats.media, but {missing.format('formats')}",
+    ]
+    (tmp_path / "formats").mkdir()
+    shutil.copy(ROOT / "formats" / "media.py", tmp_path / "formats")
+    command[2] = command[2].replace("data\n", "data\nsys.modules['av'] = None\n", 1)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "needs the package av; pip install av" in done.stdout
 
 
 # ---------------------------------------------------------------- labels and speakers
