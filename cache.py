@@ -33,6 +33,7 @@ from torch import Tensor
 import data
 from config import extra
 from freeze import drop_prefix, prefix_depth
+from machine.audio import split_source
 from machine.fast import send
 from machine.hardware import replace
 from model import EmotionModel
@@ -286,10 +287,10 @@ def name_of(directory: Path) -> str:
     return Path(os.path.abspath(directory)).name
 
 
-def file_state(path: str | Path) -> tuple[int, int]:
+def file_state(path: str) -> tuple[int, int]:
     """Size and time of change in ns, by which a replaced file is noticed; -1 and -1 for one that is not there."""
     try:
-        status = os.stat(path)
+        status = os.stat(split_source(path)[0])
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
@@ -298,7 +299,7 @@ def file_state(path: str | Path) -> tuple[int, int]:
 def file_crc(path: str) -> int:
     """CRC-32 of a file's content; -1 if it cannot be read."""
     try:
-        return zlib.crc32(Path(path).read_bytes())
+        return zlib.crc32(Path(split_source(path)[0]).read_bytes())
     except OSError:
         return -1
 

@@ -233,12 +233,13 @@ def describe(kind: object) -> str:
 def extra(module: str, why: str) -> types.ModuleType:
     """A module that the core does without, such as `corpora.published`, imported now that a configuration needs it.
 
-    `why` is what needs it, such as `corpus: iemocap`. Raises ValueError if the module's folder is not there.
+    `why` is what needs it, such as `corpus: iemocap`. Raises ValueError if the module's folder is not there, or a
+    library that it imports.
     """
     folder = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name not in (folder, module):  # a library that the module imports
-            raise
+            raise ValueError(f"{why}: needs the package {error.name}; pip install {error.name}") from error
         raise ValueError(f"{why}: needs {module}, but the folder {folder}/ is not beside config.py; copy it") from None

@@ -25,7 +25,6 @@ from types import ModuleType
 from typing import TextIO
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -33,10 +32,11 @@ from tqdm import tqdm
 import data
 import run
 from config import load_config
+from corpora.tree import files_below
+from formats.media import SUFFIXES
 from machine import hardware
 from model import EmotionModel
 
-SUFFIXES = {f".{name.lower()}" for name in (*soundfile.available_formats(), "AIF", "OGA", "OPUS", "SPH")} - {".raw"}
 FORMATS = ("csv", "jsonl")
 Row = dict[str, str | float]
 
@@ -91,10 +91,9 @@ def expanded(word: str) -> list[str]:
 
 
 def searched(folder: Path) -> list[Path]:
-    """The audio files in a folder and below it, by their suffix."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    """The files in a folder and below it, also behind links, that are sound or film by their suffix."""
+    files = [Path(path, name) for path, name in files_below(folder)]
     audio = [file for file in files if file.suffix.lower() in SUFFIXES]
-    audio = [file for file in audio if not file.name.startswith("._")]  # what macOS keeps beside a file of that name
     if not audio:
         found = ", ".join(sorted({f"*{file.suffix}" for file in files})) or "nothing"
         raise FileNotFoundError(f"{folder}: no audio file in this folder, found {found}")
@@ -118,11 +117,16 @@ def spans(samples: int, window: float, hop: float | None = None) -> Iterator[tup
         yield samples - size, samples
 
 
-def windows(paths: Iterable[Path], window: float, hop: float | None, failed: list[str]) -> Iterator[Window]:
-    """The windows of all files; a file is read when its first one is due. Why a file has none is added to `failed`."""
+def windows(
+    paths: Iterable[Path], window: float, hop: float | None, failed: list[str], silent: list[str] | None = None
+) -> Iterator[Window]:
+    """The windows of all files; a file is read when its first one is due.
+
+    Why a file has none is added to `failed`, and a file in which nothing can be heard to `silent`.
+    """
     for number, path in enumerate(paths):
         try:
-            waveform = data.read_audio(path)
+            waveform = data.read_audio(path, silent)
         except (OSError, ValueError) as error:
             failed.append(str(error))
             continue
@@ -236,13 +240,13 @@ def demo_note(model: str) -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    files, failed, out = find_audio(arguments.audio), [], arguments.out
+    files, failed, silent, out = find_audio(arguments.audio), [], [], arguments.out
     device = hardware.pick_device(arguments.device)
     model = run.load_run(arguments.model)
     hardware.prepare(model, device, arguments.precision)
     if note := demo_note(arguments.model):
         print(note, file=sys.stderr)
-    stream = windows(files, arguments.window, arguments.hop, failed)
+    stream = windows(files, arguments.window, arguments.hop, failed, silent)
     results = predict(model, stream, arguments.batch, arguments.precision)
     if arguments.plot:
         results = draw(results, Path(arguments.plot), model, note)
@@ -262,6 +266,8 @@ def main() -> None:
         if error.strerror is None:  # of a picture, which is named
             raise
         raise OSError(f"{out or 'stdout'}: cannot be written ({error.strerror})") from None
+    if silent:
+        print("\n".join([f"warning: nothing can be heard in {len(silent)} files:", *silent]), file=sys.stderr)
     if failed:
         sys.exit("\n".join([f"error: {len(failed)} of {len(files)} files have no prediction:", *failed]))
 

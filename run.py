@@ -163,17 +163,15 @@ def per_second(amount: float, seconds: float) -> float:
 def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, float]]:
     """The corpus and the range of its labels, checked. Raises FileNotFoundError or ValueError."""
     utterances = data.load_corpus(**corpus_keys(config))
-    label_range = data.find_label_range(config.corpus, config.label_range)
+    label_range = data.find_label_range(config.corpus, config.label_range, utterances, config.targets)
     data.check_labels(utterances, config.targets, label_range, config.allow_speaker_overlap)
-    if sum(utterance.split == "train" for utterance in utterances) < 2:
-        raise ValueError("split 'train' has one utterance, expected 2 or more: the CCC of one is 0/0")
     return utterances, label_range
 
 
 def corpus_keys(config: Config) -> dict:
     """The arguments of `data.load_corpus`."""
     keys = {key: getattr(config, key) for key in ("manifest", "fold", "test_set", "dev_set", "flip_activation")}
-    return {"name": config.corpus, "root": config.data_root, **keys}
+    return {"name": config.corpus, "root": config.data_root, "targets": config.targets, **keys}
 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
@@ -359,7 +357,7 @@ def settle_best(directory: Path, best_epoch: int) -> None:
 
 def describe_corpus(name: str, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> dict:
     """The corpus in numbers: utterances, speakers and hours of each split; and a SHA-256 of all but paths and sound."""
-    rows = [[Path(u.path).name, u.split, u.speaker, u.labels, s] for u, s in zip(utterances, seconds, strict=True)]
+    rows = [[Path(u.source).name, u.split, u.speaker, u.labels, s] for u, s in zip(utterances, seconds, strict=True)]
     corpus: dict = {"name": name, "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
     for split in data.SPLITS:
         chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == split]
@@ -404,14 +402,19 @@ def summarise(config: Config, progress: dict, tested: Sequence[data.Utterance], 
 def write_predictions(
     path: Path, targets: Sequence[str], utterances: Sequence[data.Utterance], predictions: np.ndarray
 ) -> None:
-    """CSV of the test set: file, speaker, prediction and label of every target, all in the corpus scale."""
+    """CSV of the test set: file, speaker, prediction and label of every target, all in the corpus scale.
+
+    Where utterances are parts of files, columns `start` and `end` in seconds follow; an empty `end` is the file's.
+    """
+    times = ["start", "end"] if any(utterance.source != utterance.path for utterance in utterances) else []
 
     def save(file: Path) -> None:
         with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets)])
+            writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets), *times])
             for utterance, row in zip(utterances, predictions.tolist(), strict=True):
                 labels = [utterance.labels[target] for target in targets]
+                labels += [getattr(utterance, time) for time in times]
                 names = map(data.text_cell, (utterance.path, utterance.speaker))
                 writer.writerow([*names, *(f"{value:.4f}" for value in row), *labels])
 

@@ -139,7 +139,7 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
     precision = hardware.pick_precision(config.precision, device)
     with parallel.first_alone():  # it writes the demo corpus
         utterances, label_range = run.load_utterances(config)
-    paths, seconds = [utterance.path for utterance in utterances], data.check_audio(utterances)
+    paths, seconds = [utterance.source for utterance in utterances], data.check_audio(utterances)
     labels = torch.tensor([[utterance.labels[target] for target in config.targets] for utterance in utterances])
     corpus = run.describe_corpus(config.corpus, utterances, seconds)
     print(run.report_corpus(corpus))

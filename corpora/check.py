@@ -25,9 +25,10 @@ from tqdm import tqdm
 import data
 import run
 from config import load_config
-from data import SPLITS, Problem, TooShortError, Utterance, read_original, text_cell
+from corpora.published import CORPORA
+from data import SPLITS, Problem, Utterance, is_nobody, text_cell
+from machine.audio import TooShortError, read_original, silence
 
-SILENT = 1e-3  # of full scale: no sample is farther from the mean; -60 dB
 CLIPPED = 1e-3  # the share of samples at full scale that is heard
 LONG = 60.0  # seconds; one label hardly holds for so long, and attention needs memory for the square
 ERRORS = (  # what training refuses, and what makes scores too good; every other kind of problem is a warning
@@ -39,6 +40,9 @@ ERRORS = (  # what training refuses, and what makes scores too good; every other
     "label outside the range",
     "speaker overlap",
     "duplicate in two splits",
+    "constant labels",
+    "file in two splits",
+    "several labels",
 )
 DENSE = 2000  # utterances from which on a picture shows their number in place of each
 LOOKS = {"train": ("#000000", "-", "o"), "dev": ("#0072b2", "--", "^"), "test": ("#d55e00", ":", "s")}
@@ -59,6 +63,7 @@ def inspect(
     label_range: tuple[float, float],
     title: str,
     folder: Path,
+    agreement: dict[str, list[float]] | None = None,
 ) -> tuple[str, int]:
     """Listen to a corpus, and write what is found, `problems` known before included, into a folder.
 
@@ -70,7 +75,9 @@ def inspect(
     seconds = [each.seconds for each in heard]
     problems = [*problems, *(problem for each in heard for problem in each.problems), *duplicates(utterances, heard)]
     problems.sort(key=lambda problem: severity(problem.kind))  # errors first, else as they were
-    report = "\n".join([f"# {title}", "", *split_table(utterances, seconds, targets), "", *problem_list(problems)])
+    report = "\n".join(
+        [f"# {title}", "", *split_table(utterances, seconds, targets), "", *raters(agreement), *problem_list(problems)]
+    )
     texts = {"report.md": report + "\n", "problems.csv": problems_csv(problems)}
     texts["speakers.csv"] = speakers_csv(utterances, seconds)
     severities = {severity(problem.kind) for problem in problems}
@@ -90,7 +97,7 @@ def listen_to(utterances: Sequence[Utterance], threads: int) -> list[Heard]:
     heard: list[Heard] = []
     bar = tqdm(total=len(utterances), desc="audio", unit="file", disable=None)
     with ThreadPoolExecutor(threads) as pool, bar:
-        for part in pool.map(lambda part: [listen(utterance.path) for utterance in part], parts):
+        for part in pool.map(lambda part: [listen(utterance.source) for utterance in part], parts):
             heard += part
             bar.update(len(part))
     return heard
@@ -108,9 +115,8 @@ def listen(path: str) -> Heard:
     seconds = samples / sample_rate
     if seconds > LONG:
         problems.append(Problem("too long", path, f"{seconds:.1f} s, expected at most {LONG:g} s"))
-    level = float(np.abs(waveform - waveform.mean()).max())
-    if level < SILENT:
-        problems.append(Problem("silent", path, f"no sample is above {level:.1g} of full scale"))
+    if problem := silence(waveform):
+        problems.append(Problem("silent", path, problem))
         return Heard(seconds, b"", problems)
     share = float((np.abs(waveform) >= 0.999).mean())
     if share >= CLIPPED:
@@ -139,10 +145,21 @@ def split_table(utterances: Sequence[Utterance], seconds: Sequence[float], targe
     for split in (*SPLITS, "all"):
         chosen = [(u, s) for u, s in zip(utterances, seconds, strict=True) if split in (u.split, "all")]
         speakers = Counter(utterance.speaker for utterance, _ in chosen)
-        row = [split, f"{len(chosen):,}", f"{len(speakers):,}", spread(list(speakers.values()), 0)]
+        row = [
+            split,
+            f"{len(chosen):,}",
+            f"{sum(not is_nobody(speaker) for speaker in speakers):,}",
+            spread(list(speakers.values()), 0),
+        ]
         row += [f"{sum(s for _, s in chosen) / 3600:.2f}", spread([s for _, s in chosen if s], 1)]
         cells.append(row + [spread(finite([u for u, _ in chosen], target), 2) for target in targets])
     return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
+
+
+def raters(agreement: dict[str, list[float]] | None) -> list[str]:
+    """Markdown: how well the raters agree, if that is known."""
+    scores = [f"{target} {spread(values, 2)}" for target, values in (agreement or {}).items() if values]
+    return [f"Raters, each against the mean of the others, CCC: {', '.join(scores)}.", ""] if scores else []
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -265,14 +282,16 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     """
     config = load_config(path, overrides)
     utterances, notes = data.read_corpus(**run.corpus_keys(config))
-    label_range = data.find_label_range(config.corpus, config.label_range)
+    label_range = data.find_label_range(config.corpus, config.label_range, utterances, config.targets)
     problems = data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap)
     problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
     chosen = {"fold": config.fold, "test_set": config.test_set, "dev_set": config.dev_set}
     words = [config.corpus, *(f"{key}={value}" for key, value in chosen.items() if value is not None)]
     folder = Path(out) if out else Path(config.output_dir) / "check" / "_".join(words)
     title = run.DEMO_NOTE if config.corpus == "demo" else " ".join(words)
-    return inspect(utterances, problems, config.targets, label_range, title, folder)
+    corpus = CORPORA.get(config.corpus)
+    agreement = corpus.agreement(Path(config.data_root)) if corpus and corpus.agreement else None
+    return inspect(utterances, problems, config.targets, label_range, title, folder, agreement)
 
 
 def main() -> None:

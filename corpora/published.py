@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from corpora.demo import synthesize_demo
+from corpora.emotale import agreement, read_emotale
 from corpora.iemocap import read_iemocap
 from corpora.msp_improv import read_msp_improv
 from corpora.msp_podcast import read_msp_podcast
@@ -25,11 +26,13 @@ class Corpus(NamedTuple):
     label_range: tuple[float, float]
     keys: tuple[str, ...] = ()  # of the configuration, beside data_root
     folds: int = 0  # parts of which each is held out once for testing; 0: the split is fixed
+    agreement: Callable[[Path], dict[str, list[float]]] | None = None  # of each rater with the mean of the others, CCC
 
 
 CORPORA = {
     "demo": Corpus(lambda folder: (read_manifest(synthesize_demo(folder)), {}), (1.0, 7.0)),
     "msp-podcast": Corpus(read_msp_podcast, (1.0, 7.0), ("test_set",)),
+    "emotale": Corpus(read_emotale, (1.0, 5.0), ("fold",), folds=6, agreement=agreement),
     "iemocap": Corpus(read_iemocap, (1.0, 5.0), ("fold", "dev_set"), folds=5),
     "msp-improv": Corpus(read_msp_improv, (1.0, 5.0), ("fold", "flip_activation"), folds=6),
     "muse": Corpus(read_muse, (1.0, 9.0)),

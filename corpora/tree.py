@@ -59,15 +59,28 @@ def join(source: Path, rows: Iterable[Row], folders: Iterable[Path]) -> tuple[li
     return utterances, {note: files for note, files in notes.items() if files}
 
 
+def files_below(folder: str | Path) -> Iterator[tuple[str, str]]:
+    """Every file below a folder, also behind links, as its folder and its name; without the `._*` of macOS.
+
+    A folder that links lead to a second time is not searched again, so that they may go round in a circle.
+    """
+    seen = set()
+    for path, below, files in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(path)) in seen:
+            below.clear()
+            continue
+        seen.add(place)
+        below.sort()  # so that of two files with one name it is the same everywhere
+        yield from ((path, file) for file in sorted(files) if not file.startswith("._"))
+
+
 def find_wavs(folders: Iterable[Path]) -> dict[str, str]:
-    """Paths of all WAV files below the folders by their names, without the `._*` that macOS puts beside them."""
+    """Paths of all WAV files below the folders by their names."""
     found: dict[str, str] = {}
     for folder in folders:
-        for path, below, files in os.walk(folder):
-            below.sort()  # so that of two files with one name it is the same everywhere
-            for file in files:
-                if file.lower().endswith(".wav") and not file.startswith("._"):
-                    found.setdefault(file, os.path.join(path, file))
+        for path, file in files_below(folder):
+            if file.lower().endswith(".wav"):
+                found.setdefault(file, os.path.join(path, file))
     return found
 
 

@@ -59,12 +59,12 @@ def read_run(directory: Path) -> Run:
         log = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         with open(path, newline="", encoding="utf-8") as file:
             header, *rows = csv.reader(file)
-        values = np.array([row[2:] for row in rows], float)
+        values = np.array([row[2 : 2 + 2 * len(targets)] for row in rows], float)
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{directory}: is not as train.py leaves a finished run ({reason})") from None
     columns = [*targets, *(f"{target}_label" for target in targets)]
-    if header[2:] != columns or values.shape[1:] != (len(columns),):
+    if header[2 : 2 + len(columns)] != columns or values.shape[1:] != (len(columns),):
         raise ValueError(f"{path}: has columns {header}, expected file, speaker, then {', '.join(targets)} and labels")
     speakers = [from_cell(row[1]) for row in rows]
     return Run(result, log, speakers, values[:, len(targets) :], values[:, : len(targets)])

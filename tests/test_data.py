@@ -4,8 +4,11 @@ import csv
 import math
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,9 @@ import torch
 
 import data
 from corpora.demo import synthesize_demo
+from machine import audio
 
+ROOT = Path(__file__).parents[1]
 HEADER = "path,split,speaker,activation,valence"
 
 
@@ -34,9 +39,15 @@ def utterance(path="a.wav", split="train", speaker="s", **labels: float) -> data
 
 
 def corpus(**changes) -> list[data.Utterance]:
-    """One right utterance for each split, the first of them changed."""
-    first, *others = [utterance(split=split, speaker=split) for split in data.SPLITS]
-    return [utterance(**{"split": "train", "speaker": "train", **changes}) if changes else first, *others]
+    """Two right utterances for each split, the first of them changed."""
+    rows = [
+        {"path": f"{split}{n}.wav", "split": split, "speaker": split, "activation": 2.0 + n, "valence": 6.0 - n}
+        for split in data.SPLITS
+        for n in range(2)
+    ]
+    if changes:
+        rows[0] = {"path": "a.wav", "split": "train", "speaker": "train", **changes}
+    return [utterance(**row) for row in rows]
 
 
 # ---------------------------------------------------------------- corpora and manifests
@@ -130,10 +141,9 @@ def test_a_long_list_of_bad_rows_is_cut(tmp_path):
         (b"\n\n", "the manifest is empty"),
         (HEADER.encode(), "has a header but no rows"),
         (HEADER.encode() + b"\n\n\n", "has a header but no rows"),
-        (b"path,split,speaker,Arousal,valence\na,train,s,1,2\n", "no column activation; found .*'Arousal'"),
         (b"path;split;speaker\n", "no column path, .*separated by commas"),
         (HEADER.encode() + b"\nM\xfcller.wav,train,s,1,2\n", "not UTF-8 .*save it as UTF-8"),
-        (HEADER.encode("utf-16"), "not UTF-8"),
+        (HEADER.encode("utf-16"), "the manifest is UTF-16; save it as UTF-8"),
         (HEADER.encode() + b"\n" + b"x" * 200_000 + b",train,s,1,2\n", "not a CSV file: field larger"),
     ],
 )
@@ -165,6 +175,36 @@ def test_a_manifest_of_300_000_rows_is_read_in_seconds(tmp_path):
     assert time.perf_counter() - start < 15  # 1.5 s when the machine has nothing else to do
 
 
+def test_manifests_of_wav_need_no_folder_beside_machine(tmp_path):
+    """Three files read a manifest of WAV; what needs more says which folder or package is missing."""
+    for name in ("config.py", "data.py", "machine/__init__.py", "machine/audio.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    soundfile.write(tmp_path / "a.wav", tone(), 16_000)
+    soundfile.write(tmp_path / "a.mp3", tone(), 16_000)
+    write_manifest(tmp_path, "a.wav,train,s,1,2")
+    lines = [
+        "import sys, data",
+        "print(len(data.read_audio(data.load_corpus('manifest', manifest='manifest.csv')[0].path)))",
+        "for work in (lambda: data.load_corpus('iemocap', '.', fold=1), lambda: data.read_audio('a.mp3')):",
+        "    try: work()",
+        "    except ValueError as error: print(error)",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    missing = "the folder {}/ is not beside config.py; copy it"
+    assert done.stdout.splitlines() == [
+        "8000",
+        f"corpus: iemocap: needs corpora.published, but {missing.format('corpora')}",
+        f"a.mp3: it is neither WAV nor FLAC: needs formats.media, but {missing.format('formats')}",
+    ]
+    (tmp_path / "formats").mkdir()
+    shutil.copy(ROOT / "formats" / "media.py", tmp_path / "formats")
+    command[2] = command[2].replace("data\n", "data\nsys.modules['av'] = None\n", 1)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "needs the package av; pip install av" in done.stdout
+
+
 # ---------------------------------------------------------------- labels and speakers
 
 
@@ -181,7 +221,6 @@ def test_right_labels_pass():
         ({"activation": math.nan, "valence": 1.0}, "activation is nan, expected a finite number"),
         ({"activation": 1.0, "valence": math.inf}, "valence is inf, expected a finite number"),
         ({"valence": 1.0}, "no label for target 'activation', found valence"),
-        ({"split": "dev"}, "split 'train' has no utterances"),
         ({"speaker": "test"}, "speaker 'test' is in train and test; .*`allow_speaker_overlap: true`"),
     ],
 )
@@ -193,7 +232,8 @@ def test_wrong_labels_splits_and_speakers_are_errors(changes, message):
 
 def test_all_label_problems_come_in_one_error():
     """A user mends the corpus once, not once per problem."""
-    rows = [utterance("x.wav", activation=9.0, valence=1.0), utterance("y.wav", split="dev", valence=1.0)]
+    rows = [row for row in corpus() if row.split != "test"]
+    rows += [utterance("x.wav", activation=9.0, valence=1.0), utterance("y.wav", split="dev", valence=1.0)]
     with pytest.raises(ValueError, match=r"(?s)\(4\).*split 'test'.*x.wav: .*y.wav: .*speaker 's'"):
         data.check_labels(rows, ["activation", "valence"], (1, 7))
 
@@ -201,8 +241,122 @@ def test_all_label_problems_come_in_one_error():
 def test_speakers_without_a_name_are_not_shared():
     """Nobody ("") and "Unknown" may be in every split, and so may all speakers if the user says so."""
     for speaker, allow in (("", False), ("Unknown", False), ("s", True)):
-        rows = [utterance(split=split, speaker=speaker) for split in data.SPLITS]
+        rows = [replace(row, speaker=speaker) for row in corpus()]
         data.check_labels(rows, ["valence"], (1, 7), allow_speaker_overlap=allow)
+
+
+def test_targets_name_the_columns_that_are_needed(tmp_path):
+    """Any column can be a target; those that are not named may hold anything, or not be there."""
+    path = write_manifest(tmp_path, "a.wav,train,s,0.5,n/a", header="path,split,speaker,tension,activation")
+    assert data.read_manifest(path, ["tension"])[0].labels == {"tension": 0.5}
+    with pytest.raises(ValueError, match=r"no column valence, calm; found \['path', 'split', 'speaker', 'tension'"):
+        data.read_manifest(path, ["valence", "calm", "tension"])
+    alone = write_manifest(tmp_path, "a.wav,train,s,2", header="path,split,speaker,valence")
+    assert data.load_corpus("manifest", manifest=str(alone))[0].labels == {"valence": 2.0}
+
+
+@pytest.mark.parametrize("column", ["activation", "arousal", "Arousal", "Activation"])
+@pytest.mark.parametrize("target", ["activation", "arousal"])
+def test_arousal_is_another_word_for_activation(tmp_path, column, target):
+    """In the manifest and in `targets`; a column of the very name comes first."""
+    path = write_manifest(tmp_path, "a.wav,train,s,2.5", header=f"path,split,speaker,{column}")
+    assert data.read_manifest(path, [target])[0].labels == {target: 2.5}
+    both = write_manifest(tmp_path, "a.wav,train,s,1,2", header="path,split,speaker,arousal,activation")
+    assert data.read_manifest(both, ["activation"])[0].labels == {"activation": 2.0}
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("kind", ["one", "constant"])
+def test_a_split_without_two_different_labels_is_refused(split, kind):
+    """Its CCC is 0/0: no epoch could be chosen, or no score exists. Other targets do not matter."""
+    rows = [row for row in corpus() if kind == "constant" or row.path != f"{split}1.wav"]
+    for row in rows:
+        row.labels["valence"] = 4.0 if row.split == split else row.labels["valence"]
+    expected = rf"split '{split}' has no two different labels of valence; its CCC would be 0/0"
+    with pytest.raises(ValueError, match=expected):
+        data.check_labels(rows, ["activation", "valence"], (1, 7))
+    if kind == "constant":
+        data.check_labels(rows, ["activation"], (1, 7))
+
+
+def test_one_file_in_two_splits_is_refused():
+    """Whatever its spelling and its speaker."""
+    rows = [replace(row, path=f"audio/{row.path}") for row in corpus()]
+    rows.append(replace(rows[0], path="audio/../audio/train0.wav", split="test", speaker="other"))
+    with pytest.raises(ValueError, match=r"audio/train0\.wav: is in (train and in test|test and in train); an utter"):
+        data.check_labels(rows, ["activation"], (1, 7))
+
+
+def test_one_file_with_several_labels_is_refused_and_its_parts_are_not():
+    """Rows are whole files unless `start` and `end` say otherwise; parts of different splits may not overlap."""
+    rows = corpus()
+    again = replace(rows[0], labels={"activation": 5.0, "valence": 5.0})
+    with pytest.raises(ValueError, match=r"train0\.wav: has several rows with different labels; .*`start` and `end`"):
+        data.check_labels([*rows, again], ["activation"], (1, 7))
+    parts = [replace(rows[0], start=0.0, end=1.0), replace(again, start=1.0, end=2.0)]
+    data.check_labels([*rows[1:], *parts], ["activation"], (1, 7))
+    data.check_labels([*rows, rows[0]], ["activation"], (1, 7))  # the same row twice is no contradiction
+    overlapping = replace(again, start=0.5, end=2.0, split="dev", speaker="dev")
+    with pytest.raises(ValueError, match=r"train0\.wav: is in train and in dev"):
+        data.check_labels([*rows[1:], parts[0], overlapping], ["activation"], (1, 7))
+
+
+def test_segments_of_a_manifest(tmp_path):
+    """`start` and `end` in seconds; either or both may be empty."""
+    header = "path,split,speaker,start,end,activation,valence"
+    rows = ["a.wav,train,s,0.5,1.25,1,2", "a.wav,train,s,1.25,,1,2", "a.wav,train,s,,0.5,1,2", "b.wav,dev,t,,,1,2"]
+    utterances = data.read_manifest(write_manifest(tmp_path, *rows, header=header))
+    assert [(u.start, u.end) for u in utterances] == [(0.5, 1.25), (1.25, None), (0.0, 0.5), (0.0, None)]
+    names = [Path(u.source).name for u in utterances]
+    assert names == ["a.wav#t=0.5,1.25", "a.wav#t=1.25,", "a.wav#t=0,0.5", "b.wav"]
+    soundfile.write(tmp_path / "a.wav", tone(2), 16_000)
+    assert data.check_audio(utterances[:3]) == [0.75, 0.75, 0.5]
+    for cells, found in (
+        ("2,1", "start 2 and end 1.0"),
+        ("-1,1", "start -1"),
+        ("nan,1", "start nan"),
+        ("1,1", "start 1"),
+    ):
+        path = write_manifest(tmp_path, f"a.wav,train,s,{cells},1,2", header=header)
+        with pytest.raises(ValueError, match=f"line 2: {found}.*expected seconds, the end after the start"):
+            data.read_manifest(path)
+
+
+def test_lists_from_windows(tmp_path):
+    """Backslashes where the file is under forward slashes, a line of blanks, a byte order mark."""
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "a.wav", tone(), 16_000)
+    path = tmp_path / "m.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{HEADER}\r\naudio\\a.wav,train,s,1,2\r\n , ,,\t, \r\n".encode())
+    (only,) = data.read_manifest(path)
+    assert Path(only.path) == tmp_path / "audio" / "a.wav"
+    path.write_text(f"{HEADER}\nD:\\audio\\b.wav,train,s,1,2\n")
+    with pytest.raises(
+        ValueError, match=r"line 2: path 'D:.*b\.wav' has backslashes, and with / there is no such file"
+    ):
+        data.read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ((0.1, 0.9), "[0, 1]"),
+        ((-0.5, 0.7), "[-1, 1]"),
+        ((1.5, 4.5), "[1, 5]"),
+        ((1.2, 6.9), "[1, 7]"),
+        ((1, 9), "[1, 9]"),
+        ((0, 7.5), "[0, 10]"),
+        ((3, 80), "[0, 100]"),
+        ((-40.5, 300), "[-41, 300]"),
+    ],
+)
+def test_a_missing_label_range_is_proposed(labels, expected):
+    """A line to paste, from the labels of the targets."""
+    rows = [utterance(valence=label, activation=1000.0) for label in labels]
+    with pytest.raises(ValueError) as error:
+        data.find_label_range("manifest", None, rows, ["valence"])
+    assert str(error.value).splitlines()[1] == f"label_range: {expected}"
+    assert data.find_label_range("manifest", [2, 3], rows, ["valence"]) == (2, 3)
 
 
 def test_label_scaling_is_exact_at_the_ends_and_inverts():
@@ -341,10 +495,10 @@ def write_then_cut(fraction: float, **how):
 
 BAD_AUDIO = {
     "empty.wav": (lambda path: path.write_bytes(b""), r"empty file \(0 bytes\)"),
-    "text.wav": (lambda path: path.write_text("hello, " * 99), "not audio that soundfile reads"),
-    "text.mp3": (lambda path: path.write_text("hello, " * 99), "not audio that soundfile reads"),
-    "zeros.raw": (lambda path: path.write_bytes(bytes(999)), "not audio that soundfile reads"),
-    "riff.wav": (lambda path: path.write_bytes(b"RIFF"), "not audio that soundfile reads"),
+    "text.wav": (lambda path: path.write_text("hello, " * 99), "not audio that can be read"),
+    "text.mp3": (lambda path: path.write_text("hello, " * 99), "not audio that can be read"),
+    "zeros.raw": (lambda path: path.write_bytes(bytes(999)), "has no audio track, found video"),
+    "riff.wav": (lambda path: path.write_bytes(b"RIFF"), "not audio that can be read"),
     "folder.wav": (Path.mkdir, "cannot be read: "),
     "header.wav": (write_then_cut(36 / 64_044), "truncated: a WAV header without samples"),
     "cut.wav": (write_then_cut(0.6), "truncated: 38382 of 64000 bytes of samples"),
@@ -353,13 +507,13 @@ BAD_AUDIO = {
     "cut_float.wav": (write_then_cut(0.6, subtype="FLOAT"), "truncated: .* of 128000 bytes"),
     "cut.flac": (write_then_cut(0.6), "truncated or damaged: "),
     "cut_a_little.flac": (write_then_cut(0.99), "truncated or damaged: "),
-    "cut.ogg": (write_then_cut(0.6), "truncated: the last OGG page"),
-    "cut_a_little.ogg": (write_then_cut(0.99), "truncated: the last OGG page"),
-    "cut.opus": (write_then_cut(0.6, format="OGG", subtype="OPUS"), "truncated: the last OGG page"),
-    "cut.mp3": (write_then_cut(0.6), "truncated: .* of 32000 samples"),
+    "cut.ogg": (write_then_cut(0.6), "truncated: its last Ogg page is cut"),
+    "cut_a_little.ogg": (write_then_cut(0.99), "truncated: its last Ogg page is cut"),
+    "cut.opus": (write_then_cut(0.6, format="OGG", subtype="OPUS"), "truncated: its last Ogg page is cut"),
+    "cut.mp3": (write_then_cut(0.6), r"truncated: 1\.19 of 2\.00 s"),
     "nan.wav": (lambda path: spoil(path, math.nan), "holds NaN or infinite samples"),
     "infinite.wav": (lambda path: spoil(path, -math.inf), "holds NaN or infinite samples"),
-    "endless.flac": (lambda path: rewrite(path, 22, b"\xff" * 4), "truncated or damaged: "),
+    "endless.flac": (lambda path: rewrite(path, 22, b"\xff" * 4), "is longer than 1073741824 samples"),
     "rate_0.wav": (lambda path: rewrite(path, 24, bytes(4)), "its header declares a sample rate of 0 Hz"),
     "rate_huge.wav": (
         lambda path: rewrite(path, 24, b"\xff\xff\xff\x7e"),
@@ -421,7 +575,7 @@ def test_all_bad_files_are_listed_in_one_error(tmp_path):
 
 def test_checking_integer_wav_does_not_decode_it(tmp_path, monkeypatch):
     """150,000 files of MSP-Podcast are checked in seconds, because their headers suffice."""
-    monkeypatch.setattr(data, "_decode", lambda sound: pytest.fail("decoded"))
+    monkeypatch.setattr(audio, "read_samples", lambda *given: pytest.fail("decoded"))
     for subtype in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32"):
         for kind in ("WAV", "WAVEX"):
             soundfile.write(tmp_path / "a.wav", tone(), 16_000, subtype=subtype, format=kind)
@@ -614,6 +768,6 @@ def test_the_demo_manifest_is_a_plain_manifest(demo, tmp_path):
     """A copy of the folder is a corpus by itself, as an example of the format."""
     shutil.copytree(demo, tmp_path / "copy")
     with open(tmp_path / "copy" / "manifest.csv", newline="", encoding="utf-8") as file:
-        assert next(csv.reader(file)) == [*data.REQUIRED_COLUMNS, "dominance"]
+        assert next(csv.reader(file)) == [*data.REQUIRED_COLUMNS, *data.LABEL_COLUMNS]
     utterances = data.load_corpus("manifest", manifest=str(tmp_path / "copy" / "manifest.csv"))
     assert all(Path(u.path).parent == tmp_path / "copy" for u in utterances)

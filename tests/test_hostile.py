@@ -23,6 +23,7 @@ import soundfile
 import torch
 from conftest import TINY, speech_like, tiny_config, tiny_settings, tiny_tensors, write_tiny_checkpoint
 from safetensors.torch import load_file, save_file
+from test_audio import encode
 
 import cache
 import data
@@ -161,6 +162,13 @@ def audio_reader(folder: Path) -> Reader:
     for suffix, subtype in kinds:
         files.append(folder / f"{subtype}.{suffix}")
         soundfile.write(files[-1], np.stack([waveform, waveform], 1), 16_000, subtype)
+    for suffix, codec, rate in (
+        ("m4a", "aac", 16_000),
+        ("webm", "libopus", 48_000),
+        ("amr", "libopencore_amrnb", 8000),
+    ):
+        files.append(folder / f"{codec}.{suffix}")
+        encode(files[-1], codec, waveform, rate)
 
     def read(file: Path) -> None:
         problem = None

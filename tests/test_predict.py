@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from conftest import forget_plots, speech_like, tiny_settings
+from test_audio import encode, voice
 
 import data
 import freeze
@@ -219,7 +220,7 @@ def test_few_windows_are_in_memory_whatever_the_files(trained, recordings, monke
     """A file is read when its first window is due, one batch ahead; its waveform goes with its last window."""
     paths, waveforms, alive, real = [recordings / "a.wav"] * 40, [], [], data.read_audio
 
-    def read(path):
+    def read(path, silent=None):
         waveform = real(path)
         waveforms.append(weakref.ref(waveform))
         alive.append(sum(each() is not None for each in waveforms))
@@ -384,20 +385,20 @@ def test_what_is_wrong_with_a_file_is_said(trained, recordings, monkeypatch, cap
     assert code.splitlines() == [
         "error: 3 of 4 files have no prediction:",
         f"{recordings / 'rate.wav'}: its header declares a sample rate of 0 Hz; convert it again",
-        f"{recordings / 'clip.mp4'}: not audio that soundfile reads; convert it to WAV, FLAC, OGG or MP3",
+        f"{recordings / 'clip.mp4'}: not audio that can be read (Invalid data found when processing input); "
+        "convert it to WAV or FLAC",
         f"{recordings / 'nothing.wav'}: empty file (0 bytes); copy it again or leave it out",
     ]
     assert len(rows_of(capsys.readouterr().out)) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system takes no such name")
-def test_a_name_that_is_not_utf8_stops_no_other(trained, recordings, monkeypatch, capsys):
-    """libsndfile cannot open it: it is named, and the rest is done."""
+def test_a_name_that_is_not_utf8_is_read(trained, recordings, monkeypatch, capsys):
+    """As any other."""
     path = os.fsdecode(os.fsencode(recordings) + b"/\xff.wav")
     shutil.copy(recordings / "a.wav", path)
-    code = command_line(monkeypatch, trained, recordings)
-    assert code.startswith(f"error: 1 of 4 files have no prediction:\n{path}: ")
-    assert len(rows_of(capsys.readouterr().out)) == 3
+    assert command_line(monkeypatch, trained, recordings) is None
+    assert len(rows_of(capsys.readouterr().out)) == 4
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there it is the console's encoding that decides")
@@ -546,3 +547,34 @@ def test_a_full_disk_is_named_and_not_blamed_on_the_audio(trained, recordings, m
     """The first row that cannot be written ends the work."""
     code = command_line(monkeypatch, trained, recordings, "--out", "/dev/full")
     assert code == "error: /dev/full: cannot be written (No space left on device)"
+
+
+def test_a_folder_of_recordings_in_many_formats_through_links(trained, tmp_path):
+    """Read as they are, a film too; a link that goes round in a circle ends; silence is predicted and named."""
+    folder, other = tmp_path / "rec", tmp_path / "other"
+    folder.mkdir(), other.mkdir()
+    kinds = [
+        ("m4a", "aac", 44_100),
+        ("webm", "libopus", 48_000),
+        ("amr", "libopencore_amrnb", 8000),
+        ("mp3", "libmp3lame", 16_000),
+    ]
+    for suffix, codec, rate in kinds:
+        encode(other / f"a.{suffix}", codec, voice(rate, 2.0), rate)
+    soundfile.write(folder / "quiet.wav", np.zeros((8000, 2)), 16_000)
+    try:
+        (folder / "day2").symlink_to(other, target_is_directory=True)
+        (other / "round").symlink_to(folder, target_is_directory=True)
+    except OSError:
+        pytest.skip("no links on this system")
+    command = [sys.executable, "predict.py", str(trained), str(folder), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(done.stdout)) == 5
+    assert done.stderr.splitlines()[-2:] == [
+        "warning: nothing can be heard in 1 files:",
+        f"{folder / 'quiet.wav'}: silent, or its channels cancel: no sample is above 0 of full scale",
+    ]
+    (folder / "broken.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(64))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and len(rows_of(done.stdout)) == 5 and "broken.m4a: not audio" in done.stderr

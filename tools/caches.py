@@ -32,7 +32,6 @@ from cache import (
     ActivationCache,
     directory_name,
     file_size,
-    file_state,
     name_of,
     open_cache,
     pooled_rows,
@@ -76,7 +75,7 @@ def describe(directory: Path) -> str:
                     notes.append((user, source))
     users = sorted(user for user, _ in notes if os.path.exists(user))
     sources = sorted({source for _, source in notes}) or [f"SHA-256 {str(identity.get('backbone'))[:12]}..."]
-    changed = max(file_state(path)[1] for path in files(directory)) / 1e9
+    changed = max(path.stat().st_mtime_ns for path in files(directory)) / 1e9
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
     lines = [
         f"{directory}: {size(directory) / 1e6:,.1f} MB, {len(recorded):,} utterances"
@@ -204,7 +203,7 @@ def build(words: Sequence[str]) -> dict[str, dict]:
         precision = hardware.pick_precision(config.precision, device)
         with parallel.first_alone():  # it writes the demo corpus
             utterances, label_range = run.load_utterances(config)
-        audio = tuple(utterance.path for utterance in utterances)
+        audio = tuple(utterance.source for utterance in utterances)
         seconds[audio] = seconds.get(audio) or sum(data.check_audio(utterances))
         with parallel.first_alone():  # it downloads
             model, backbone = run.build_model(config, label_range)

@@ -202,7 +202,7 @@ def main() -> None:
     data.check_audio(chosen)
 
     pretrained, model, source = load_pair(directory, checkpoint, config)
-    paths = [utterance.path for utterance in chosen]
+    paths = [utterance.source for utterance in chosen]
     prefix = Prefix(model, paths, device, torch.float32)  # ends before the first LoRA
     merge(model)
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
