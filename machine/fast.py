@@ -124,6 +124,16 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     return (x * keep).mul_(2**16 / (2**16 - dropped))
 
 
+def span_mask(size: int, probability: float, length: int) -> Tensor:
+    """Boolean `(size,)`, true in random spans of `length` that would cover `probability` of it without overlap."""
+    length = min(length, size)
+    count = int(probability * size / length + torch.rand(()).item())  # rounded up or down at random
+    starts = torch.randint(size - length + 1, (count,))
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[(starts[:, None] + torch.arange(length)).flatten()] = True
+    return mask
+
+
 FORGOTTEN = {"mps"}  # devices whose random state PyTorch's `checkpoint` does not restore, up to 2.13
 
 
