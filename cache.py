@@ -1,14 +1,13 @@
 """The frozen prefix and the cache of its output: what it makes of each utterance, computed once and kept on disk.
 
-A directory holds activations of one kind: of the same weights, depth, preprocessing and type, which `cache.json` tells
-and of which its name is the hash. Every process that writes has two files of its own: `<writer>.bin` with activations
+A directory holds activations of one kind (weights, depth, preprocessing, type: `cache.json`, of which its name is the
+hash). Every process that writes has two files of its own: `<writer>.bin` with activations
 one after the other, and `<writer>.index` with a line for each, written after its activation. A process that dies at any
 moment loses only what it had in hand; several may write at once, and find what the others have written.
 
-An entry belongs to one state of an audio file: path, size and time of change. Clocks are coarse, so an entry of a file
+An entry belongs to one state of an audio file: path, size and time of change. Clocks are coarse, so the entry of a file
 that changed less than two seconds before also holds the CRC-32 of its content. A line of an index begins with its own
-CRC-32, into which the directory's name goes, and holds that of its activation, which is checked when it is first read:
-a damaged activation is never used. `python -m tools.caches` builds, verifies, lists and clears caches.
+CRC-32, with the directory's name in it, and holds that of its activation, which is checked when it is first read.
 """
 
 import errno
@@ -24,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,11 +55,9 @@ class Missing(NamedTuple):
 class ActivationCache:
     """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it.
 
-    So may other processes: `has`, where it would say no, and `write` look for what they have added.
-
-    float16 and float32 are stored as they are. int8 counts from the middle of each channel's range in each utterance in
-    254ths of that range, and no value is off by more than half of one: neither a channel of large values nor a large
-    constant in a channel, as pre-norm models have, costs precision.
+    So may other processes: `has`, where it would say no, and `write` look for what they have added. float16
+    and float32 are stored as they are. int8 counts from the middle of each channel's range in each utterance in 254ths
+    of that range, so neither a channel of large values nor a large constant in one costs precision.
     """
 
     def __init__(self, root: str | Path, identity: dict, paths: Sequence[str], width: int, dtype: torch.dtype):
@@ -80,7 +77,7 @@ class ActivationCache:
         self.lock = threading.RLock()
         self.seen: dict[str, int] = {}  # bytes of each index that have been read
         self.shards: list[str] = []
-        self.readers: dict[int, object] = {}
+        self.readers: dict[int, Any] = {}
         self.writer: tuple | None = None
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -111,7 +108,7 @@ class ActivationCache:
                     continue
                 crc, name, offset, frames, size, mtime_ns, path, *content = entry
                 missing = self.missing.get(path)
-                if missing is None or missing.state != (size, mtime_ns) or content not in ([], [file_crc(path)]):
+                if missing is None or missing.state != (size, mtime_ns) or (content and content != [file_crc(path)]):
                     continue
                 if name not in sizes:
                     sizes[name] = file_size(self.directory / name)
@@ -123,7 +120,7 @@ class ActivationCache:
                     del self.missing[path]
 
     def note_user(self, path: str | Path, backbone: str) -> None:
-        """Leave the path of a run or config that uses this cache, and its backbone's name, for `cache.py list`."""
+        """Leave the path of a run or config that uses this cache, and its backbone's name, for `tools.caches list`."""
         note = {"path": os.path.abspath(path), "backbone": backbone}
         with suppress(OSError):  # a cache that others may only read
             name = hashlib.sha256(note["path"].encode("utf-8", "surrogateescape")).hexdigest()[:12]
@@ -147,13 +144,12 @@ class ActivationCache:
         assert (frames > 0).all(), "ask `has` first"
         return frames.tolist()
 
-    def read_stored(self, numbers: Sequence[int], out: Tensor | None = None) -> Tensor:
+    def read_stored(self, numbers: Sequence[int]) -> Tensor:
         """The rows that the files hold, `(rows, width)` in the cache's type on the CPU."""
         counts = [length + self.scale_rows for length in self.lengths(numbers)]
-        stored = torch.empty(sum(counts), self.width, dtype=self.dtype) if out is None else out
-        entries = self.entries[np.asarray(numbers, int)]
-        for number, entry, rows in zip(numbers, entries, stored.split(counts), strict=True):
-            part = rows.view(torch.uint8).numpy()
+        stored = torch.empty(sum(counts), self.width, dtype=self.dtype)
+        for number, rows in zip(numbers, stored.split(counts), strict=True):
+            entry, part = self.entries[number], rows.view(torch.uint8).numpy()
             try:
                 whole = self.read_bytes(int(entry["shard"]), int(entry["offset"]), part)
                 problem = "is damaged"
@@ -188,19 +184,16 @@ class ActivationCache:
                 if self.entries["frames"][number]:
                     stored.append(self.read_stored([number]))
                 else:
-                    self.require_finite(number, part, packed[start : start + len(part)])
+                    if not part.isfinite().all():
+                        largest = packed[start : start + len(part)].abs().max().item()
+                        what = f"{self.paths[number]} does not fit {self.dtype} (largest {largest:.3g})"
+                        known = math.isfinite(largest)
+                        advice = "set cache_dtype: float32" if known else "the model yields no numbers for it"
+                        raise ValueError(f"the activation of {what}; {advice}")
                     stored.append((to_int8(part) if self.dtype == torch.int8 else part).contiguous())
                     self.append(number, stored[-1], len(part))
             start += len(part)
         return self.decode(torch.cat(stored), lengths)
-
-    def require_finite(self, number: int, rounded: Tensor, computed: Tensor) -> None:
-        """Raise ValueError with the cause if an activation cannot be stored."""
-        if not rounded.isfinite().all():
-            largest = computed.abs().max().item()
-            what = f"the activation of {self.paths[number]} does not fit {self.dtype} (largest {largest:.3g}); "
-            advice = "set cache_dtype: float32" if math.isfinite(largest) else "the model yields no numbers for it"
-            raise ValueError(what + advice)
 
     def append(self, number: int, stored: Tensor, frames: int) -> None:
         """Add the rows of one activation. Raises OSError if they cannot be written; what was written before stays."""
@@ -238,15 +231,12 @@ class ActivationCache:
                 file.close()
         self.writer = None
 
-    def reader(self, shard: int) -> object:
-        if shard not in self.readers:
-            self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
-        return self.readers[shard]
-
     def read_bytes(self, shard: int, offset: int, out: np.ndarray) -> bool:
         """Fill `out` from a shard; whether it has so much."""
         with self.lock:  # a file has one position
-            file = self.reader(shard)
+            if shard not in self.readers:
+                self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
+            file = self.readers[shard]
             file.seek(offset)
             return file.readinto(memoryview(out).cast("B")) == out.nbytes
 

@@ -69,6 +69,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias, as far as they are needed."""
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = None

@@ -449,6 +449,8 @@ def test_many_channels_are_decoded_in_blocks_of_the_same_size(tmp_path, monkeypa
 
 
 class Executes:
+    """A pickle that would make a directory."""
+
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
