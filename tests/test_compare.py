@@ -130,7 +130,7 @@ def test_a_directory_with_another_configuration_or_test_set_is_an_error(finished
     manifest = Path(yaml.safe_load(Path("heads.yaml").read_text())["manifest"])
     utterances = run.data.read_manifest(manifest)
     next(u for u in utterances if u.split == "test").labels["valence"] = 1.0
-    monkeypatch.setattr(run.data, "load_corpus", lambda *_: utterances)
+    monkeypatch.setattr(run.data, "load_corpus", lambda **_: utterances)
     message = command_line(monkeypatch, "heads.yaml", "lr=1e-3", "--seeds", "1", "--out", "out")
     assert "heads-seed0 was tested on other utterances or labels than there are now; choose another --out" in message
 
