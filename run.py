@@ -170,8 +170,16 @@ def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, 
 
 def corpus_keys(config: Config) -> dict:
     """The arguments of `data.load_corpus`."""
-    keys = {key: getattr(config, key) for key in ("manifest", "fold", "test_set", "dev_set", "flip_activation")}
-    return {"name": config.corpus, "root": config.data_root, "targets": config.targets, **keys}
+    return {
+        "name": config.corpus,
+        "root": config.data_root,
+        "manifest": config.manifest,
+        "targets": config.targets,
+        "fold": config.fold,
+        "test_set": config.test_set,
+        "dev_set": config.dev_set,
+        "flip_activation": config.flip_activation,
+    }
 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:

@@ -35,7 +35,7 @@ from config import Config, load_config
 from corpora import check
 from data import from_cell, text_cell
 from formats import adapter
-from machine import hardware
+from machine import audio, hardware
 from model import Wav2Vec2
 from report import results
 from tools import caches
@@ -435,14 +435,14 @@ def test_a_rate_that_would_make_hours_of_a_second_is_refused(tmp_path, rate):
 def test_silence_packed_to_fill_the_memory_is_not_decoded_to_its_end(tmp_path, monkeypatch, name, rate):
     """FLAC keeps a block of one value in a few bytes. The limit counts at 16 kHz too, and for what is not decoded."""
     soundfile.write(tmp_path / name, np.zeros(2_000_000), rate)
-    monkeypatch.setattr(data, "MAX_SAMPLES", 2_000_000 * 16_000 // rate - 1)
+    monkeypatch.setattr(audio, "MAX_SAMPLES", 2_000_000 * 16_000 // rate - 1)
     for read in (data.read_audio, lambda path: data.check_audio([data.Utterance(str(path), "", "", {})])):
         with pytest.raises(ValueError, match=rf"{name}: is longer than "):
             read(tmp_path / name)
 
 
 def test_many_channels_are_decoded_in_blocks_of_the_same_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 1000)
+    monkeypatch.setattr(audio, "BLOCK", 1000)
     waveform = np.stack([speech_like(5000).numpy() / 2] * 7, 1)
     soundfile.write(tmp_path / "a.wav", waveform, 16_000, subtype="FLOAT")
     assert np.allclose(data.read_audio(tmp_path / "a.wav"), waveform[:, 0], atol=1e-6)
