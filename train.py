@@ -84,7 +84,7 @@ class Experiment:
 
 def train(config: Config) -> dict:
     """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
-    began, device = time.perf_counter(), hardware.pick_device(config.device, parallel.local_rank())
+    began, device = time.perf_counter(), hardware.pick_device(config.device, parallel.local_rank(), config.compile)
     directory = Path(config.output_dir) / config.name
     with hardware.locked(directory), hardware.out_of_memory() as short:
         run.open_directory(config, directory)
