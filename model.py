@@ -205,7 +205,7 @@ def distance_buckets(frames: int, buckets: int, longest: int, device: torch.devi
     size, half, exact = distances.abs(), buckets // 2, buckets // 4
     wide = torch.log(size.clamp_min(exact) / exact) / math.log(longest / exact) * (half - exact)
     found = torch.where(size < exact, size, (exact + wide.long()).clamp_max(half - 1))
-    return (found + half * (distances > 0)).to(device)
+    return fast.send(found + half * (distances > 0), device)
 
 
 class FeedForward(nn.Module):

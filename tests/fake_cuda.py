@@ -43,7 +43,7 @@ def capability(device: object = None) -> tuple[int, int]:
 
 
 def pretend() -> None:
-    """Answer what Python asks of CUDA as `machine` says. `set_device` stays PyTorch's own and refuses what it refuses."""
+    """Answer what Python asks of CUDA as `machine` says. `set_device` is PyTorch's own and refuses as ever."""
     cuda = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: len(machine.capabilities)
