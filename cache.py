@@ -115,8 +115,8 @@ class ActivationCache:
                 if offset + (frames + self.scale_rows) * self.row_bytes <= sizes[name]:
                     if name not in self.shards:
                         self.shards.append(name)
-                    entry = crc, self.shards.index(name), offset, frames, False
-                    self.entries[missing.numbers] = np.array(entry, ENTRY)
+                    found = crc, self.shards.index(name), offset, frames, False
+                    self.entries[missing.numbers] = np.array(found, ENTRY)
                     del self.missing[path]
 
     def note_user(self, path: str | Path, backbone: str) -> None:
@@ -128,10 +128,10 @@ class ActivationCache:
 
     def has(self, numbers: Sequence[int]) -> bool:
         """Whether all of these utterances are there, by now."""
-        numbers = np.asarray(numbers, int)
-        if not self.entries["frames"][numbers].all():
+        chosen = np.asarray(numbers, int)
+        if not self.entries["frames"][chosen].all():
             self.load_index()
-        return bool(self.entries["frames"][numbers].all())
+        return bool(self.entries["frames"][chosen].all())
 
     def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Packed activations `(N, width)` and lengths, fp32 from int8. Raises ValueError for a damaged entry."""
@@ -238,7 +238,7 @@ class ActivationCache:
                 self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
             file = self.readers[shard]
             file.seek(offset)
-            return file.readinto(memoryview(out).cast("B")) == out.nbytes
+            return file.readinto(out.data.cast("B")) == out.nbytes
 
     def space(self, seconds: float, rows_each: int | None = None) -> int:
         """Bytes on the disk of what is missing of `seconds` of audio, or of so many rows each, with its index."""
@@ -251,10 +251,8 @@ class ActivationCache:
         """Raise OSError if the disk has less room than `space`."""
         needed, free = self.space(seconds, rows_each), shutil.disk_usage(self.directory).free
         if needed > free:
-            raise OSError(
-                f"cache {self.directory}: needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB; free space, "
-                "or set cache_dir or cache: false"
-            )
+            found = f"needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
+            raise OSError(f"cache {self.directory}: {found}; free space, or set cache_dir or cache: false")
 
     def stored_bytes(self) -> int:
         """Of a complete cache, a file that the corpus names twice counted twice."""
@@ -403,7 +401,8 @@ class Prefix:
     ):
         """`at_once` bounds how many utterances are computed together; `dtype` is that of autocast, or fp32."""
         self.model, self.paths, self.device, self.dtype = model, paths, device, dtype
-        self.cache, self.source, self.at_once = cache, cache, at_once
+        self.cache, self.at_once = cache, at_once
+        self.source: Any = cache  # what is read: the cache, or `machine.tier.OnGPU` before it
         self.depth = prefix_depth(model)
         self.complete = False  # then the prefix's weights are gone
         self.seconds = 0.0  # that the cache has cost
@@ -412,6 +411,7 @@ class Prefix:
         """Packed activations `(N, width)` in fp32 on the device, and lengths, of each batch; one is read ahead."""
         for numbers, loaded in zip(batches, data.prefetch(self.load, batches), strict=True):
             if isinstance(loaded, Tensor):
+                assert self.cache is not None, "without one, `load` gives waveforms"
                 lengths = self.cache.lengths(numbers)
                 x = self.cache.decode(send(loaded, self.device), lengths)
             else:
@@ -448,5 +448,4 @@ class Prefix:
         drop_prefix(self.model, self.depth)
         self.complete = True
         if tier != "disk" and self.device.type != "cpu":
-            reader = extra("machine.tier", f"cache_tier: {tier}")
-            self.source = reader.pick(tier, self.cache, self.device)
+            self.source = extra("machine.tier", f"cache_tier: {tier}").pick(tier, self.cache, self.device)

@@ -11,7 +11,7 @@ import re
 import stat
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -59,7 +59,8 @@ def resample(waveform: Tensor | np.ndarray, sample_rate: int, new_rate: int = SA
 def silence(waveform: np.ndarray | Tensor) -> str:
     """What is wrong with a sound (S,) in which nothing can be heard; else an empty text."""
     middle = float(waveform.mean())
-    level = float(abs(waveform - middle).max())
+    centered: Any = waveform - middle  # of either kind
+    level = float(abs(centered).max())
     if level >= SILENT:
         return ""
     if abs(middle) >= SILENT:

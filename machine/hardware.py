@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -151,7 +152,8 @@ def prepare(
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
-    for layer in model.backbone.layers if compiled else ():
+    layers: Iterable[Any] = model.backbone.layers if compiled else ()
+    for layer in layers:
         layer.finish = torch.compile(layer.finish, dynamic=True)
 
 
@@ -290,7 +292,8 @@ def write_yaml(path: Path, value: dict) -> None:
 
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, and what a cluster sends
-STOP_SIGNALS += [signal.SIGBREAK] if sys.platform == "win32" else []  # Windows lets no other process send those two
+if sys.platform == "win32":
+    STOP_SIGNALS += [signal.SIGBREAK]  # Windows lets no other process send those two
 
 
 class Stopped(KeyboardInterrupt):
