@@ -1,9 +1,9 @@
 """The frozen prefix and the cache of its output: what it makes of each utterance, computed once and kept on disk.
 
 A directory holds activations of one kind (weights, depth, preprocessing, type: `cache.json`, of which its name is the
-hash). Every process that writes has two files of its own: `<writer>.bin` with activations
-one after the other, and `<writer>.index` with a line for each, written after its activation. A process that dies at any
-moment loses only what it had in hand; several may write at once, and find what the others have written.
+hash). Every process that writes has two files of its own: `<writer>.bin` with activations one after the other, and
+`<writer>.index` with a line for each, written after it. A process that dies at any moment loses only what it had in
+hand; several may write at once, and find what the others have written.
 
 An entry belongs to one state of an audio file: path, size and time of change. Clocks are coarse, so the entry of a file
 that changed less than two seconds before also holds the CRC-32 of its content. A line of an index begins with its own
@@ -261,9 +261,8 @@ class ActivationCache:
 
     def close(self) -> None:
         self.close_writer()
-        for file in self.readers.values():
-            file.close()
-        self.readers = {}
+        for shard in list(self.readers):
+            self.readers.pop(shard).close()
 
 
 def directory_name(identity: dict) -> str:

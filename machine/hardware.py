@@ -68,7 +68,7 @@ def pick_device(name: str, local_rank: int | None = None, compiled: bool = False
         raise ValueError(f"device: {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":  # set_device refuses one without an index
         index = device.index if device.index is not None else torch.cuda.current_device() if found["cuda"] else 0
-        device = torch.device("cuda", index if alone else local_rank)
+        device = torch.device("cuda", index if local_rank is None else local_rank)
     if not found.get(device.type) or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
         there = ", ".join(kind for kind, is_there in found.items() if is_there)
         raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; this machine has {there}")
