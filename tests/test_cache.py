@@ -1078,3 +1078,31 @@ def test_the_build_command_reports_to_a_file(several, tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["caches.py", "build", "epochs=1"])
     with pytest.raises(ValueError, match="build: expected at least one config"):
         caches.main()
+
+
+# ---------------------------------------------------------------- identity
+
+
+def test_tf32_is_part_of_the_identity_and_older_caches_stay_valid(tmp_path, corpus):
+    """Activations with 10 bits of mantissa never serve an fp32 run; without TF32 the name is that of before."""
+    model = EmotionModel(weights.random_backbone(TINY), ["activation"], (1, 7))
+    freeze.freeze(model, 1)
+    how = {"backbone": "tiny", "precision": "fp32", "dtype": "float16"}
+    exact, rounded = (cache_module.open_cache(tmp_path, model, corpus, **how, tf32=tf32) for tf32 in (False, True))
+    assert exact.directory != rounded.directory
+    assert "tf32" not in json.loads((exact.directory / "cache.json").read_text())
+
+
+def test_a_file_replaced_within_a_step_of_the_clock_is_noticed(tmp_path):
+    """Same size and time of change: the content of a file that had just changed is compared as well."""
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"one")
+    moment = time.time_ns()
+    os.utime(path, ns=(moment, moment))
+    cache = open_cache(tmp_path, [str(path)])
+    cache.write([0], torch.ones(3, WIDTH), [3])
+    cache.close()
+    assert open_cache(tmp_path, [str(path)]).has([0])
+    path.write_bytes(b"two")
+    os.utime(path, ns=(moment, moment))
+    assert not open_cache(tmp_path, [str(path)]).has([0])
