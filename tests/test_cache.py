@@ -532,7 +532,7 @@ def test_a_full_shard_is_followed_by_another_and_readers_go_on(tmp_path, monkeyp
     cache = open_cache(tmp_path, paths)
     write(cache, 0)
     check(cache, 0)
-    reader = cache.reader(0)
+    reader = cache.readers[0]
     write(cache, *range(1, 12))
     assert not reader.closed
     check(cache, *range(12))
