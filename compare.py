@@ -31,7 +31,8 @@ import run
 from config import Config, load_config, parse, split_words
 from data import text_cell
 from machine import hardware
-from report.results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
+from report.results import COSTS, SCORES, Run, Runs, analyse, markdown, read_method, run_directory
+from weights import read_json
 
 HERE = Path(__file__).parent
 CORPUS = ("corpus", "data_root", "manifest", "fold", "test_set", "dev_set", "flip_activation")  # the same for all

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from data import from_cell
-from metrics import bootstrap, bootstrap_p, holm, interval, paired_t_test
+from metrics import bootstrap, interval
+from report.statistics import bootstrap_p, holm, paired_t_test
+from weights import read_json
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")
 COSTS = ("precision", "trainable_parameters", "trainable_reduction", "best_epoch", "epochs", "epoch_seconds")
@@ -42,13 +44,6 @@ class Run:
 
 
 Runs = dict[str, dict[int, Run]]  # by method and seed, the finished ones
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: is not JSON; delete it and run the same command again") from None
 
 
 def read_run(directory: Path) -> Run:
