@@ -265,7 +265,7 @@ def test_seconds(value, text):
 
 
 def test_a_damaged_result_is_named(tmp_path):
-    """With what to do about it."""
+    """By its path."""
     path = fabricate(tmp_path, "full", 0) / "result.json"
     path.write_text("{")
     with pytest.raises(ValueError, match=r"result\.json: is not JSON"):
