@@ -4,23 +4,28 @@ import csv
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import audmetric
 import numpy as np
 import pytest
 import yaml
 from conftest import forget_plots, tiny_settings
+from test_emotale import make as make_emotale
 from test_results import TARGETS, fabricate
 
 import compare
 import report
 import run
 from config import load_config
+from corpora import emotale
 from freeze import trained_state
 from machine import hardware
+from report import results
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,6 +136,150 @@ def test_a_directory_with_another_configuration_or_test_set_is_an_error(finished
     monkeypatch.setattr(run.data, "load_corpus", lambda **_: utterances)
     message = command_line(monkeypatch, "heads.yaml", "lr=1e-3", "--seeds", "1", "--out", "out")
     assert "heads-seed0 was tested on other utterances or labels than there are now; choose another --out" in message
+
+
+# ---------------------------------------------------------------- every fold
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory, tiny_checkpoint):
+    """Two cached methods over the six folds of a small EmoTale, one of which fails in fold 2; folder and process.
+
+    Fold 2 of `layer` fails as a file stands where its directory should be.
+    """
+    folder = tmp_path_factory.mktemp("folded")
+    tree = make_emotale(folder / "EmoTale", sound=True)
+    keys = {"corpus": "emotale", "data_root": str(tree), "backbone": str(tiny_checkpoint), "cache": True}
+    keys |= {"cache_dir": str(folder / "cache"), "epochs": 1, "precision": "fp32", "device": "cpu"}
+    for name, more in {"heads": {}, "layer": {"trainable_layers": 1}}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**keys, **more}), encoding="utf-8")
+    (folder / "out").mkdir()
+    (folder / "out" / "layer-seed0-fold2").write_text("in the way")
+    command = [sys.executable, str(ROOT / "compare.py"), "heads.yaml", "layer.yaml", "--folds", "--seeds", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = {"cwd": folder, "capture_output": True, "text": True, "timeout": 500, "env": environment}
+    return folder, subprocess.run([*command, "--out", "out"], **settings)
+
+
+def test_every_utterance_is_tested_once_and_the_score_is_that_of_all_together(folded):
+    """Pooled CCC by another implementation, and beside it the mean of the folds' own."""
+    folder, done = folded
+    tables = []
+    for fold in range(1, 7):
+        with open(folder / "out" / f"heads-seed0-fold{fold}" / "predictions_test.csv", newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    rows = [row for table in tables for row in table]
+    assert len(rows) == len({row["file"] for row in rows}) == 64
+
+    def score(table: list[dict]) -> float:
+        return audmetric.concordance_cc(*([float(row[key]) for row in table] for key in ("valence", "valence_label")))
+
+    with open(folder / "out" / "table.csv", newline="", encoding="utf-8") as file:
+        record = next(csv.DictReader(file))
+    assert (record["method"], record["seeds"], record["folds"]) == ("heads", "1", "6")
+    assert float(record["valence_ccc"]) == pytest.approx(score(rows), abs=1e-6)
+    assert float(record["valence_mean_of_folds"]) == pytest.approx(np.mean([score(t) for t in tables]), abs=1e-4)
+    assert "pooled CCC of valence | mean of the folds' CCC" in done.stdout
+
+
+def test_a_failed_fold_is_named_and_the_others_stand(folded):
+    """The method is marked and scored on what is there; its difference is over the folds that both have."""
+    folder, done = folded
+    assert done.returncode == 1, done.stderr
+    assert "layer seed 0 fold 2 failed (exit code 1)" in done.stdout
+    assert "| layer (5 of 6 folds) |" in done.stdout
+    assert "Scored on the finished folds alone" in done.stdout
+    with open(folder / "out" / "table.csv", newline="", encoding="utf-8") as file:
+        heads, other = csv.DictReader(file)
+    assert (other["folds"], heads["folds"]) == ("5", "6")
+    runs = {
+        name: results.pool(
+            {f: results.read_run(folder / "out" / f"{name}-seed0-fold{f}") for f in (1, 3, 4, 5, 6)}
+        ).result["test"]["valence"]["ccc"]
+        for name in ("heads", "layer")
+    }
+    assert float(other["valence_ccc"]) == pytest.approx(runs["layer"])
+    assert float(other["valence_difference"]) == pytest.approx(runs["layer"] - runs["heads"])
+    for picture in ("ccc_against_time", "curves", "scatter_valence"):
+        assert (folder / "out" / f"{picture}.png").is_file()
+
+
+def test_one_cache_serves_all_folds_and_nothing_is_computed_twice(folded):
+    """Each file stands once in the index of each cache, and no run has built anything."""
+    folder, _ = folded
+    caches = list((folder / "cache").iterdir())
+    assert len(caches) == 2  # means for the head, the input of the last layer
+    for cache in caches:
+        lines = [line for index in cache.glob("*.index") for line in index.read_text().splitlines()]
+        assert len(lines) == 64
+    finished = [json.loads(path.read_text()) for path in (folder / "out").glob("*/result.json")]
+    assert [result["seconds"]["cache_build"] for result in finished] == [0.0] * 11
+
+
+def test_the_agreement_of_the_raters_is_a_line(folded):
+    """Of the targets that are compared."""
+    low, *_, high = sorted(emotale.agreement(folded[0] / "EmoTale")["valence"])
+    lines = [line for line in folded[1].stdout.splitlines() if line.startswith("- raters, each against the mean")]
+    assert len(lines) == 1
+    assert f"({low:.3f} to {high:.3f})" in lines[0]
+    assert "dominance" not in lines[0]
+
+
+def test_the_same_command_runs_only_the_folds_that_are_not_finished(folded, monkeypatch):
+    """And with nothing in its way the failed one is run."""
+    folder, started = folded[0], []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(compare, "logged", lambda arguments, log: started.append(arguments))
+    assert main(monkeypatch, "heads.yaml", "layer.yaml", "--folds", "--seeds", "1", "--out", "out") == 1
+    train = [words for words in started if words[0].endswith("train.py")]
+    assert [words[-2:] for words in train] == [['name="layer-seed0-fold2"', "fold=2"]]
+    config = load_config(train[0][1], train[0][2:])
+    assert (config.fold, config.seed, config.name) == (2, 0, "layer-seed0-fold2")
+
+
+def test_a_stopped_comparison_goes_on(folded, monkeypatch, capsys):
+    """Ctrl-C in fold 4: what is finished is in the table, marked, and the message says how to go on."""
+    folder, out = folded[0], folded[0] / "stopped"
+    monkeypatch.chdir(folder)
+
+    def train(words: list[str], log: Path) -> int:
+        if words[0] == "-m":
+            return 0
+        if words[-1] == "fold=4":
+            raise KeyboardInterrupt
+        shutil.copytree(folder / "out" / f"heads-seed0-{words[-1].replace('=', '')}", out / log.stem)
+        return 0
+
+    monkeypatch.setattr(compare, "logged", train)
+    message = main(monkeypatch, "heads.yaml", "--folds", "--seeds", "1", "--out", out)
+    assert message == "stopped; the same command continues with what is not finished"
+    text = capsys.readouterr().out
+    assert "| heads (3 of 6 folds) |" in text
+    assert "Not finished: heads seed 0 fold 4, heads seed 0 fold 5, heads seed 0 fold 6." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.yaml"], "--folds: corpus 'demo' has a fixed split and no folds; leave out --folds"),
+        (["a.yaml", "corpus=msp-podcast"], "--folds: corpus 'msp-podcast' has a fixed split"),
+        (["a.yaml", "corpus=manifest"], "--folds: corpus 'manifest' has a fixed split"),
+        (["e.yaml", "fold=3"], "e: fold is 3, but --folds runs every fold; leave out one of the two"),
+        (["e.yaml", "--sweep", "fold=1,2"], "e-fold=1: fold is 1, but --folds runs every fold"),
+        (["e.yaml", "fold=all"], "fold: expected one number, found 'all'; for all: python compare.py CONFIG --folds"),
+        (["e.yaml", "b.yaml"], "b: corpus is 'iemocap', that of e 'emotale'; compare on one test set"),
+        (["e.yaml", "t.yaml"], "t: targets is ['valence'], that of e ('activation', 'valence')"),
+        (["e.yaml", "corpus=emotal"], "corpus: 'emotal' is unknown"),
+    ],
+)
+def test_folds_that_cannot_be_run_are_one_message(configs, monkeypatch, arguments, message):
+    """Before anything runs."""
+    e = {"corpus": "emotale", "data_root": "."}
+    configs(a={}, e=e, b={**e, "corpus": "iemocap"}, t={**e, "targets": ["valence"]})
+    said = command_line(monkeypatch, *arguments, "--folds")
+    assert said.startswith("error: ")
+    assert said.count(message) == 1
+    assert not Path("runs").exists()
 
 
 # ---------------------------------------------------------------- what is compared
