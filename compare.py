@@ -26,6 +26,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -318,9 +319,12 @@ def draw(
         for seed, each in runs[name].items():
             scores[m, seeds.index(seed)] = [each.result["test"][target]["ccc"] for target in targets]
     times, gigabytes = (np.array([r[key] for r in shown]) for key in ("total_seconds", "peak_memory_bytes"))
-    label = "training time in s (with the cache)"
-    plots.cost(names, times, scores, targets, label, note, out / "ccc_against_time")
-    plots.cost(names, gigabytes / 1e9, scores, targets, "peak memory in GB", note, out / "ccc_against_memory")
+    ceiling = {target: fmean(agreement[target]) for target in targets if agreement.get(target)}
+    for costs, name, label in (
+        (times, "ccc_against_time", "training time in s (with the cache)"),
+        (gigabytes / 1e9, "ccc_against_memory", "peak memory in GB"),
+    ):
+        plots.cost(names, costs, scores, targets, label, note, out / name, ceiling)
     curves = [[curve(r, part, targets) for each in runs[r["method"]].values() for part in each.parts] for r in shown]
     plots.curves(names, curves, targets, note, out / "curves")
     depths: dict[int, int] = {}  # number of trained layers: the first method with it
