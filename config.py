@@ -183,6 +183,8 @@ def parse(text: str, where: str) -> object:
 
 def make_config(values: dict, where: str) -> Config:
     """A `Config` of plain values, each checked against the type of its field."""
+    if values.get("fold") == "all":
+        raise ValueError(f"{where}: fold: expected one number, found 'all'; for all: python compare.py CONFIG --folds")
     for key in values:
         if key not in TYPES:
             near = difflib.get_close_matches(str(key), TYPES, 1)

@@ -10,8 +10,9 @@ import pytest
 import run
 from config import Config
 from machine import hardware
-from metrics import bootstrap, bootstrap_ci, bootstrap_p, holm, paired_t_test
+from metrics import bootstrap, bootstrap_ci
 from report import results
+from report.statistics import bootstrap_p, holm, paired_t_test
 
 TARGETS = ("activation", "valence")
 SPEAKERS = [f"s{number // 5}" for number in range(40)]
@@ -264,10 +265,10 @@ def test_seconds(value, text):
 
 
 def test_a_damaged_result_is_named(tmp_path):
-    """With what to do about it."""
+    """By its path."""
     path = fabricate(tmp_path, "full", 0) / "result.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"result\.json: is not JSON; delete it"):
+    with pytest.raises(ValueError, match=r"result\.json: is not JSON"):
         read(tmp_path, "full")
 
 
