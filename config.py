@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import os
+import re
 import reprlib
 import types
 import typing
@@ -130,6 +132,7 @@ class Config:
 
 MAX_SIZE, MAX_DEPTH = 1 << 16, 10  # bytes and levels of a YAML file; a configuration has a few hundred and two
 TYPES = typing.get_type_hints(Config)
+PATHS = {"output_dir", "data_root", "manifest", "backbone", "adapter", "cache_dir"}  # ~ and $VAR are expanded in these
 DEFAULTS = {field.name: field.default for field in fields(Config)}
 
 
@@ -153,7 +156,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override}: expected key=value, as in seed=1")
-        values[key] = parse(value, override)
+        values[key] = read_override(key, value, override)
     config = make_config(values, str(path))
     return config if config.name else make_config({**values, "name": path.stem}, str(path))
 
@@ -162,6 +165,16 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words of a command line that are paths, and those that are `key=value`; a path may hold an equals sign too."""
     overrides = [word for word in words if "=" in word and word.partition("=")[0].isidentifier()]
     return [word for word in words if word not in overrides], overrides
+
+
+def read_override(key: str, value: str, where: str) -> object:
+    """The value of `key=value`: YAML, but for a key that takes text the words as they stand (`name=no`, `name=12`)."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if TYPES.get(key) in (str, str | None) and not quoted and (TYPES[key] is str or value != "null"):
+        return value
+    if re.fullmatch(r"[-+]?0[0-9]+", value):
+        raise ValueError(f"{where}: YAML reads a number with a leading zero as octal; write {int(value)}")
+    return parse(value, where)
 
 
 def parse(text: str, where: str) -> object:
@@ -190,7 +203,10 @@ def make_config(values: dict, where: str) -> Config:
             near = difflib.get_close_matches(str(key), TYPES, 1)
             raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
     try:
-        return Config(**{key: coerce(value, TYPES[key], key) for key, value in values.items()})
+        typed = {key: coerce(value, TYPES[key], key) for key, value in values.items()}
+        for key in PATHS & typed.keys():
+            typed[key] = typed[key] and os.path.expandvars(os.path.expanduser(typed[key]))
+        return Config(**typed)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -217,7 +233,9 @@ def coerce(value: object, kind: object, key: str) -> Any:
             return number
     elif kind in (int, str, bool, type(None)) and type(value) is kind:
         return value
-    raise ValueError(f"{key}: expected {describe(kind)}, found {reprlib.repr(value)}")  # of any size: from a checkpoint
+    found = reprlib.repr(value)  # of any size: from a checkpoint
+    advice = "; put it in quotes" if kind is str and value is not None and not isinstance(value, list | dict) else ""
+    raise ValueError(f"{key}: expected {describe(kind)}, found {found}{advice}")
 
 
 def describe(kind: Any) -> str:
