@@ -1,6 +1,6 @@
 """The CUDA paths on fake tensors: type, device and hidden waits are checked, nothing is computed.
 
-`python tests/fake_cuda.py LIBRARY FOLDER I N` runs every N-th case from the I-th on the devices that LIBRARY (built from
+`python tests/fake_cuda.py LIBRARY FOLDER I N` runs every N-th case from the I-th on the devices that LIBRARY (made of
 fakecuda.cpp) pretends, and prints a JSON line for each: its name, and what is wrong. It is a process of its own, as
 PyTorch cannot unlearn the devices.
 """
