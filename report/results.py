@@ -33,12 +33,13 @@ POOLED = (
     "Times, memory and epochs are those of one run: one seed and one fold.",
 )
 READING = (
-    "95%: bootstrap over the {speakers} test speakers, what other speakers could change; with fewer "
+    "95%: bootstrap over the {speakers} speakers tested, what other speakers could change; with fewer "
     "than 8 it is still too narrow. Of a difference: over the seeds that both methods have.",
     "p over seeds: paired t-test, would the difference remain with other seeds. p over utterances: paired bootstrap, "
     "would it remain with other utterances of these speakers. Both are corrected over all methods and targets (Holm).",
-    "Times and memory: medians over runs. Total: with one build of the cache. 4.00x, 75% less: in a quarter of the "
-    "time. At equal precision: against what differs from the first method in nothing else and ran in this precision.",
+    "Times (without imports) and memory: medians over runs. Total: with one build of the cache. 4.00x, 75% less: in a "
+    "quarter of the time. At equal precision: against what differs from the first method in nothing else and ran in "
+    "this precision.",
 )
 
 

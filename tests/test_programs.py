@@ -52,3 +52,21 @@ def test_an_interrupt_waits_until_the_run_has_saved(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         logged([str(program)], log)
     assert log.read_text().split() == ["begun", "saved"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
+def test_programs_are_processes_of_their_own_that_need_not_import_pytorch(tmp_path):
+    """One server forks them all, with what train.py needs; what one leaves behind the next does not see."""
+    program, said = tmp_path / "program.py", []
+    program.write_text(
+        "import os, sys\nprint(os.getpid(), os.getppid(), 'run' in sys.modules, 'torch._dynamo' in sys.modules)\n"
+        "print(hasattr(sys, 'left_behind'), sys.argv[1:], __name__)\nsys.left_behind = True\n"
+    )
+    for number in range(2):
+        assert logged([str(program), str(number)], tmp_path / "log.txt") == 0
+        said.append((tmp_path / "log.txt").read_text().splitlines())
+    (first, second), (pids, parents) = said, zip(*(lines[0].split()[:2] for lines in said), strict=True)
+    assert len(set(pids)) == 2
+    assert len(set(parents)) == 1
+    assert first[0].endswith("True True") and second[0].endswith("True True")
+    assert [first[1], second[1]] == ["False ['0'] __main__", "False ['1'] __main__"]
