@@ -103,7 +103,7 @@ class Config:
 
     def require_effect(self) -> None:
         """Refuse a key that is set but would do nothing: whoever set it believes that it acts."""
-        everything, nothing = self.trainable_layers == "all", self.trainable_layers in (0, []) and not self.lora_rank
+        everything, nothing = self.trainable_layers == "all", not self.trains_layers
         self.require("pooling", self.pooling != "layers" or nothing, "mean, mean_std or attentive, since layers train")
         pooled = nothing and self.pooling != "attentive" and self.cache_dtype == "int8"
         self.require("cache_dtype", not pooled, "float16, as no layer trains: of a few rows each, int8 would be larger")
@@ -124,6 +124,19 @@ class Config:
             value, default = getattr(self, key), DEFAULTS[key]
             same = value == (list(default) if isinstance(value, list) and isinstance(default, tuple) else default)
             self.require(key, same or not without_effect, f"{default!r}, {reason}")
+
+    @property
+    def trains_layers(self) -> bool:
+        """Whether anything but the head trains."""
+        return self.trainable_layers not in (0, []) or self.lora_rank > 0
+
+    def saves_memory(self, processes: int) -> list[str]:
+        """The `key=value` settings that are left to save memory and leave the loss as it is."""
+        at_once = min(self.micro_batch_size or self.batch_size, -(-self.batch_size // processes))  # in each process
+        settings = [f"micro_batch_size={at_once // 2}"] if at_once > 1 else []
+        if self.trains_layers and not self.gradient_checkpointing:
+            settings.append("gradient_checkpointing=true")
+        return settings + (["cache_tier=disk"] if self.cache and self.cache_tier != "disk" else [])
 
     def require(self, key: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:
@@ -177,19 +190,27 @@ def read_override(key: str, value: str, where: str) -> object:
     return parse(value, where)
 
 
-def parse(text: str, where: str) -> object:
-    """A YAML value. Aliases, of which a few lines unfold to fill the memory, and deep nesting are refused unread."""
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
-                raise ValueError(f"expected no alias such as *name, and at most {MAX_DEPTH} levels")
-        node = yaml.compose(text, yaml.SafeLoader)
+class Loader(yaml.SafeLoader):
+    """Refuses aliases, of which a few lines unfold to fill the memory, deep nesting, and a key that is given twice."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth > MAX_DEPTH or self.check_event(yaml.AliasEvent):
+            raise ValueError(f"expected no alias such as *name, and at most {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
         keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"{max(keys, key=keys.count)} is given more than once")
-        return yaml.safe_load(text)
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{twice[0]} is given more than once")
+        return node
+
+
+def parse(text: str, where: str) -> object:
+    """A YAML value. Raises ValueError for what is no YAML, or more than a configuration needs."""
+    try:
+        return yaml.load(text, Loader)
     except Exception as error:  # a tag on a value that does not fit it can raise nearly any of them
         raise ValueError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
 

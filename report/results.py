@@ -271,10 +271,15 @@ def add_factors(records: Mapping[str, dict], runs: Runs) -> None:
     for name in finished.keys() - {first}:
         record = records[name]
         record["trainable_reduction"] = 1 - record["trainable_parameters"] / base["trainable_parameters"]
-        record["epoch_factor"] = base["epoch_seconds"] / record["epoch_seconds"]
-        record["total_factor"] = base["total_seconds"] / record["total_seconds"]
+        record["epoch_factor"] = ratio(base["epoch_seconds"], record["epoch_seconds"])
+        record["total_factor"] = ratio(base["total_seconds"], record["total_seconds"])
         for equal in [other for other in alike if other["precision"] == record["precision"]][:1]:
-            record["epoch_factor_at_equal_precision"] = equal["epoch_seconds"] / record["epoch_seconds"]
+            record["epoch_factor_at_equal_precision"] = ratio(equal["epoch_seconds"], record["epoch_seconds"])
+
+
+def ratio(seconds: float, others: float) -> float:
+    """How many times as long one took; times below a millisecond, which a coarse clock cannot tell, count as one."""
+    return max(seconds, 1e-3) / max(others, 1e-3)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
