@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import closing, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def train(config: Config) -> dict:
         if parallel.any_of((directory / "result.json").is_file()):
             return json.loads((directory / "result.json").read_text(encoding="utf-8"))
         e = set_up(config, directory, device, began)
-        with hardware.watched_signals() as watch:
+        with hardware.watched_signals() as watch, closing(e.prefix.cache) if e.prefix.cache else nullcontext():
             try:
                 fit(e, watch)
             except hardware.Stopped:
@@ -266,7 +266,6 @@ def finish(e: Experiment, watch: hardware.Watch) -> dict:
     result |= {"device": hardware.device_name(e.device), "processes": parallel.size(), **e.identity, "cache_bytes": 0}
     if e.prefix.cache:
         result["cache_bytes"] = e.prefix.cache.stored_bytes()
-        e.prefix.cache.close()
     hardware.write_text(e.directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
