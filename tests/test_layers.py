@@ -248,6 +248,7 @@ def test_a_demo_run_says_that_it_is_one_and_that_its_weights_were_random(tmp_pat
     real, corpus = run.weights.random_backbone, data.read_manifest(tiny_manifest)
     small = {"width": 64, "layers": 3, "heads": 4, "ffn": 128, "conv_channels": (32,) * 7}
     monkeypatch.setattr(run.weights, "random_backbone", lambda config: real(replace(config, **small)))
+    monkeypatch.setattr(run.weights, "SMALL", tmp_path / "not there")  # as in a copy without the small backbone
     monkeypatch.setattr(hub, "fetch", lambda *_: unavailable())
     monkeypatch.setattr(data, "load_corpus", lambda **_: corpus)
 
