@@ -1,13 +1,12 @@
 """The frozen prefix and the cache of its output: what it makes of each utterance, computed once and kept on disk.
 
 A directory holds activations of one kind (weights, depth, preprocessing, type: `cache.json`, of which its name is the
-hash). Every process that writes has two files of its own: `<writer>.bin` with activations one after the other, and
-`<writer>.index` with a line for each, written after it. A process that dies at any moment loses only what it had in
-hand; several may write at once, and find what the others have written.
+hash). Every process that writes has two files: `<writer>.bin` with activations, and `<writer>.index` with a line for
+each, written after it. One that dies loses only what it had in hand; several may write, and find what others wrote.
 
 An entry belongs to one state of an audio file: path, size and time of change. Clocks are coarse, so the entry of a file
-that changed less than two seconds before also holds the CRC-32 of its content. A line of an index begins with its own
-CRC-32, with the directory's name in it, and holds that of its activation, which is checked when it is first read.
+that changed less than two seconds before the cache was opened also holds the CRC-32 that its content had then. A line
+of an index holds its own CRC-32, with the directory's name in it, and that of its activation, checked when first read.
 """
 
 import errno
@@ -46,10 +45,11 @@ ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames",
 
 
 class Missing(NamedTuple):
-    """What a cache lacks of a file: the file's size and time of change before it was read, and its utterances."""
+    """What a cache lacks of a file, and the file as it was before it was read."""
 
-    state: tuple[int, int]
-    numbers: list[int]
+    state: tuple[int, int]  # size and time of change
+    content: tuple[int, ...]  # CRC-32, if it had just changed: by time alone, another change might not be noticed
+    numbers: list[int]  # of its utterances
 
 
 class ActivationCache:
@@ -72,7 +72,8 @@ class ActivationCache:
         self.missing: dict[str, Missing] = {}  # by path
         for number, path in enumerate(map(os.path.abspath, paths)):
             if path not in self.missing:
-                self.missing[path] = Missing(file_state(path), [])
+                recent = time.time_ns() - (state := file_state(path))[1] < RECENT
+                self.missing[path] = Missing(state, (file_crc(path),) if recent else (), [])
             self.missing[path].numbers.append(number)  # a file may be in the corpus twice
         self.lock = threading.RLock()
         self.seen: dict[str, int] = {}  # bytes of each index that have been read
@@ -198,8 +199,7 @@ class ActivationCache:
     def append(self, number: int, stored: Tensor, frames: int) -> None:
         """Add the rows of one activation. Raises OSError if they cannot be written; what was written before stays."""
         data, path = stored.view(torch.uint8).numpy().tobytes(), os.path.abspath(self.paths[number])
-        crc, (state, numbers) = zlib.crc32(data), self.missing[path]
-        content = [file_crc(path)] if time.time_ns() - state[1] < RECENT else []
+        crc, (state, content, numbers) = zlib.crc32(data), self.missing[path]
         try:
             name, shard, index = self.writer or self.open_writer()
             offset = shard.tell()
@@ -278,9 +278,9 @@ def file_state(path: str) -> tuple[int, int]:
     """Size and time of change in ns, by which a replaced file is noticed; -1 and -1 for one that is not there."""
     try:
         status = os.stat(split_source(path)[0])
+        return status.st_size, status.st_mtime_ns
     except OSError:
         return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def file_crc(path: str) -> int:
@@ -446,5 +446,5 @@ class Prefix:
             return
         drop_prefix(self.model, self.depth)
         self.complete = True
-        if tier != "disk" and self.device.type != "cpu":
+        if tier in ("auto", "gpu") and self.device.type != "cpu":
             self.source = extra("machine.tier", f"cache_tier: {tier}").pick(tier, self.cache, self.device)

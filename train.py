@@ -140,6 +140,7 @@ def fit(e: Experiment, watch: hardware.Watch) -> None:
 def set_up(config: Config, directory: Path, device: torch.device, began: float) -> Experiment:
     """Corpus, model, frozen prefix with its cache, optimizer; from `last.pt` if the run was stopped."""
     precision = hardware.pick_precision(config.precision, device)
+    hardware.require_tier(config.cache_tier, device)
     with parallel.first_alone():  # it writes the demo corpus
         utterances, label_range = run.load_utterances(config)
     paths, seconds = [utterance.source for utterance in utterances], data.check_audio(utterances)

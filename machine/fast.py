@@ -31,7 +31,7 @@ BY_ONEDNN = {("amd", "AVX512"): PRODUCTS, ("intel", "AVX512"): ("forward",), ("i
 def processor() -> tuple[str, str]:
     """Maker ("amd", "intel" or "") and the vector instructions that PyTorch uses, e.g. "AVX2"."""
     name = str(torch.cpu.get_capabilities().get("cpu_name", "")) if hasattr(torch.cpu, "get_capabilities") else ""
-    told = f"{name} {CPUINFO.read_text() if CPUINFO.is_file() else platform.processor()}".lower()
+    told = f"{name} {CPUINFO.read_text() if CPUINFO.is_file() else platform.processor()} ".lower()
     maker = next((maker for maker, word in MAKERS.items() if word in told), "")
     return maker, torch.backends.cpu.get_cpu_capability()
 
@@ -310,8 +310,8 @@ def attend_each(
         assert gates is not None, "gates and bias come together"
         masks = (gated(gate[None], bias) for gate in gates.split(lengths))
     for *parts, mask in zip(*(x.split(lengths) for x in (q, k, v)), masks, strict=True):
-        q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
-        out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout)[0].transpose(0, 1))
+        one_q, one_k, one_v = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
+        out.append(F.scaled_dot_product_attention(one_q, one_k, one_v, mask, dropout)[0].transpose(0, 1))
     return torch.cat(out)
 
 

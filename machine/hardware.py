@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from config import extra
 from freeze import cast_frozen
@@ -165,6 +164,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
 
 
+def require_tier(name: str, device: torch.device) -> None:
+    """Raise ValueError for a cache that is to be kept on the GPU where none is in use; "ram" is no longer kept."""
+    if name == "gpu" and device.type == "cpu":
+        raise ValueError("cache_tier: found gpu, but the device is the CPU; expected auto or disk")
+    if name == "ram":
+        print("note: cache_tier: ram reads from the disk, which the system keeps in memory anyway", file=sys.stderr)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has done what it was given."""
     if device.type != "cpu":
@@ -220,27 +227,9 @@ class Alone:
     rank = staticmethod(lambda: 0)
     name = staticmethod(lambda: "")
     local_rank = staticmethod(lambda: None)
-    any_of = largest = staticmethod(lambda value: value)
-
-    @staticmethod
-    def share(items: Sequence) -> Sequence:
-        """All of a batch."""
-        return items
-
-    @staticmethod
-    def even(batch: Sequence[int], cost: Sequence[float]) -> Sequence[int]:
-        """The batch in its order."""
-        return batch
-
-    @staticmethod
-    def gather(rows: Tensor, count: int) -> Tensor:
-        """The rows `(count, K)` of a whole batch."""
-        return rows
-
-    @staticmethod
-    def first_alone() -> AbstractContextManager:
-        """Nobody to wait for."""
-        return nullcontext()
+    any_of = largest = share = staticmethod(lambda value: value)
+    even = gather = staticmethod(lambda whole, _: whole)  # a batch in its order; the rows of all of it
+    first_alone = staticmethod(nullcontext)
 
 
 parallel = extra("machine.parallel", "torchrun") if "TORCHELASTIC_RUN_ID" in os.environ else Alone

@@ -111,13 +111,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
         weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
         for product in (F.linear, linear):
-            seconds = []
             for _ in range(WARM_UP + 5):
-                start = time.perf_counter()
-                product(x, weight)
-                hardware.synchronize(device)
-                seconds.append(time.perf_counter() - start)
-            best = max(best, 2 * rows * inputs * outputs / statistics.median(seconds[WARM_UP:]))
+                start, seconds, products = time.perf_counter(), 0.0, 0
+                while seconds < 0.1:  # steps of 16 ms are a sixth of that at most
+                    product(x, weight)
+                    hardware.synchronize(device)
+                    seconds, products = time.perf_counter() - start, products + 1
+                best = max(best, products * 2 * rows * inputs * outputs / seconds)
     return best
 
 

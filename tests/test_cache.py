@@ -1106,3 +1106,19 @@ def test_a_file_replaced_within_a_step_of_the_clock_is_noticed(tmp_path):
     path.write_bytes(b"two")
     os.utime(path, ns=(moment, moment))
     assert not open_cache(tmp_path, [str(path)]).has([0])
+
+
+def test_a_file_rewritten_after_it_was_read_is_noticed_whenever_its_activation_is_stored(tmp_path, monkeypatch):
+    """In the same step of the clock, stored three seconds later: what counts is its content before it was read."""
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"one")
+    moment = time.time_ns()
+    os.utime(path, ns=(moment, moment))
+    cache = open_cache(tmp_path, [str(path)])
+    path.write_bytes(b"two")  # after it was read
+    os.utime(path, ns=(moment, moment))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.time, "time_ns", lambda: moment + 3_000_000_000)
+        cache.write([0], torch.ones(3, WIDTH), [3])
+        cache.close()
+        assert not open_cache(tmp_path, [str(path)]).has([0])

@@ -83,7 +83,7 @@ def test_cached_training_is_uncached_training(losses, device, method, tier):
     keys = METHODS[method]
     expected = losses("plain", **keys)
     found = losses("cached", cache=True, cache_dtype="float32", cache_tier=tier, **keys)
-    assert found == pytest.approx(expected, abs=10 * TOLERANCE[device.type])
+    assert found == pytest.approx(expected, abs=TOLERANCE[device.type])
 
 
 @pytest.mark.parametrize("method", ["full", "last 2", "LoRA"])
@@ -93,11 +93,11 @@ def test_cached_training_is_uncached_training(losses, device, method, tier):
 def test_what_saves_memory_does_not_change_the_loss(losses, device, method, saving):
     """Micro-batches and gradient checkpointing, with dropout, whose masks must come back in the recomputation."""
     expected = losses("plain", **METHODS[method])
-    assert losses("saving", **METHODS[method], **saving) == pytest.approx(expected, abs=10 * TOLERANCE[device.type])
+    assert losses("saving", **METHODS[method], **saving) == pytest.approx(expected, abs=TOLERANCE[device.type])
     if "gradient_checkpointing" in saving:
         dropped = losses("dropped", **METHODS[method] | {"hidden_dropout": 0.2})
         again = losses("again", **METHODS[method] | {"hidden_dropout": 0.2} | saving)
-        assert again == pytest.approx(dropped, abs=10 * TOLERANCE[device.type])
+        assert again == pytest.approx(dropped, abs=TOLERANCE[device.type])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -154,14 +154,14 @@ def test_several_processes_train_as_one(tmp_path, tiny_checkpoint, tiny_manifest
     assert ended.returncode == 0, ended.stderr
     lines = (tmp_path / "runs" / "several" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line)["train_loss"] for line in lines]
-    assert found == pytest.approx(expected, abs=10 * TOLERANCE[device.type])
+    assert found == pytest.approx(expected, abs=TOLERANCE[device.type])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_is_near_fp32(losses, device, precision):
     """On every device, whatever kernels it has for it: a wrong kernel is off by more than rounding."""
     expected = losses("exact", trainable_layers=2)
-    assert losses("rounded", trainable_layers=2, precision=precision) == pytest.approx(expected, abs=0.05)
+    assert losses("rounded", trainable_layers=2, precision=precision) == pytest.approx(expected, abs=0.03)
 
 
 def test_the_device_that_was_asked_for_is_the_one_in_use(losses, tmp_path, device):

@@ -209,10 +209,17 @@ def test_the_library_follows_from_the_processor(maker, vectors, expected):
 
 @pytest.mark.parametrize(
     ("name", "maker"),
-    [("AMD EPYC 9B45", "amd"), ("Intel(R) Xeon(R)", "intel"), ("Neoverse-N1", ""), ("Apple M2", "")],
+    [
+        ("AMD EPYC 9B45", "amd"),
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "amd"),  # as Windows says it
+        ("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", "intel"),
+        ("Intel(R) Xeon(R)", "intel"),
+        ("Neoverse-N1", ""),
+        ("Apple M2", ""),
+    ],
 )
 def test_the_maker_is_read_from_the_processors_name(name, maker, monkeypatch, tmp_path):
-    (tmp_path / "cpuinfo").write_text(f"model name : {name}\n")
+    (tmp_path / "cpuinfo").write_text(f"model name : {name}")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": ""}, raising=False)
     monkeypatch.setattr(fast, "CPUINFO", tmp_path / "cpuinfo")
     assert fast.processor.__wrapped__()[0] == maker

@@ -110,9 +110,8 @@ def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monke
     assert not (directory_of(config) / "last.pt").exists()
 
 
-def test_fp16_whose_gradient_is_never_finite_stops_with_the_files_named(settings, monkeypatch):
-    """Every step is skipped and the scale halved: below 1 it cannot be the scale's fault."""
-    config = settings(precision="fp16", lora_rank=2, epochs=20, patience=20)
+def spoil_every_gradient(monkeypatch) -> None:
+    """Let the gradient of the head be NaN at every step."""
     real = run.build_model
 
     def build(*arguments):
@@ -121,20 +120,19 @@ def test_fp16_whose_gradient_is_never_finite_stops_with_the_files_named(settings
         return model, identity
 
     monkeypatch.setattr(run, "build_model", build)
+
+
+def test_fp16_whose_gradient_is_never_finite_stops_with_the_files_named(settings, monkeypatch):
+    """Every step is skipped and the scale halved: below 1 it cannot be the scale's fault."""
+    config = settings(precision="fp16", lora_rank=2, epochs=20, patience=20)
+    spoil_every_gradient(monkeypatch)
     with pytest.raises(ValueError, match=r"epoch 6, step 2: loss or gradient is not finite.*the files of the batch"):
         train.train(config)
 
 
 def test_fp16_that_took_no_step_at_all_is_no_result(settings, monkeypatch):
     """Too short for the scale to fall below 1."""
-    real = run.build_model
-
-    def build(*arguments):
-        model, identity = real(*arguments)
-        model.head[-1].weight.register_hook(lambda gradient: gradient * math.nan)
-        return model, identity
-
-    monkeypatch.setattr(run, "build_model", build)
+    spoil_every_gradient(monkeypatch)
     with pytest.raises(ValueError, match="no gradient of any step was finite, so nothing has been trained"):
         train.train(settings(precision="fp16", lora_rank=2, epochs=1))
 
