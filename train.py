@@ -151,7 +151,7 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
         how = {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
         tf32 = config.tf32 and device.type == "cuda"
         cache = open_cache(config.cache_dir, model, paths, tf32=tf32, **how)
-        cache.require_space(sum(seconds), pooled_rows(model))
+        hardware.require_space({cache.directory: cache.space(sum(seconds), pooled_rows(model))})
         cache.note_user(directory, backbone["source"])
     prefix = Prefix(model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
     parallel.wait()
@@ -189,7 +189,7 @@ def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
     dev = ccc(run.evaluate(e.model, prefix, e.split("dev"), together, watch), e.labels[e.split("dev")]).tolist()
     if not all(map(math.isfinite, dev)):  # the last step may have been the one too many
         raise ValueError(f"epoch {p.epoch + 1}: dev CCC {dev} is not finite, and the epoch is not saved; {run.ADVICE}")
-    if prefix.cache is not None and parallel.any_of(not prefix.cache.has(e.split("test"))):
+    if prefix.cache and prefix.cache.writable and parallel.any_of(not prefix.cache.has(e.split("test"))):
         run.evaluate(e.model, prefix, e.split("test"), together, watch)  # so that the cache is whole
     parallel.wait()
     prefix.release_if_cached(config.cache_tier)
