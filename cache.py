@@ -207,9 +207,10 @@ class ActivationCache:
                     stored.append(self.read_stored([number])[0])
                     continue
                 if not part.isfinite().all():
-                    largest, what = computed.abs().max().item(), f"the activation of {self.paths[number]}"
-                    advice = "set cache_dtype: float32" if math.isfinite(largest) else "the model's output is no number"
-                    raise ValueError(f"{what} does not fit {self.dtype} (largest {largest:.3g}); {advice}")
+                    largest, why = computed.abs().max().item(), "the model yields no numbers for it"
+                    why = "set cache_dtype: float32" if math.isfinite(largest) else why
+                    what = f"the activation of {self.paths[number]} does not fit {self.dtype}"
+                    raise ValueError(f"{what} (largest {largest:.3g}); {why}")
                 stored.append((to_int8(part) if self.dtype == torch.int8 else part).contiguous())
                 if self.writable:
                     self.append(number, stored[-1], len(part))

@@ -1,12 +1,13 @@
 """A complete cache kept on the GPU: each activation is copied there once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache import ActivationCache
+ActivationCache = Any  # of `cache`, which loads this file when it needs it
 
 
 class OnGPU:
