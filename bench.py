@@ -22,18 +22,14 @@ import argparse
 import importlib.util
 import itertools
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import numpy as np
 import soundfile
 import torch
 from torch import nn
@@ -47,22 +43,25 @@ from config import Config, load_config
 from machine import fast, hardware
 from metrics import ccc_loss
 from model import Wav2Vec2, Wav2Vec2Config
-from report.speed import WARM_UP, draw, matmul_rate, operations, read_result, tables
+from report.speed import (
+    RATE,
+    WARM_UP,
+    draw,
+    make_turns,
+    matmul_rate,
+    operations,
+    read_result,
+    summarise,
+    tables,
+    versions,
+)
 
 LEFT_OUT = ("full_amp", "partial3_amp", "full_microbatches", "logmel")  # on request, but the baseline never
 CONFIGS = [path for path in sorted(Path(__file__).parent.glob("configs/*.yaml")) if path.stem not in LEFT_OUT]
 LABEL_RANGE = (1.0, 7.0)
-RATE = 16_000  # Hz
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}  # as transformers names them
 PROJECTIONS |= {"fc1": "intermediate_dense", "fc2": "output_dense"}
 Actions = dict[str, Callable[[], object]]
-
-
-def make_turns(count: int, lengths: str = "mixed", seed: int = 0) -> list[np.ndarray]:
-    """Waveforms `(S,)` at 16 kHz filled with noise, 5.7 s each; "mixed": of 2.75 to 11 s as in MSP-Podcast."""
-    random = np.random.default_rng(seed)
-    seconds = 2.75 + 8.25 * random.beta(1.1, 1.97, size=count) if lengths == "mixed" else np.full(count, 5.7)
-    return [0.1 * random.standard_normal(int(s * RATE)).astype("f4") for s in seconds]
 
 
 def ours(config: Config, phase: str, folder: Path, paths: list[str]) -> tuple[Actions, list[nn.Parameter]]:
@@ -305,18 +304,6 @@ def measure(jobs: Sequence[str], arguments: argparse.Namespace) -> dict[str, lis
             worker.stop()
 
 
-def summarise(answers: Sequence[dict]) -> dict:
-    """Median and spread after the warm-up, and the peak of the process's memory."""
-    seconds = [answer["seconds"] for answer in answers]
-    return {
-        "seconds": statistics.median(seconds[WARM_UP:]),
-        "seconds_min": min(seconds[WARM_UP:]),
-        "seconds_max": max(seconds[WARM_UP:]),
-        "warm_up_seconds": seconds[:WARM_UP],
-        "peak_memory_bytes": answers[-1]["peak_memory_bytes"],
-    }
-
-
 def name_of(job: str) -> str:
     """How a job's method is called in tables: a config by its file's name."""
     _, side, path = job.split(":", 2)
@@ -451,16 +438,6 @@ def parse_arguments() -> argparse.Namespace:
     for hidden in ("--worker", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 if __name__ == "__main__":

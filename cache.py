@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ class ActivationCache:
         self.lock = threading.RLock()
         self.seen: dict[str, int] = {}  # bytes of each index that have been read
         self.shards: list[str] = []
-        self.readers: dict[Path, object] = {}
+        self.readers: dict[Path, Any] = {}
         self.writer: tuple = ()  # shard and index of this process, once it has written
         self.directory.mkdir(parents=True, exist_ok=True)
         try:

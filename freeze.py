@@ -81,7 +81,8 @@ def cast_frozen(model: EmotionModel, dtype: torch.dtype) -> None:
     """Keep the frozen matrices in the type that autocast would cast them to at every step; norms stay in fp32."""
     for module in model.backbone.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and not module.weight.requires_grad:
-            module.to(dtype)
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,16 +1,15 @@
 """Wav2Vec 2.0, HuBERT and WavLM, and the emotion model on top of them, without padding.
 
-A batch is its utterances' frames one after the other, `(N, D)`, and their `lengths`. Whatever mixes
-frames (convolutions, normalisation over time, attention, pooling) stays inside an utterance, so an
-utterance's output does not depend on its batch; everything else, 94% of the work, is a matrix product
-over one dense block of frames.
+A batch is its utterances' frames one after the other, `(N, D)`, and their `lengths`. Whatever mixes frames
+(convolutions, normalisation over time, attention, pooling) stays inside an utterance, so an utterance's output does not
+depend on its batch; everything else, 94% of the work, is a matrix product over one dense block of frames.
 
-Shape legend: B utterances, S samples, T frames of one utterance, N frames of the whole batch,
-C channels of the feature encoder, D width of the transformer, H heads, K targets.
+Shape legend: B utterances, S samples, T frames of one utterance, N frames of the whole batch, C channels of the feature
+encoder, D width of the transformer, H heads, K targets.
 
-Hidden states are numbered as `output_hidden_states=True` numbers them in transformers: 0 is the input of
-layer 0, i the output of layer i-1, L the final output. Here -1 is the feature encoder's output as well,
-and L+1 the pooled utterance. A number of this kind is called a *depth*.
+Hidden states have the numbers that `output_hidden_states=True` gives them in transformers: 0 is the input of layer 0, i
+the output of layer i-1, L the final output. In addition -1 is the output of the feature encoder and L+1 the pooled
+utterance. Such a number is called a *depth*.
 """
 
 import math
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from machine import fast
+from machine.audio import resample
 from machine.fast import Frames, Linear, dropout
 
 HOP = 320  # samples from one frame to the next: the product of the strides
@@ -148,23 +148,13 @@ class FeatureProjection(nn.Module):
         c = self.config
         x = dropout(self.linear(self.norm(x)), c.projection_dropout, self.training)
         if self.training and c.mask_time_prob > 0:
-            masked = torch.cat([span_mask(n, c.mask_time_prob, c.mask_time_length) for n in lengths])
+            masked = torch.cat([fast.span_mask(n, c.mask_time_prob, c.mask_time_length) for n in lengths])
             x = torch.where(masked.to(x.device)[:, None], self.mask_embedding.to(x.dtype), x)
         if self.training and c.mask_feature_prob > 0:
-            masks = [span_mask(c.width, c.mask_feature_prob, c.mask_feature_length) for _ in lengths]
+            masks = [fast.span_mask(c.width, c.mask_feature_prob, c.mask_feature_length) for _ in lengths]
             rows = [mask.expand(n, -1) for mask, n in zip(masks, lengths, strict=True)]
             x = x.masked_fill(torch.cat(rows).to(x.device), 0)
         return x
-
-
-def span_mask(size: int, probability: float, length: int) -> Tensor:
-    """Boolean `(size,)`, true in random spans of `length` that would cover `probability` of it without overlap."""
-    length = min(length, size)
-    count = int(probability * size / length + torch.rand(()).item())  # rounded up or down at random
-    starts = torch.randint(size - length + 1, (count,))
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[(starts[:, None] + torch.arange(length)).flatten()] = True
-    return mask
 
 
 class PositionalConvolution(nn.Module):
@@ -172,13 +162,8 @@ class PositionalConvolution(nn.Module):
 
     def __init__(self, config: Wav2Vec2Config):
         super().__init__()
-        self.conv = nn.Conv1d(
-            config.width,
-            config.width,
-            config.position_kernel,
-            padding=config.position_kernel // 2,
-            groups=config.position_groups,
-        )
+        c, padding = config, config.position_kernel // 2
+        self.conv = nn.Conv1d(c.width, c.width, c.position_kernel, padding=padding, groups=c.position_groups)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
         """`(N, D)` -> `(N, D)`."""
@@ -220,7 +205,7 @@ def distance_buckets(frames: int, buckets: int, longest: int, device: torch.devi
     size, half, exact = distances.abs(), buckets // 2, buckets // 4
     wide = torch.log(size.clamp_min(exact) / exact) / math.log(longest / exact) * (half - exact)
     found = torch.where(size < exact, size, (exact + wide.long()).clamp_max(half - 1))
-    return (found + half * (distances > 0)).to(device)
+    return fast.send(found + half * (distances > 0), device)
 
 
 class FeedForward(nn.Module):
@@ -372,10 +357,8 @@ class EmotionModel(nn.Module):
         At depth L+1 the result is the pooled utterances, packed too: a row `(D,)` each, two with "mean_std", one for
         each hidden state with "layers".
         """
-        parts = []
-        for x, lengths in self.states(waveforms, self.sources(depth)):
-            parts.append(self.part(x, lengths, depth))
-        return self.join(parts, lengths)
+        states = list(self.states(waveforms, self.sources(depth)))
+        return self.join([self.part(x, lengths, depth) for x, lengths in states], states[0][1])
 
     def sources(self, depth: int) -> list[int]:
         """The hidden states of which `encode` makes its result."""
@@ -435,8 +418,6 @@ class EmotionModel(nn.Module):
     @torch.no_grad()
     def predict(self, waveform: Tensor, sample_rate: int) -> dict[str, float]:
         """Targets by name, in the corpus scale, of one mono waveform `(S,)` at any sample rate."""
-        from data import resample
-
         self.eval()
         predictions = self.infer([resample(waveform, sample_rate).to(self.head[-1].weight.device)])[0]
         low, high = self.label_range

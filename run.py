@@ -170,8 +170,16 @@ def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, 
 
 def corpus_keys(config: Config) -> dict:
     """The arguments of `data.load_corpus`."""
-    keys = {key: getattr(config, key) for key in ("manifest", "fold", "test_set", "dev_set", "flip_activation")}
-    return {"name": config.corpus, "root": config.data_root, "targets": config.targets, **keys}
+    return {
+        "name": config.corpus,
+        "root": config.data_root,
+        "manifest": config.manifest,
+        "targets": config.targets,
+        "fold": config.fold,
+        "test_set": config.test_set,
+        "dev_set": config.dev_set,
+        "flip_activation": config.flip_activation,
+    }
 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
@@ -183,7 +191,7 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
 def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
     """The pretrained backbone, an adapter merged into it, and the identity of both.
 
-    The demo corpus alone makes do with random weights.
+    The demo corpus alone makes do with `small`, which the repository holds, or without it with random weights.
     """
     if config.backbone == "logmel":
         backbone = extra("report.logmel", "backbone: logmel").LogMel()
@@ -203,6 +211,9 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
     except weights.UnavailableError as error:
         if config.corpus != "demo" or config.adapter is not None:
             raise
+        if weights.SMALL.is_dir() and config.backbone != "small":
+            print(f"note: {error}\nnote: the demo goes on with the small backbone of this repository", file=sys.stderr)
+            return find_backbone(replace(config, backbone="small"))
         print(f"warning: {error}\nwarning: the demo goes on with RANDOM weights of wav2vec2-base", file=sys.stderr)
         backbone = weights.random_backbone(Wav2Vec2Config(**regularisation))
         return backbone, {"source": f"random, as {config.backbone}", "sha256": weights.sha256_of(backbone)}

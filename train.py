@@ -1,7 +1,6 @@
 """Finetune Wav2Vec 2.0 for activation and valence.
 
     python train.py configs/lora_r8.yaml [key=value ...]
-
     torchrun --nproc_per_node=2 train.py configs/lora_r8.yaml      the same run in two processes, each with half a batch
 
 A run lives in `runs/<name>`. The same command resumes a run that was stopped and reports one that is finished. Ctrl-C
@@ -60,7 +59,7 @@ class Experiment:
     config: Config
     directory: Path
     device: torch.device
-    identity: dict  # backbone, corpus and precision: the same from beginning to end
+    identity: dict  # backbone, corpus and precision: the same at every start
     utterances: list[data.Utterance]
     label_range: tuple[float, float]
     labels: Tensor  # (utterances, K), scaled to 0..1
@@ -73,6 +72,11 @@ class Experiment:
     began: float  # when the run would have begun if it had never been stopped
     batches: list[Sequence[int]] = field(default_factory=list)  # of the epoch under way
 
+    @property
+    def together(self) -> int:
+        """Utterances that are evaluated at once, over all processes."""
+        return min(self.config.batch_size, (self.config.micro_batch_size or self.config.batch_size) * parallel.size())
+
     def split(self, name: str) -> list[int]:
         """The indices of the utterances of a split."""
         return [i for i, utterance in enumerate(self.utterances) if utterance.split == name]
@@ -80,7 +84,7 @@ class Experiment:
 
 def train(config: Config) -> dict:
     """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
-    began, device = time.perf_counter(), hardware.pick_device(config.device, parallel.local_rank())
+    began, device = time.perf_counter(), hardware.pick_device(config.device, parallel.local_rank(), config.compile)
     directory = Path(config.output_dir) / config.name
     with hardware.locked(directory), hardware.out_of_memory() as short:
         run.open_directory(config, directory)
@@ -100,8 +104,8 @@ def train(config: Config) -> dict:
 
 def fit(e: Experiment, watch: hardware.Watch) -> None:
     """The training loop."""
-    p, config, model, prefix = e.progress, e.config, e.model, e.prefix
-    indices, steps = e.split("train"), len(data.batches(len(e.split("train")), config.batch_size, config.seed, 0))
+    p, config, model, prefix, indices = e.progress, e.config, e.model, e.prefix, e.split("train")
+    steps = len(data.batches(len(indices), config.batch_size, config.seed, 0))
     total, before = steps * config.epochs, steps * p.epoch + len(p.losses)
     how = {"depth": prefix.depth, "optimizer": e.optimizer, "scaler": e.scaler, "dtype": prefix.dtype}
     how |= {"clip": config.clip, "micro_batch_size": config.micro_batch_size}
@@ -146,11 +150,10 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
     with parallel.first_alone():  # it downloads
         model, backbone = run.build_model(config, label_range)
     print(f"{table(model)}\n{hardware.device_name(device)}, {precision}, {fast.Kernels.describe(device)}")
-    cache = None
+    cache, how = None, {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
     if config.cache:
-        how = {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
-        tf32 = config.tf32 and device.type == "cuda"
-        cache = open_cache(config.cache_dir, model, paths, tf32=tf32, **how)
+        how["tf32"] = config.tf32 and device.type == "cuda"
+        cache = open_cache(config.cache_dir, model, paths, **how)
         hardware.require_space({cache.directory: cache.space(sum(seconds), pooled_rows(model))})
         cache.note_user(directory, backbone["source"])
     prefix = Prefix(model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
@@ -184,17 +187,18 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
 def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
     """Score the development set, keep the best model, write the log, save."""
     p, config, prefix = e.progress, e.config, e.prefix
-    together = batch_together(config)
+    indices = e.split("dev")
     train_loss = torch.stack(p.losses).mean().item()
-    dev = ccc(run.evaluate(e.model, prefix, e.split("dev"), together, watch), e.labels[e.split("dev")]).tolist()
+    dev = ccc(run.evaluate(e.model, prefix, indices, e.together, watch), e.labels[indices]).tolist()
     if not all(map(math.isfinite, dev)):  # the last step may have been the one too many
         raise ValueError(f"epoch {p.epoch + 1}: dev CCC {dev} is not finite, and the epoch is not saved; {run.ADVICE}")
-    if prefix.cache and prefix.cache.writable and parallel.any_of(not prefix.cache.has(e.split("test"))):
-        run.evaluate(e.model, prefix, e.split("test"), together, watch)  # so that the cache is whole
+    cache = prefix.cache
+    if cache is not None and parallel.any_of(cache.writable and not cache.has(e.split("test"))):
+        run.evaluate(e.model, prefix, e.split("test"), e.together, watch)  # so that the cache is whole
     parallel.wait()
     prefix.release_if_cached(config.cache_tier)
-    scores = {f"dev_ccc_{target}": value for target, value in zip(config.targets, dev, strict=True)}
-    row = {"epoch": p.epoch + 1, "train_loss": train_loss, "train_seconds": p.train_seconds, **scores}
+    row = {"epoch": p.epoch + 1, "train_loss": train_loss, "train_seconds": p.train_seconds}
+    row |= {f"dev_ccc_{target}": value for target, value in zip(config.targets, dev, strict=True)}
     row |= {"dev_ccc": sum(dev) / len(dev), "audio_seconds_per_second": run.per_second(p.done, p.train_seconds)}
     p.log.append(row | {"seconds": time.perf_counter() - e.began})
     p.epoch, p.losses, p.done, p.train_seconds = p.epoch + 1, [], 0.0, 0.0
@@ -210,11 +214,6 @@ def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
     bar.write(f"epoch {p.epoch:3}  loss {train_loss:.3f}  dev CCC  {shown}  {row['train_seconds']:8.1f} s")
 
 
-def batch_together(config: Config) -> int:
-    """Utterances that are evaluated at once, over all processes."""
-    return min(config.batch_size, (config.micro_batch_size or config.batch_size) * parallel.size())
-
-
 def save(e: Experiment) -> None:
     """Write `last.pt`: what a resumed run continues from. Losses that are not finite are refused."""
     p = e.progress
@@ -223,8 +222,8 @@ def save(e: Experiment) -> None:
     e.prefix.seconds = 0.0
     p.peak = max(p.peak, hardware.peak_memory(e.device))
     last = e.identity | {"trained": trained_state(e.model), "optimizer": e.optimizer.state_dict()}
-    state = {item.name: getattr(p, item.name) for item in fields(p)}
-    hardware.save(e.directory / "last.pt", last | {"scaler": e.scaler.state_dict(), "state": state})
+    last |= {"scaler": e.scaler.state_dict(), "state": vars(p)}
+    hardware.save(e.directory / "last.pt", last)
     parallel.wait()  # until it is there: torchrun stops all where one ends
 
 
@@ -251,8 +250,8 @@ def resume(e: Experiment) -> None:
         for name, value in state.items():
             setattr(p, name, [loss.to(e.device) for loss in value] if name == "losses" else value)
     except Exception as error:  # of a file of something else, nearly any of them
-        reason = hardware.first_line(error)
-        raise ValueError(f"{path}: does not fit this run ({reason}); delete it to train anew") from None
+        what = f"{path}: does not fit this run ({hardware.first_line(error)})"
+        raise ValueError(f"{what}; delete it to train anew") from None
     e.began -= p.seconds
     run.settle_best(e.directory, p.best_epoch)
     print(f"resuming after epoch {p.epoch} and {len(p.losses)} steps of the next")
@@ -264,17 +263,16 @@ def finish(e: Experiment, watch: hardware.Watch) -> dict:
     best = run.load_checkpoint(e.directory / "best.pt", e.identity["backbone"])
     parallel.require_same(best_epoch=best["epoch"])
     load_trained(e.model, best["trained"])
-    test = e.split("test")
-    scaled = run.evaluate(e.model, e.prefix, test, batch_together(e.config), watch)
+    scaled = run.evaluate(e.model, e.prefix, e.split("test"), e.together, watch)
     predictions = data.unscale_labels(scaled, e.label_range).numpy()
-    tested = [e.utterances[i] for i in test]
+    tested = [e.utterances[i] for i in e.split("test")]
     run.write_predictions(e.directory / "predictions_test.csv", e.config.targets, tested, predictions)
     p.peak = max(p.peak, hardware.peak_memory(e.device))  # before the statistics, no part of the method
     p.seconds, p.cache_build = time.perf_counter() - e.began, p.cache_build + e.prefix.seconds
     result = run.summarise(e.config, asdict(p), tested, predictions)
-    result |= {"device": hardware.device_name(e.device), "processes": parallel.size(), **e.identity}
-    result["cache_bytes"] = e.prefix.cache.stored_bytes() if e.prefix.cache else 0
+    result |= {"device": hardware.device_name(e.device), "processes": parallel.size(), **e.identity, "cache_bytes": 0}
     if e.prefix.cache:
+        result["cache_bytes"] = e.prefix.cache.stored_bytes()
         e.prefix.cache.close()
     hardware.write_text(e.directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -23,6 +23,7 @@ from torch import Tensor
 from config import extra
 from model import Wav2Vec2, Wav2Vec2Config
 
+SMALL = Path(__file__).parent / "small"  # the backbone that the repository holds; `small` names it anywhere
 # Each row: our name, the key in Hugging Face's files, the key in fairseq's. {i} is a number, {p} weight or bias and
 # {x} one of q, k, v; CONV and LAYER are short for what begins many keys.
 KEYS = """
@@ -128,6 +129,7 @@ def hub_id(source: object) -> tuple[str, str | None] | None:
 def locate(source: str | Path) -> list[Path]:
     """The files of a checkpoint, weights first: a path, else the Hugging Face cache, else a download."""
     path = Path(source).expanduser()
+    path = SMALL if source == "small" and not path.exists() else path
     if path.is_dir():
         return list_directory(path)
     if path.is_file():

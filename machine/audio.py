@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -71,8 +72,9 @@ def silence(waveform: np.ndarray | Tensor) -> str:
     return f"silent, or its channels cancel: no sample is above {level:.1g} of full scale"
 
 
-def split_source(source: str) -> tuple[str, float, float | None]:
+def split_source(source: str | Path) -> tuple[str, float, float | None]:
     """The path of a source, and where its part starts and ends in seconds; None is the end of the file."""
+    source = os.fspath(source)
     match = PART.fullmatch(source)
     if not match or os.path.exists(source):  # a file may have such a name
         return source, 0.0, None

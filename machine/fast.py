@@ -69,6 +69,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias, as far as they are needed."""
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = None
@@ -122,6 +123,16 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     dropped = min(round(probability * 2**16), 2**16 - 1)  # of the 2^16 values
     keep = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view_as(x)
     return (x * keep).mul_(2**16 / (2**16 - dropped))
+
+
+def span_mask(size: int, probability: float, length: int) -> Tensor:
+    """Boolean `(size,)`, true in random spans of `length` that would cover `probability` of it without overlap."""
+    length = min(length, size)
+    count = int(probability * size / length + torch.rand(()).item())  # rounded up or down at random
+    starts = torch.randint(size - length + 1, (count,))
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[(starts[:, None] + torch.arange(length)).flatten()] = True
+    return mask
 
 
 FORGOTTEN = {"mps"}  # devices whose random state PyTorch's `checkpoint` does not restore, up to 2.13

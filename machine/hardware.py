@@ -5,8 +5,10 @@ import gc
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -49,64 +51,90 @@ def out_of_memory() -> Iterator[list[str]]:
             torch.accelerator.empty_cache()
 
 
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of this name; for "auto" CUDA, then MPS, then the CPU. A GPU always has an index.
+def pick_device(name: str, local_rank: int | None = None, compiled: bool = False) -> torch.device:
+    """The device of this name; for "auto" CUDA, then MPS, then the CPU. A CUDA device always has its index.
 
-    Of several processes each takes the GPU with its number on this machine, `local_rank`. Raises ValueError for a
-    device that is not there or that this build of PyTorch has no kernels for.
+    Of several processes each takes the GPU with its `local_rank`. Raises ValueError if the device is not there, if this
+    build of PyTorch has no code for it, or if `compiled` and what torch.compile needs there is missing.
     """
-    found = {
-        "cuda": torch.cuda.is_available(),
-        "mps": local_rank is None and torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    alone = local_rank is None
+    found = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in found.items() if there)
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device: {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda":  # `set_device` and comparisons of devices need the index
-        device = torch.device("cuda", local_rank if local_rank is not None else device.index or 0)
+    if device.type == "cuda":  # set_device refuses one without an index
+        index = device.index if device.index is not None else torch.cuda.current_device() if found["cuda"] else 0
+        device = torch.device("cuda", index if alone else local_rank)
     if not found.get(device.type) or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
         there = ", ".join(kind for kind, is_there in found.items() if is_there)
-        count = f" ({torch.cuda.device_count()} of it)" if found["cuda"] else ""
-        raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; found {there}{count}")
+        raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; this machine has {there}")
     if device.type == "cuda":
-        require_kernels(device)
+        require_code(device)
+    if compiled:
+        require_compiler(device)
     return device
 
 
-def require_kernels(device: torch.device) -> None:
-    """Raise ValueError if this build of PyTorch has no kernels for a GPU of this age."""
-    major, minor = torch.cuda.get_device_capability(device)
-    built = [
-        int(arch.removeprefix("sm_").rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")
-    ]
-    if built and 10 * major + minor < min(built):
+def require_code(device: torch.device) -> None:
+    """Raise ValueError if this build of PyTorch has no machine code for a GPU, and none to translate for it.
+
+    Code for capability x.y runs on x.z with z >= y; what a build calls compute_xy is translated for all later ones.
+    """
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
+    codes = [(match[1], (int(match[2]), int(match[3]))) for match in built if match]  # AMD's names do not match
+    own = torch.cuda.get_device_capability(device)
+    runs = (code <= own and (kind == "compute" or code[0] == own[0]) for kind, code in codes)
+    if not codes or any(runs):
+        return
+    built_for = sorted({code for _, code in codes})
+    known = ", ".join(f"{major}.{minor}" for major, minor in built_for)
+    kind = "for an older CUDA, such as cu126" if own < built_for[0] else "for a newer CUDA"
+    raise ValueError(
+        f"device: {device} ({torch.cuda.get_device_name(device)}) has compute capability {own[0]}.{own[1]}, but "
+        f"PyTorch {torch.__version__} has code for {known}; "
+        f"install a build {kind} (pytorch.org/get-started), or set device: cpu"
+    )
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise ValueError if what torch.compile needs is missing: a C++ compiler for the CPU, Triton for CUDA."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError(
+                "compile: found no Triton, which torch.compile needs on a GPU; `pip install triton` "
+                "(triton-windows on Windows), or set compile: false"
+            )
+        return
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(compiler) is None and shutil.which(compiler.split()[0]) is None:
         raise ValueError(
-            f"device: {device} ({torch.cuda.get_device_name(device)}) has compute capability {major}.{minor}, and "
-            f"PyTorch {torch.__version__} is built for {min(built) / 10:.1f} and later; install a PyTorch built for "
-            f"an older CUDA (pytorch.org/get-started), or set device: cpu"
+            f"compile: found no C++ compiler ({compiler}), which torch.compile needs on a {device.type} device; "
+            "install one or name it in CXX, or set compile: false"
         )
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bf16 itself; older ones emulate it."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def pick_precision(name: str, device: torch.device) -> str:
-    """For "auto" bf16 on a GPU that computes in it, fp16 on one that does not, else fp32. Warns of what is slow."""
-    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)  # bf16 without emulation
+    """For "auto" bf16 on a GPU that computes in it, fp16 on one that does not, else fp32. Warns of a slow choice."""
     if name == "auto":
-        return ("bf16" if native else "fp16") if device.type == "cuda" else "fp32"
-    if name == "bf16" and device.type == "cuda" and not native:
-        warn(f"precision: bf16 is emulated on {torch.cuda.get_device_name(device)}, slower than fp32; fp16 is fast")
+        return ("bf16" if has_bf16(device) else "fp16") if device.type == "cuda" else "fp32"
+    warning = ""
+    if name == "bf16" and device.type == "cuda" and not has_bf16(device):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        warning = f"{torch.cuda.get_device_name(device)} (compute capability {capability}) only emulates bf16, without "
+        warning += "tensor cores: several times slower than fp16; set precision: fp16 or auto"
     if name == "fp16" and device.type == "cpu":
-        warn("precision: fp16 is slow on a CPU; fp32 is exact and mostly faster")
+        warning = "fp16 is slow on most CPUs, often slower than fp32; set precision: fp32 or auto"
+    if warning and parallel.rank() == 0:
+        print(f"warning: precision: {warning}", file=sys.stderr)
     return name
-
-
-@lru_cache
-def warn(message: str) -> None:
-    """Print a line to stderr once, however often called."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def prepare(
@@ -118,8 +146,6 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
-    if compiled:
-        require_compiler(device)
     if precision != "fp32":
         cast_frozen(model, DTYPES[precision])
     for tensor in (*model.parameters(), *model.buffers()):
@@ -127,15 +153,6 @@ def prepare(
             tensor.data = tensor.data.to(device)
     for layer in model.backbone.layers if compiled else ():
         layer.finish = torch.compile(layer.finish, dynamic=True)
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raise ValueError if `torch.compile` lacks what it calls: Triton for a GPU, a C++ compiler for a CPU."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError("compile: true needs Triton on a GPU, which is not installed; pip install triton, or leave it")
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++", "cl"]
-    if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
-        raise ValueError("compile: true needs a C++ compiler on a CPU, and none was found; install g++, or leave it")
 
 
 def keep_freed_memory() -> None:
@@ -153,12 +170,25 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor with its vector instructions and the threads in use: every figure names it."""
+    """A GPU's name; of a CPU the processor, the vector instructions that PyTorch uses, and the threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None
-    kind = torch.backends.cpu.get_cpu_capability()
-    return f"{name or platform.machine()} ({device.type}, {kind}, {torch.get_num_threads()} threads)"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{processor()} ({device.type}, {vectors}, {torch.get_num_threads()} threads)"
+
+
+@lru_cache
+def processor() -> str:
+    """The processor's name as the operating system tells it, else its kind."""
+    with suppress(OSError, subprocess.SubprocessError):
+        if sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+            return names[0] if names else platform.machine()
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return platform.processor() or platform.machine()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -331,7 +361,10 @@ def locked(directory: Path) -> Iterator[None]:
         told = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise ValueError(f"{directory}: {told} is at work there; wait for it, or choose another name=") from None
     except (NotImplementedError, OSError) as error:  # a disk without locks, or one that is read-only
-        warn(f"{directory}: cannot be locked ({first_line(error)}); run one command at a time there")
+        print(
+            f"warning: {directory}: cannot be locked ({first_line(error)}); run one command at a time there",
+            file=sys.stderr,
+        )
     try:
         with suppress(OSError):
             started = time.strftime("%Y-%m-%d %H:%M:%S")

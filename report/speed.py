@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import platform
 import statistics
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +20,37 @@ from machine import hardware
 from machine.fast import linear
 from model import FIELD, HOP, EmotionModel, Wav2Vec2
 
+RATE = 16_000  # Hz
 WARM_UP = 2  # of everything that is measured; reported, and not in the medians
+
+
+def make_turns(count: int, lengths: str = "mixed", seed: int = 0) -> list[np.ndarray]:
+    """Waveforms `(S,)` at 16 kHz filled with noise, 5.7 s each; "mixed": of 2.75 to 11 s as in MSP-Podcast."""
+    random = np.random.default_rng(seed)
+    seconds = 2.75 + 8.25 * random.beta(1.1, 1.97, size=count) if lengths == "mixed" else np.full(count, 5.7)
+    return [0.1 * random.standard_normal(int(s * RATE)).astype("f4") for s in seconds]
+
+
+def summarise(answers: Sequence[dict]) -> dict:
+    """Median and spread after the warm-up, and the peak of the process's memory."""
+    seconds = [answer["seconds"] for answer in answers]
+    return {
+        "seconds": statistics.median(seconds[WARM_UP:]),
+        "seconds_min": min(seconds[WARM_UP:]),
+        "seconds_max": max(seconds[WARM_UP:]),
+        "warm_up_seconds": seconds[:WARM_UP],
+        "peak_memory_bytes": answers[-1]["peak_memory_bytes"],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False) -> dict[str, int]:

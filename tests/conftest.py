@@ -2,11 +2,23 @@
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor; before PyTorch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+if "--avx2" in sys.argv or os.environ.get(
+    "TESTS_AVX2"
+):  # before PyTorch is imported; programs that tests start inherit it
+    os.environ |= {"TESTS_AVX2": "1", "ATEN_CPU_CAPABILITY": "avx2"}
+    os.environ |= {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+if "--coarse-clock" in sys.argv or os.environ.get("TESTS_COARSE_CLOCK"):
+    folder = str(Path(__file__).parent / "coarse_clock")
+    os.environ |= {"TESTS_COARSE_CLOCK": "1"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    runpy.run_path(f"{folder}/sitecustomize.py")
 
 import numpy as np
 import pytest
@@ -24,6 +36,8 @@ except (ImportError, OSError, RuntimeError):
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--full-size", action="store_true", help="compare models of the published sizes too: minutes, GB")
+    parser.addoption("--avx2", action="store_true", help="pretend that the processor has AVX2 and nothing newer")
+    parser.addoption("--coarse-clock", action="store_true", help="let every clock advance in steps of 16 ms")
     parser.addoption("--soak", type=int, default=10, metavar="N", help="epochs of the runs that must stay flat; 200")
     parser.addoption("--kills", type=int, default=10, help="how often the tests of resuming kill a run; 100: minutes")
     help = "mutated files that each reader is given; the everyday suite has a few, several thousand take minutes"

@@ -1,6 +1,4 @@
-"""What `export` promises: transformers, PEFT and onnxruntime compute from its files what our model does, or nothing is
-written; and an adapter of PEFT is merged exactly, or refused.
-"""
+"""What `export` promises: transformers, PEFT and onnxruntime compute from its files what our model does."""
 
 import json
 import re

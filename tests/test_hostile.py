@@ -35,7 +35,7 @@ from config import Config, load_config
 from corpora import check
 from data import from_cell, text_cell
 from formats import adapter
-from machine import hardware
+from machine import audio, hardware
 from machine.audio import file_state
 from model import Wav2Vec2
 from report import results
@@ -436,20 +436,22 @@ def test_a_rate_that_would_make_hours_of_a_second_is_refused(tmp_path, rate):
 def test_silence_packed_to_fill_the_memory_is_not_decoded_to_its_end(tmp_path, monkeypatch, name, rate):
     """FLAC keeps a block of one value in a few bytes. The limit counts at 16 kHz too, and for what is not decoded."""
     soundfile.write(tmp_path / name, np.zeros(2_000_000), rate)
-    monkeypatch.setattr(data, "MAX_SAMPLES", 2_000_000 * 16_000 // rate - 1)
+    monkeypatch.setattr(audio, "MAX_SAMPLES", 2_000_000 * 16_000 // rate - 1)
     for read in (data.read_audio, lambda path: data.check_audio([data.Utterance(str(path), "", "", {})])):
         with pytest.raises(ValueError, match=rf"{name}: is longer than "):
             read(tmp_path / name)
 
 
 def test_many_channels_are_decoded_in_blocks_of_the_same_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 1000)
+    monkeypatch.setattr(audio, "BLOCK", 1000)
     waveform = np.stack([speech_like(5000).numpy() / 2] * 7, 1)
     soundfile.write(tmp_path / "a.wav", waveform, 16_000, subtype="FLOAT")
     assert np.allclose(data.read_audio(tmp_path / "a.wav"), waveform[:, 0], atol=1e-6)
 
 
 class Executes:
+    """A pickle that would make a directory."""
+
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
@@ -636,7 +638,8 @@ def test_a_run_does_not_go_on_from_what_is_not_its_state(finished, change):
     "line",
     [(1, "{shard}", -8, 1, 1, 1, "x"), (1, "{shard}", 0, 99999999999999, 1, 1, "{path}"),
      (-1, "{shard}", 0, 1, "{size}", "{time}", "{path}"), (1, "../a", 0, 1, 1, 1, "x"), (1, "a\0b", 0, 1, 1, 1, "x"),
-     (1, "{shard}", 10**30, 1, 1, 1, "{path}"), (1, "{shard}", 0, 1, 1, 1, "a\0/b"), (1, 2, 0, 1, 1, 1, "x"), {"a": 1}, "9" * 200_000],
+     (1, "{shard}", 10**30, 1, 1, 1, "{path}"), (1, "{shard}", 0, 1, 1, 1, "a\0/b"),
+     (1, 2, 0, 1, 1, 1, "x"), {"a": 1}, "9" * 200_000],
 )  # fmt: skip
 def test_an_index_of_a_cache_that_claims_the_impossible_is_passed_over(tmp_path, line):
     """Also with the checksum that a line of ours would have."""

@@ -249,7 +249,7 @@ def test_a_demo_run_says_that_it_is_one_and_that_its_weights_were_random(tmp_pat
     small = {"width": 64, "layers": 3, "heads": 4, "ffn": 128, "conv_channels": (32,) * 7}
     monkeypatch.setattr(run.weights, "random_backbone", lambda config: real(replace(config, **small)))
     monkeypatch.setattr(hub, "fetch", lambda *_: unavailable())
-    monkeypatch.setattr(data, "load_corpus", lambda *_: corpus)
+    monkeypatch.setattr(data, "load_corpus", lambda **_: corpus)
 
     def unavailable() -> None:
         raise run.weights.UnavailableError("no network")

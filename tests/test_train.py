@@ -908,10 +908,10 @@ BAD_INPUT = {
     "no value": (["epochs"], r"epochs: expected key=value, as in seed=1$"),
     "missing manifest": (["manifest=none.csv"], r"none\.csv: no such manifest; check the key `manifest`$"),
     "unknown corpus": (["corpus=manifst"], r"corpus: 'manifst' is unknown, .*did you mean 'manifest'\?$"),
-    "no label range": (["label_range=null"], r"label_range: corpus 'manifest' has none of its own; set it, e\.g\."),
+    "no label range": (["label_range=null"], r"label_range: corpus 'manifest' has none .*\nlabel_range: \[1, 7\]"),
     "labels outside": (["label_range=[1,2]"], r"(?s)the corpus cannot be used \(\d+\):\n .*activation is .*outside"),
-    "missing target": (["targets=[dominance]"], r"(?s)no label for target 'dominance', found activation, valence"),
-    "absent device": (["device=cuda:99"], r"device: cuda:99 is not there for PyTorch .*; found .*cpu"),
+    "missing target": (["targets=[dominance]"], r"manifest\.csv: no column dominance; found \['path'"),
+    "absent device": (["device=cuda:99"], r"device: cuda:99 is not there for PyTorch .*; this machine has .*cpu$"),
     "no device": (["device=gpu"], r"device: 'gpu' is not a device; expected auto, cpu, cuda, cuda:1 or mps$"),
     "LoRA target": (["lora_rank=2", "lora_targets=[q,x]"], r"lora_targets: no x; expected some of q, k, v, o, fc1, "),
     "LoRA layer": (["lora_rank=2", "lora_layers=[7]"], r"lora_layers: no layer 7; expected numbers from 0 to 2$"),
@@ -993,10 +993,28 @@ def test_without_a_network_a_real_corpus_is_an_error_that_names_the_ways_out(set
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(
-        "error: backbone: facebook/wav2vec2-base is neither a path here nor whole in the Hugging Face cache"
+        "error: backbone: facebook/wav2vec2-base is neither a path here nor in the Hugging Face cache"
     )
     assert line.endswith("give `backbone` a directory or file with the weights, or connect to the network once")
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_without_a_network_the_demo_goes_on_with_the_small_backbone(settings, tmp_path, monkeypatch, capsys):
+    """Which the repository holds, and says so; `small` names it from any folder; its state is that of its file."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    found, identity = run.find_backbone(Config(corpus="demo", backbone="facebook/wav2vec2-base"))
+    err = capsys.readouterr().err
+    assert "note: backbone: facebook/wav2vec2-base is neither a path here" in err
+    assert err.endswith("note: the demo goes on with the small backbone of this repository\n")
+    assert identity["source"] == "small" and (found.config.width, found.config.layers) == (192, 12)
+    named, same_identity = run.find_backbone(Config(corpus="manifest", manifest="a.csv", backbone="small"))
+    assert same_identity == identity
+    waveform = speech_like(8000)
+    for one, other in zip(found.hidden_states([waveform]), named.hidden_states([waveform]), strict=True):
+        assert torch.equal(one[0], other[0]) and one[0].isfinite().all()
 
 
 def test_without_a_network_the_demo_warns_and_goes_on_with_random_weights(settings, tmp_path, monkeypatch, capsys):
@@ -1006,7 +1024,8 @@ def test_without_a_network_the_demo_warns_and_goes_on_with_random_weights(settin
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     tiny = {"conv_channels": (32,) * 7, "width": 64, "heads": 4, "ffn": 128, "layers": 3}
     real, synthesize = weights.random_backbone, corpora.synthesize_demo
-    monkeypatch.setattr(weights, "random_backbone", lambda config: real(replace(config, **tiny)))
+    monkeypatch.setattr(weights, "random_backbone", lambda config: real(replace(config, **tiny)), raising=False)
+    monkeypatch.setattr(weights, "SMALL", tmp_path / "not there")  # as in a copy of the core alone
     monkeypatch.setattr(corpora, "synthesize_demo", lambda root: synthesize(root, 12, 4, 4))
     demo = {"corpus": "demo", "manifest": None, "label_range": None, "data_root": str(tmp_path / "demo")}
     config = settings(backbone="facebook/wav2vec2-base", lora_rank=2, epochs=1, **demo)
