@@ -192,8 +192,7 @@ def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
     dev = ccc(run.evaluate(e.model, prefix, indices, e.together, watch), e.labels[indices]).tolist()
     if not all(map(math.isfinite, dev)):  # the last step may have been the one too many
         raise ValueError(f"epoch {p.epoch + 1}: dev CCC {dev} is not finite, and the epoch is not saved; {run.ADVICE}")
-    cache = prefix.cache
-    if cache is not None and parallel.any_of(cache.writable and not cache.has(e.split("test"))):
+    if prefix.cache and parallel.any_of(prefix.cache.writable and not prefix.cache.has(e.split("test"))):
         run.evaluate(e.model, prefix, e.split("test"), e.together, watch)  # so that the cache is whole
     parallel.wait()
     prefix.release_if_cached(config.cache_tier)

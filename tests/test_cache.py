@@ -977,15 +977,24 @@ def test_a_file_rewritten_within_a_step_of_the_clock_is_noticed(tmp_path, monkey
 
 def test_a_file_that_goes_on_changing_is_never_trusted(tmp_path, monkeypatch):
     """One that is still recent after the wait; a time in the future is no reason to wait."""
-    paths = touch(tmp_path, 2)
-    waits = []
-    monkeypatch.setattr(audio.time, "sleep", lambda seconds: (waits.append(seconds), os.utime(paths[0])))
-    os.utime(paths[0])
+    paths, waits, clock = touch(tmp_path, 2), [], [2 * OLD]
+
+    def change(*_: object) -> None:
+        os.utime(paths[0], ns=(clock[0], clock[0]))
+
+    def sleep(seconds: float) -> None:
+        clock[0] += int(seconds * 1e9)
+        waits.append(seconds)
+        change()
+
+    monkeypatch.setattr(audio.time, "time_ns", lambda: clock[0])
+    monkeypatch.setattr(audio.time, "sleep", sleep)
+    change()
     cache = open_cache(tmp_path, paths)
     write(cache, 0, 1)
     check(cache, 0, 1)
-    assert len(waits) == 1 and 1.5 < waits[0] < 2.1
-    os.utime(paths[0], ns=(OLD, OLD))
+    assert len(waits) == 1 and 2 < waits[0] < 2.1
+    clock[0] += 10_000_000_000  # and the file stays as it is
     again = open_cache(tmp_path, paths)
     assert [again.has([number]) for number in (0, 1)] == [False, True]
     os.utime(paths[0], ns=(4 * OLD, 4 * OLD))
