@@ -176,10 +176,10 @@ class ActivationCache:
                 if path not in self.readers:
                     self.readers[path] = path.open("rb", buffering=0)
                 self.readers[path].seek(entry["offset"])
-                whole = self.readers[path].readinto(memoryview(out).cast("B")) == out.nbytes
+                whole = self.readers[path].readinto(out.data.cast("B")) == out.nbytes
         except OSError as error:
             whole, problem = False, f"cannot be read ({error.strerror or error})"
-        if not whole or not (entry["checked"] or zlib.crc32(out) == entry["crc32"]):
+        if not whole or not (entry["checked"] or zlib.crc32(out.data) == entry["crc32"]):
             raise ValueError(
                 f"{path}: the activation of {self.paths[number]} {problem}; python -m tools.caches verify --repair "
                 f"{self.directory} forgets what is damaged, and the next run computes only that again"
@@ -400,7 +400,8 @@ class Prefix:
     ):
         """`at_once` bounds how many utterances are computed together; `dtype` is that of autocast, or fp32."""
         self.model, self.paths, self.device, self.dtype = model, paths, device, dtype
-        self.cache, self.reader, self.at_once = cache, cache, at_once
+        self.cache, self.at_once = cache, at_once
+        self.reader: Any = cache  # or `machine.tier.OnGPU`
         self.depth = prefix_depth(model)
         self.complete = False  # then the prefix's weights are gone
         self.seconds = 0.0  # spent on computing and writing what the cache lacked

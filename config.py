@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -29,7 +29,7 @@ class Config:
     dev_set: Literal["session", "speaker"] | None = None  # of iemocap; null: session, as two speakers test then
     flip_activation: bool | None = None  # of msp-improv; null: true, as its scale falls; a warning checks it by anger
     label_range: list[float] | None = None  # of the labels, e.g. [1, 7]; null: the corpus's own
-    targets: list[str] = ("activation", "valence")
+    targets: list[str] = ("activation", "valence")  # type: ignore[assignment]  # a tuple, as defaults are shared
     allow_speaker_overlap: bool = False  # a speaker in two splits makes scores too good
 
     backbone: str = "facebook/wav2vec2-base"  # a directory, a file, a name on the Hugging Face hub, or "logmel"
@@ -37,7 +37,7 @@ class Config:
     trainable_layers: int | list[int] | Literal["all"] = 0  # the last k, a list, or all with the projection below them
     lora_rank: int = 0  # 0: no LoRA. 8 is where the published comparisons level off
     lora_alpha: float = 16.0  # the update counts alpha / rank times
-    lora_targets: list[str] = ("q", "v")  # among q k v o fc1 fc2
+    lora_targets: list[str] = ("q", "v")  # type: ignore[assignment]  # as above; among q k v o fc1 fc2
     lora_layers: int | list[int] | Literal["all"] | None = None  # null: every layer that is not trainable
     lora_dropout: float = 0.0
     pooling: Literal["mean", "mean_std", "attentive", "layers"] = "mean"  # layers: learnt weights of all hidden states
@@ -193,7 +193,7 @@ def make_config(values: dict, where: str) -> Config:
         raise ValueError(f"{where}: {error}") from None
 
 
-def coerce(value: object, kind: object, key: str) -> object:
+def coerce(value: object, kind: object, key: str) -> Any:
     """`value` as the type `kind` where nothing is lost: `1` is a float, and so is `1e-4`, which YAML takes for text."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -218,7 +218,7 @@ def coerce(value: object, kind: object, key: str) -> object:
     raise ValueError(f"{key}: expected {describe(kind)}, found {reprlib.repr(value)}")  # of any size: from a checkpoint
 
 
-def describe(kind: object) -> str:
+def describe(kind: Any) -> str:
     """A type in a reader's words: `int | list[int] | None` is "int or list of int or null"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:

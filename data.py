@@ -37,7 +37,8 @@ RANGES = [(0, 1), (-1, 1), (1, 5), (1, 7), (1, 9), (0, 10), (0, 100)]  # scales 
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # at the start of a cell; the last are the wide = + - @
 
 Notes = dict[str, list[str]]  # what was left out of a corpus or is odd, and the names of the files
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 # ---------------------------------------------------------------- corpora
@@ -96,7 +97,7 @@ def read_corpus(
     FileNotFoundError or ValueError for an unknown name, a key that the corpus does not use, and files that are not as
     published.
     """
-    keys = {"data_root": root, "manifest": manifest} | keys
+    keys = {"data_root": root, "manifest": manifest, **keys}
     if name != "manifest":
         utterances, notes = extra("corpora.published", f"corpus: {name}").read(name, keys)
         for utterance in utterances if "arousal" in (targets or ()) else ():
@@ -123,7 +124,7 @@ def find_label_range(
     A manifest has none of its own: the ValueError proposes the range that the labels suggest.
     """
     if label_range is not None:
-        return tuple(label_range)
+        return label_range[0], label_range[1]
     if name != "manifest":
         return extra("corpora.published", f"corpus: {name}").CORPORA[name].label_range
     found = [utterance.labels[target] for utterance in utterances for target in targets if target in utterance.labels]
@@ -182,8 +183,8 @@ def parse_manifest(path: str | Path, file: TextIO, targets: Sequence[str] | None
     reader = csv.reader(file)
     header = [cell.strip() for cell in next(reader, [])]
     at = find_columns(path, header, targets)
-    times, labelled = [name for name in ("start", "end") if name in at], set(at) - {*REQUIRED_COLUMNS, "start", "end"}
-    labelled = [name for name in at if name in labelled]
+    times = [name for name in ("start", "end") if name in at]
+    labelled = [name for name in at if name not in (*REQUIRED_COLUMNS, "start", "end")]
     folder = os.path.dirname(os.path.abspath(path))
     utterances, problems = [], []
     for row in reader:
@@ -375,7 +376,7 @@ def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float
         checked = [each for part in pool.map(lambda part: [length(source) for source in part], parts) for each in part]
     # The limit is for a wrong folder, where each of 100,000 files is missing.
     raise_listed("bad audio files", [problem for problem in checked if isinstance(problem, str)], limit=1000)
-    seconds = dict(zip(sources, checked, strict=True))
+    seconds = dict(zip(sources, (each for each in checked if not isinstance(each, str)), strict=True))
     return [seconds[utterance.source] for utterance in utterances]
 
 
@@ -387,6 +388,7 @@ def read_audio(source: str | Path, silent: list[str] | None = None) -> Tensor:
     MIN_SAMPLES. A file in which nothing can be heard is read, and added to `silent`, without it named on stderr.
     """
     waveform, _, sample_rate = read_original(str(source))
+    assert waveform is not None, "left out only without `decode_pcm`"
     if problem := silence(waveform):
         problem = f"{source}: {problem}"
         say_once(f"warning: {problem}") if silent is None else silent.append(problem)

@@ -36,7 +36,7 @@ def freeze(model: EmotionModel | Wav2Vec2, trainable_layers: int | Sequence[int]
     A count means the last k, 0 none (heads only). "all" trains the feature projection, the positional convolution and
     WavLM's relative position bias as well: everything but the feature encoder. A head stays as it is.
     """
-    backbone = getattr(model, "backbone", model)
+    backbone = model.backbone if isinstance(model, EmotionModel) else model
     numbers = layer_numbers(trainable_layers, len(backbone.layers))
     backbone.requires_grad_(False)
     for number in numbers:
@@ -57,7 +57,7 @@ def prefix_depth(model: EmotionModel | Wav2Vec2) -> int:
 
     That is L+1 (pooled), or L where the pooling trains on frames.
     """
-    backbone = getattr(model, "backbone", model)
+    backbone = model.backbone if isinstance(model, EmotionModel) else model
     for depth in range(-1, len(backbone.layers)):
         if any(parameter.requires_grad for module in backbone.before(depth + 1) for parameter in module.parameters()):
             return depth
@@ -109,7 +109,8 @@ def table(model: EmotionModel) -> str:
     backbone = model.backbone
     parts = [(PARTS[name], count(part)) for name, part in backbone.named_children() if name in PARTS]
     parts += [(f"layer {i}", count(layer)) for i, layer in enumerate(backbone.layers)]
-    parts.append(("head", tuple(all_ - below for all_, below in zip(count(model), count(backbone), strict=True))))
+    (total, trainable), (below, trained) = count(model), count(backbone)
+    parts.append(("head", (total - below, trainable - trained)))
     rows: list[list] = []
     for name, (total, trainable) in parts:
         alike = rows and name.startswith("layer ") and rows[-1][0].startswith("layer ")

@@ -5,6 +5,7 @@ A frozen `W` of a linear layer gets a trainable update of rank R: `y = W x + (al
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale, self.dropout = alpha / rank, dropout
-        like = {"device": base.weight.device, "dtype": torch.float32}
+        like: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
         self.A = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, **like))  # zero: training starts at the base model
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # not zero: else B would have no gradient
@@ -70,7 +71,8 @@ def inject(
     `module` is a backbone or has one as `backbone`. Returns the names of what it wrapped. Raises ValueError for a
     target or layer that does not exist, one wrapped already, and a rank below 1.
     """
-    blocks = getattr(module, "backbone", module).layers
+    backbone: Any = getattr(module, "backbone", module)
+    blocks: nn.ModuleList = backbone.layers
     numbers = range(len(blocks)) if layers is None else layers
     if rank < 1:
         raise ValueError(f"lora_rank: expected at least 1, found {rank}")

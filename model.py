@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -72,14 +73,12 @@ class FeatureEncoder(nn.Module):
 
     def __init__(self, config: Wav2Vec2Config):
         super().__init__()
-        channels, self.kernels, self.strides = (1, *config.conv_channels), config.conv_kernels, config.conv_strides
-        self.convs = nn.ModuleList(
-            nn.Conv1d(inputs, outputs, kernel, stride, bias=config.conv_bias)
-            for inputs, outputs, kernel, stride in zip(channels, channels[1:], self.kernels, self.strides, strict=False)
-        )
-        self.group_norm = config.conv_norm == "group"
-        normed = config.conv_channels[:1] if self.group_norm else config.conv_channels
-        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in normed)  # eps is 1e-5 whatever the config says
+        channels, self.group_norm = config.conv_channels, config.conv_norm == "group"
+        self.kernels, self.strides = config.conv_kernels, config.conv_strides
+        sizes = zip((1, *channels), channels, self.kernels, self.strides, strict=False)  # in, out, kernel, stride
+        convs = nn.ModuleList(nn.Conv1d(*each, bias=config.conv_bias) for each in sizes)
+        norms = nn.ModuleList(map(nn.LayerNorm, channels[:1] if self.group_norm else channels))  # eps: always 1e-5
+        self.convs, self.norms = cast(Sequence[nn.Conv1d], convs), cast(Sequence[nn.LayerNorm], norms)
 
     @torch.no_grad()
     def forward(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
@@ -99,13 +98,10 @@ class FeatureEncoder(nn.Module):
         rounded = -(-count // 10) * 10  # few sizes, as in `fast.fill`
         waveform = F.pad(waveform, (0, max((rounded - 1) * HOP + FIELD - len(waveform), 0)))
         for start in range(0, count, piece):
-            stop = min(start + piece, rounded)
-            x = waveform[start * HOP : (stop - 1) * HOP + FIELD]
+            x = waveform[start * HOP : (min(start + piece, rounded) - 1) * HOP + FIELD]
             for i, conv in enumerate(self.convs):
                 x = fast.linear(self.windows(x, i), rows[i] if i else first, conv.bias if i else bias)
-                if not self.group_norm:
-                    x = self.norms[i](x)
-                x = fast.gelu_(x)
+                x = fast.gelu_(x if self.group_norm else self.norms[i](x))
             out.append(x)
         return torch.cat(out)[:count]
 
@@ -139,9 +135,9 @@ class FeatureProjection(nn.Module):
     def __init__(self, config: Wav2Vec2Config):
         super().__init__()
         self.config = config
-        norm = nn.LayerNorm(config.conv_channels[-1], eps=config.norm_eps)
-        self.norm = norm if config.projection_norm else nn.Identity()
-        self.linear = Linear(config.conv_channels[-1], config.width)
+        channels = config.conv_channels[-1]
+        self.norm = nn.LayerNorm(channels, eps=config.norm_eps) if config.projection_norm else nn.Identity()
+        self.linear = Linear(channels, config.width)
         self.mask_embedding = nn.Parameter(torch.zeros(config.width))
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -151,8 +147,7 @@ class FeatureProjection(nn.Module):
             masked = torch.cat([fast.span_mask(n, c.mask_time_prob, c.mask_time_length) for n in lengths])
             x = torch.where(masked.to(x.device)[:, None], self.mask_embedding.to(x.dtype), x)
         if self.training and c.mask_feature_prob > 0:
-            masks = [fast.span_mask(c.width, c.mask_feature_prob, c.mask_feature_length) for _ in lengths]
-            rows = [mask.expand(n, -1) for mask, n in zip(masks, lengths, strict=True)]
+            rows = [fast.span_mask(c.width, c.mask_feature_prob, c.mask_feature_length).expand(n, -1) for n in lengths]
             x = x.masked_fill(torch.cat(rows).to(x.device), 0)
         return x
 
@@ -184,9 +179,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, frames: Frames, bias: Tensor | None = None) -> Tensor:
         """`(N, D)` -> `(N, D)`. WavLM adds a bias `(H, T, T)` to the scores, times a gate for each frame and head."""
         q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q, self.k, self.v))  # (N, H, D/H)
-        dropout = self.dropout if self.training else 0.0
         gates = None if bias is None else self.gates(x)
-        return self.o(fast.attend(q, k, v, frames, dropout, gates, bias).flatten(1))
+        return self.o(fast.attend(q, k, v, frames, self.dropout if self.training else 0.0, gates, bias).flatten(1))
 
     def gates(self, x: Tensor) -> Tensor:
         """`a (b s - 1) + 2` from two sigmoids a and b and the scale s of each head: `(N, D)` -> `(N, H)`."""
@@ -276,19 +270,15 @@ class Wav2Vec2(nn.Module):
         x, frames = fast.fill(x, lengths)
         if first < 0 <= last:
             x = self.position(self.projection(x, frames), frames)
-            x = x if c.pre_norm else self.norm(x)
-            x = dropout(x, c.hidden_dropout, self.projection.training)
+            x = dropout(x if c.pre_norm else self.norm(x), c.hidden_dropout, self.projection.training)
         layers = self.layers[max(first, 0) : max(last, 0)]
         bias = self.attention_bias(max(frames)) if c.relative_buckets and len(layers) else None
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in layers:
             if layer.training and c.layer_drop > 0 and torch.rand(()) < c.layer_drop:
                 continue
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = fast.checkpoint(layer, x, frames, bias)
-            else:
-                x = layer(x, frames, bias)
-        x = self.norm(x) if c.pre_norm and first < last == c.layers else x
-        return x[:count]
+            x = fast.checkpoint(layer, x, frames, bias) if recompute else layer(x, frames, bias)
+        return (self.norm(x) if c.pre_norm and first < last == c.layers else x)[:count]
 
     def attention_bias(self, frames: int) -> Tensor:
         """WavLM's bias for every pair of query and key, shared by all layers: `(H, T, T)`."""
@@ -300,7 +290,7 @@ class Wav2Vec2(nn.Module):
         """The modules that only lead up to hidden state `depth`."""
         c = self.config
         embedding = [self.projection, self.position, *([] if c.pre_norm else [self.norm])] if depth >= 0 else []
-        final = [self.norm] if c.pre_norm and depth >= c.layers else []
+        final: list[nn.Module] = [self.norm] if c.pre_norm and depth >= c.layers else []
         final += [self.relative_bias] if c.relative_buckets and depth >= c.layers else []
         return [self.feature_encoder, *embedding, *self.layers[: max(depth, 0)], *final]
 
@@ -329,7 +319,7 @@ class EmotionModel(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Wav2Vec2,
         targets: Sequence[str],
         label_range: tuple[float, float],
         head_width: int = 256,
@@ -347,8 +337,9 @@ class EmotionModel(nn.Module):
             self.layer_weights = nn.Parameter(torch.zeros(layers + 1))  # before a softmax
         inputs = 2 * width if pooling == "mean_std" else width
         hidden = [nn.Linear(inputs, head_width), nn.GELU(), nn.Dropout(head_dropout)] if head_width else []
-        self.head = nn.Sequential(*hidden, nn.Linear(head_width or inputs, len(targets)))
-        nn.init.constant_(self.head[-1].bias, 0.5)  # the middle of the range
+        last = nn.Linear(head_width or inputs, len(targets))
+        nn.init.constant_(last.bias, 0.5)  # the middle of the range
+        self.head = nn.Sequential(*hidden, last)
 
     @torch.no_grad()
     def encode(self, waveforms: Sequence[Tensor], depth: int) -> tuple[Tensor, list[int]]:
@@ -379,7 +370,7 @@ class EmotionModel(nn.Module):
         """What one source gives to `encode` at this depth: its frames `(N, D)`, or rows `(B, R, D)`."""
         return x if depth <= self.backbone.config.layers else self.statistics(x, lengths)
 
-    def join(self, parts: Sequence[Tensor], lengths: list[int]) -> tuple[Tensor, list[int]]:
+    def join(self, parts: list[Tensor], lengths: list[int]) -> tuple[Tensor, list[int]]:
         """The result of `encode` from the parts of all its sources."""
         if parts[0].ndim == 2:
             return parts[0], lengths
@@ -394,8 +385,7 @@ class EmotionModel(nn.Module):
         mean = fast.mean(x, frames)
         if self.pooling != "mean_std":
             return mean[:, None]
-        counts = frames.offsets(x.device).diff()
-        of_frame = mean.repeat_interleave(counts, 0, output_size=len(x))
+        of_frame = mean.repeat_interleave(frames.offsets(x.device).diff(), 0, output_size=len(x))
         variance = fast.mean((x.float() - of_frame) ** 2, frames)
         return torch.stack([mean, variance.clamp_min(1e-10).sqrt()], 1)  # a root has no gradient at 0
 
@@ -419,7 +409,7 @@ class EmotionModel(nn.Module):
     def predict(self, waveform: Tensor, sample_rate: int) -> dict[str, float]:
         """Targets by name, in the corpus scale, of one mono waveform `(S,)` at any sample rate."""
         self.eval()
-        predictions = self.infer([resample(waveform, sample_rate).to(self.head[-1].weight.device)])[0]
+        predictions = self.infer([resample(waveform, sample_rate).to(next(self.head.parameters()).device)])[0]
         low, high = self.label_range
         return {name: low + (high - low) * y for name, y in zip(self.targets, predictions.tolist(), strict=True)}
 

@@ -24,7 +24,7 @@ from lora import inject, merge
 from machine import fast, hardware
 from machine.hardware import parallel, pick_device
 from metrics import bootstrap_ci, ccc, ccc_loss
-from model import EmotionModel, Wav2Vec2Config
+from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
@@ -188,7 +188,7 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
     return assemble(config, backbone, label_range), identity
 
 
-def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
+def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
     """The pretrained backbone, an adapter merged into it, and the identity of both.
 
     The demo corpus alone makes do with `small`, which the repository holds, or without it with random weights.
@@ -219,7 +219,7 @@ def find_backbone(config: Config) -> tuple[nn.Module, dict[str, str]]:
         return backbone, {"source": f"random, as {config.backbone}", "sha256": weights.sha256_of(backbone)}
 
 
-def assemble(config: Config, backbone: nn.Module, label_range: tuple[float, float]) -> EmotionModel:
+def assemble(config: Config, backbone: Wav2Vec2, label_range: tuple[float, float]) -> EmotionModel:
     """Backbone and head with what trains as configured."""
     backbone.gradient_checkpointing = config.gradient_checkpointing
     torch.manual_seed(config.seed)  # of pooling, head and LoRA
@@ -257,7 +257,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
     path, (best, config) = directory / "best.pt", load_best(directory)
     config = replace(config, backbone=backbone or config.backbone)
     try:
-        model, identity = build_model(config, tuple(config.label_range))
+        model, identity = build_model(config, data.find_label_range(config.corpus, config.label_range))
         require_backbone(path, best, identity)
         load_trained(model, best["trained"])
         require_finite(model, identity)

@@ -10,7 +10,6 @@ same number of processes, a resumed run is bit-for-bit identical to an uninterru
 
 import argparse
 import json
-import math
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from model import EmotionModel
 class Progress:
     """What the loop changes beside parameters, optimizer and scaler; `last.pt` keeps it."""
 
+    total_parameters: int = 0
+    trainable_parameters: int = 0
     epoch: int = 0  # finished
     best: float = -2.0  # mean CCC over the targets on the development set
     best_epoch: int = 0
@@ -48,8 +50,6 @@ class Progress:
     seconds: float = 0.0  # that the run has taken, over all its starts
     cache_build: float = 0.0  # seconds, of these
     peak: int = 0  # bytes of memory, of every process that worked on this run
-    total_parameters: int = 0
-    trainable_parameters: int = 0
 
 
 @dataclass
@@ -107,8 +107,8 @@ def fit(e: Experiment, watch: hardware.Watch) -> None:
     p, config, model, prefix, indices = e.progress, e.config, e.model, e.prefix, e.split("train")
     steps = len(data.batches(len(indices), config.batch_size, config.seed, 0))
     total, before = steps * config.epochs, steps * p.epoch + len(p.losses)
-    how = {"depth": prefix.depth, "optimizer": e.optimizer, "scaler": e.scaler, "dtype": prefix.dtype}
-    how |= {"clip": config.clip, "micro_batch_size": config.micro_batch_size}
+    how: dict[str, Any] = {"depth": prefix.depth, "optimizer": e.optimizer, "scaler": e.scaler}
+    how |= {"dtype": prefix.dtype, "clip": config.clip, "micro_batch_size": config.micro_batch_size}
     bar = tqdm(total=total, initial=before, unit="step", disable=parallel.rank() > 0 or None)
     while p.epoch < config.epochs and p.epoch - p.best_epoch < config.patience:
         start = time.perf_counter() - p.train_seconds
@@ -152,8 +152,7 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
     print(f"{table(model)}\n{hardware.device_name(device)}, {precision}, {fast.Kernels.describe(device)}")
     cache, how = None, {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
     if config.cache:
-        how["tf32"] = config.tf32 and device.type == "cuda"
-        cache = open_cache(config.cache_dir, model, paths, **how)
+        cache = open_cache(config.cache_dir, model, paths, tf32=config.tf32 and device.type == "cuda", **how)
         hardware.require_space({cache.directory: cache.space(sum(seconds), pooled_rows(model))})
         cache.note_user(directory, backbone["source"])
     prefix = Prefix(model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
@@ -161,7 +160,6 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
     prefix.release_if_cached(config.cache_tier)
     run.require_finite(model, backbone)
     hardware.prepare(model, device, precision, config.tf32, config.compile)
-    total, trainable = count(model)
     e = Experiment(
         config=config,
         directory=directory,
@@ -175,7 +173,7 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
         prefix=prefix,
         optimizer=run.make_optimizer(model, config.lr, config.head_lr, config.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        progress=Progress(total_parameters=total, trainable_parameters=trainable),
+        progress=Progress(*count(model)),
         began=began,
     )
     if (directory / "last.pt").is_file():
@@ -186,11 +184,10 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
 
 def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
     """Score the development set, keep the best model, write the log, save."""
-    p, config, prefix = e.progress, e.config, e.prefix
-    indices = e.split("dev")
+    p, config, prefix, indices = e.progress, e.config, e.prefix, e.split("dev")
     train_loss = torch.stack(p.losses).mean().item()
     dev = ccc(run.evaluate(e.model, prefix, indices, e.together, watch), e.labels[indices]).tolist()
-    if not all(map(math.isfinite, dev)):  # the last step may have been the one too many
+    if not torch.tensor(dev).isfinite().all():  # the last step may have been the one too many
         raise ValueError(f"epoch {p.epoch + 1}: dev CCC {dev} is not finite, and the epoch is not saved; {run.ADVICE}")
     if prefix.cache and parallel.any_of(prefix.cache.writable and not prefix.cache.has(e.split("test"))):
         run.evaluate(e.model, prefix, e.split("test"), e.together, watch)  # so that the cache is whole
@@ -221,8 +218,7 @@ def save(e: Experiment) -> None:
     e.prefix.seconds = 0.0
     p.peak = max(p.peak, hardware.peak_memory(e.device))
     last = e.identity | {"trained": trained_state(e.model), "optimizer": e.optimizer.state_dict()}
-    last |= {"scaler": e.scaler.state_dict(), "state": vars(p)}
-    hardware.save(e.directory / "last.pt", last)
+    hardware.save(e.directory / "last.pt", last | {"scaler": e.scaler.state_dict(), "state": vars(p)})
     parallel.wait()  # until it is there: torchrun stops all where one ends
 
 
@@ -246,8 +242,7 @@ def resume(e: Experiment) -> None:
         state = {item.name: last["state"][item.name] for item in fields(p)}
         if [*map(type, state.values())] != [type(getattr(p, name)) for name in state]:
             raise TypeError("its state is not that of a run")
-        for name, value in state.items():
-            setattr(p, name, [loss.to(e.device) for loss in value] if name == "losses" else value)
+        vars(p).update(state, losses=[loss.to(e.device) for loss in state["losses"]])
     except Exception as error:  # of a file of something else, nearly any of them
         what = f"{path}: does not fit this run ({hardware.first_line(error)})"
         raise ValueError(f"{what}; delete it to train anew") from None

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +27,7 @@ from model import Wav2Vec2, Wav2Vec2Config
 SMALL = Path(__file__).parent / "small"  # the backbone that the repository holds; `small` names it anywhere
 # Each row: our name, the key in Hugging Face's files, the key in fairseq's. {i} is a number, {p} weight or bias and
 # {x} one of q, k, v; CONV and LAYER are short for what begins many keys.
-KEYS = """
+TABLE = """
 feature_encoder.convs.{i}.{p}     CONV.{i}.conv.{p}                            CONV.{i}.0.{p}
 feature_encoder.norms.{i}.{p}     CONV.{i}.layer_norm.{p}                      CONV.{i}.2.{p}
 feature_encoder.norms.{i}.{p}     -                                            CONV.{i}.2.1.{p}
@@ -49,7 +50,7 @@ layers.{i}.feed_forward.fc1.{p}   LAYER.{i}.feed_forward.intermediate_dense.{p} 
 layers.{i}.feed_forward.fc2.{p}   LAYER.{i}.feed_forward.output_dense.{p}      LAYER.{i}.fc2.{p}
 layers.{i}.feed_forward_norm.{p}  LAYER.{i}.final_layer_norm.{p}               LAYER.{i}.final_layer_norm.{p}
 """.replace("CONV", "feature_extractor.conv_layers").replace("LAYER", "encoder.layers")  # noqa: E501
-KEYS = [row.split() for row in KEYS.strip().splitlines()]
+KEYS = [row.split() for row in TABLE.strip().splitlines()]
 OURS, HUGGING_FACE, FAIRSEQ = range(3)
 HOLES = {"{i}": r"(\d+)", "{p}": "(weight|bias)", "{x}": "([qkv])"}
 PREFIX = re.compile(r"^(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\.")
@@ -80,14 +81,14 @@ class UnavailableError(FileNotFoundError):
     """A hub's checkpoint is neither in the local cache nor to be had from the network."""
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Functions that have moved to formats/ are still found here."""
     if name in MOVED:
         return getattr(extra(MOVED[name], f"weights.{name}"), name)
     raise AttributeError(f"module 'weights' has no attribute {name!r}")
 
 
-def load_backbone(source: str | Path, **regularisation: float) -> Wav2Vec2:
+def load_backbone(source: str | Path, **regularisation: Any) -> Wav2Vec2:
     """The backbone in a checkpoint, in eval mode and fp32.
 
     `source` is a Hugging Face directory, a checkpoint file (`.safetensors`, `.bin`, `.pt`) or a hub id, which may end
@@ -98,7 +99,7 @@ def load_backbone(source: str | Path, **regularisation: float) -> Wav2Vec2:
     return make_backbone(*read(files), files[0], **regularisation)
 
 
-def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, **regularisation: float) -> Wav2Vec2:
+def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, **regularisation: Any) -> Wav2Vec2:
     """The backbone of these tensors and settings, which come from `path`."""
     state, sources = rename(tensors, path)
     fold_weight_norm(state, sources, path)
@@ -123,7 +124,7 @@ def note(line: str) -> None:
 def hub_id(source: object) -> tuple[str, str | None] | None:
     """Repository and revision (None: the newest) if `source` is `owner/name` or `owner/name@revision` and no path."""
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source) if isinstance(source, str) else None
-    return (match[1], match[2]) if match and source[0] != "." and not Path(source).exists() else None
+    return (match[1], match[2]) if match and match[1][0] != "." and not Path(match[0]).exists() else None
 
 
 def locate(source: str | Path) -> list[Path]:
@@ -266,8 +267,7 @@ def translate(key: str, source: int, target: int) -> list[str]:
     found = []
     for row in KEYS:
         if row[target] != "-" and (match := pattern(row[source]).fullmatch(key)):
-            groups = iter(match.groups())
-            found.append(re.sub(r"\{\w\}", lambda _, groups=groups: next(groups), row[target]))
+            found.append(re.sub(r"\{\w\}", "{}", row[target]).format(*match.groups()))
     return found
 
 
@@ -303,13 +303,14 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
     if len(roots) > 1:
         found = " and ".join(root.rstrip(".") or "no prefix" for root in roots)
         raise ValueError(f"{path}: holds {len(roots)} encoders, under {found}; expected one, so save that one alone")
-    root, state, sources, unknown, beside = "".join(roots), {}, {}, [], []
+    sources: dict[str, str] = {}
+    root, state, unknown, beside = "".join(roots), {}, [], []
     for key, tensor in tensors.items():
         inner = key.removeprefix(root)
         name = our_name(inner) if key.startswith(root) else None
-        if name in state:
-            raise ValueError(f"{path}: holds {name} twice, as {sources[name]} and as {key}")
         if name is not None:
+            if name in state:
+                raise ValueError(f"{path}: holds {name} twice, as {sources[name]} and as {key}")
             if problem := unusable(tensor):
                 raise ValueError(f"{path}: {key} {problem}")
             state[name], sources[name] = tensor, key
@@ -363,7 +364,7 @@ def require_sizes(state: Mapping[str, Tensor], sources: Mapping[str, str], path:
     refuse([f"{sources['position.conv.weight']} cannot be cut into groups"] if width % per_group else [], path)
 
 
-def setting(settings: Mapping, path: Path, *names: str, default: object, guess: bool = False) -> object:
+def setting(settings: Mapping, path: Path, *names: str, default: Any, guess: bool = False) -> Any:
     """The first of these settings that is there, of the kind of `default`, else that; where it is a guess, say so."""
     name = next((name for name in names if settings.get(name) is not None), None)
     value = settings.get(name, default)
@@ -389,7 +390,7 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
     if settings.get("model_type") == "wavlm" and not buckets:
         raise ValueError(f"{path}: is a wavlm checkpoint by its settings, but has no relative position bias")
     large = "feature_encoder.norms.1.weight" in state  # the kind of layer-normed convolutions; all these are pre-norm
-    expected = dict.fromkeys(("hidden_act", "feat_extract_activation", "activation_fn"), "gelu")
+    expected: dict[str, object] = dict.fromkeys(("hidden_act", "feat_extract_activation", "activation_fn"), "gelu")
     expected |= {"add_adapter": False, "adapter_attn_dim": None, "conv_pos_batch_norm": False, "sampling_rate": 16_000}
     for name, value in expected.items():
         if settings.get(name, value) != value:
@@ -397,8 +398,8 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
     strides = tuple(get("conv_stride", default=list(Wav2Vec2Config.conv_strides)))
     if (kernels, strides) != (Wav2Vec2Config.conv_kernels, Wav2Vec2Config.conv_strides):
         raise ValueError(f"{path}: convolutions have kernels {kernels} and strides {strides}; only the usual are known")
-    heads, published = ("num_attention_heads", "encoder_attention_heads"), ATTENTION_HEADS.get(width)
-    heads = get(*heads, default=published or max(1, min(width // 64, 16)), guess=published is None)
+    names, published = ("num_attention_heads", "encoder_attention_heads"), ATTENTION_HEADS.get(width)
+    heads = get(*names, default=published or max(1, min(width // 64, 16)), guess=published is None)
     layers = get("num_hidden_layers", "encoder_layers", default=layers)
     if layers > MAX_LAYERS:
         raise ValueError(f"{path}: has {layers} layers, expected at most {MAX_LAYERS}")

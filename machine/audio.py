@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -64,7 +64,8 @@ def resample(waveform: Tensor | np.ndarray, sample_rate: int, new_rate: int = SA
 def silence(waveform: np.ndarray | Tensor) -> str:
     """What is wrong with a sound (S,) in which nothing can be heard; else an empty text."""
     middle = float(waveform.mean())
-    level = float(abs(waveform - middle).max())
+    centered: Any = waveform - middle  # of either kind
+    level = float(abs(centered).max())
     if level >= SILENT:
         return ""
     if abs(middle) >= SILENT:

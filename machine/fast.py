@@ -4,10 +4,11 @@ This is the only file that calls operators which PyTorch does not document.
 """
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +153,10 @@ def checkpoint(function: Callable, x: Tensor, *arguments: object) -> Tensor:
         yield
         device.set_rng_state(now)
 
-    again = {"preserve_rng_state": x.device.type != "cpu", "context_fn": lambda: (nullcontext(), repeat())}
+    again: dict[str, Any] = {
+        "preserve_rng_state": x.device.type != "cpu",
+        "context_fn": lambda: (nullcontext(), repeat()),
+    }
     return torch.utils.checkpoint.checkpoint(function, x, *arguments, use_reentrant=False, **again)
 
 
@@ -243,6 +247,7 @@ def by_fourier(conv: nn.Conv1d, x: Tensor, lengths: Sequence[int]) -> Tensor:
 
     Of a block of S frames `S - kernel + 1` results are untouched by its cyclic ends; blocks overlap by the rest.
     """
+    assert conv.bias is not None
     kernel, groups = conv.kernel_size[0], conv.groups
     size = 2 * kernel
     hop = size - kernel + 1
@@ -283,7 +288,7 @@ def attend(
         from torch.nn.attention.varlen import varlen_attn
 
         offsets, longest = frames.offsets(q.device), max(frames)
-        return varlen_attn(q, k, v, offsets, offsets, longest, longest)
+        return cast(Tensor, varlen_attn(q, k, v, offsets, offsets, longest, longest))  # no tuple unless asked for one
     if q.device.type != "cpu":
         return attend_padded(q, k, v, frames, dropout, gates, bias)
     return attend_each(q, k, v, frames, dropout, gates, bias)
@@ -300,10 +305,13 @@ def attend_each(
 ) -> Tensor:
     """`attend`, utterance by utterance: the clear form, and on a CPU the fast one."""
     out, lengths = [], list(frames)
-    masks = [None] * len(lengths) if bias is None else (gated(gate[None], bias) for gate in gates.split(lengths))
+    masks: Iterable[Tensor | None] = [None] * len(lengths)
+    if bias is not None:
+        assert gates is not None, "gates and bias come together"
+        masks = (gated(gate[None], bias) for gate in gates.split(lengths))
     for *parts, mask in zip(*(x.split(lengths) for x in (q, k, v)), masks, strict=True):
-        qkv = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
-        out.append(F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout)[0].transpose(0, 1))
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
+        out.append(F.scaled_dot_product_attention(q, k, v, mask, dropout)[0].transpose(0, 1))
     return torch.cat(out)
 
 
@@ -319,9 +327,10 @@ def attend_padded(
     """`attend` by one call for the padded batch; no frame attends to padding."""
     mask = pad(q.new_ones(len(q), 1), frames)[:, None, None, :, 0] > 0  # (B, 1, 1, T)
     if bias is not None:
+        assert gates is not None, "gates and bias come together"
         mask = gated(pad(gates, frames), bias).masked_fill(~mask, -torch.inf)
-    qkv = (pad(x, frames).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
-    return unpad(F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout).transpose(1, 2), frames)
+    q, k, v = (pad(x, frames).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
+    return unpad(F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2), frames)
 
 
 def gated(gates: Tensor, bias: Tensor) -> Tensor:

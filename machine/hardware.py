@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -67,7 +68,7 @@ def pick_device(name: str, local_rank: int | None = None, compiled: bool = False
         raise ValueError(f"device: {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":  # set_device refuses one without an index
         index = device.index if device.index is not None else torch.cuda.current_device() if found["cuda"] else 0
-        device = torch.device("cuda", index if alone else local_rank)
+        device = torch.device("cuda", index if local_rank is None else local_rank)
     if not found.get(device.type) or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
         there = ", ".join(kind for kind, is_there in found.items() if is_there)
         raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; this machine has {there}")
@@ -151,7 +152,8 @@ def prepare(
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
-    for layer in model.backbone.layers if compiled else ():
+    layers: Iterable[Any] = model.backbone.layers if compiled else ()
+    for layer in layers:
         layer.finish = torch.compile(layer.finish, dynamic=True)
 
 
@@ -304,7 +306,8 @@ def require_space(needed: dict[Path, int]) -> None:
 
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # Ctrl-C, and what a cluster sends
-STOP_SIGNALS += [signal.SIGBREAK] if sys.platform == "win32" else []  # Windows lets no other process send those two
+if sys.platform == "win32":
+    STOP_SIGNALS += [signal.SIGBREAK]  # Windows lets no other process send those two
 
 
 class Stopped(KeyboardInterrupt):

@@ -2,7 +2,7 @@
 
 Linear heads on the student's hidden states 0, 4, 8 and 12 predict the log-mel frames (state 0) and the teacher's second
 layer (the others): frame by frame and, in the second half, also averaged over the utterance, which is what a probe
-reads (from the start, its noise drowns the frames). The heads are thrown away.
+reads (from the start, it held the frames back). The heads are thrown away.
 """
 
 import argparse
@@ -62,8 +62,6 @@ def read_teacher(*paths):
 
 
 class Teacher:
-    """Whisper-base's encoder up to LAYER, in bf16."""
-
     def __init__(self, tensors):
         self.w = {k: v.bfloat16() if v.ndim > 1 or k.endswith("bias") else v for k, v in tensors.items()}
         self.mel = torch.from_numpy(WhisperFeatureExtractor().mel_filters.T.copy()).float()
@@ -96,7 +94,7 @@ class Teacher:
 
 
 def make_student():
-    """Transformers' own model; oneDNN's grouped convolution in bf16 is wrong on a CPU with AMX: Fourier's in fp32."""
+    """transformers' own model; oneDNN's grouped convolution in bf16 is wrong on a CPU with AMX: Fourier's in fp32."""
     student = Wav2Vec2Model._from_config(STUDENT, attn_implementation="eager").train()  # its fastest here
     conv = student.encoder.pos_conv_embed.conv
 
