@@ -2,14 +2,16 @@
 
     python compare.py configs/full.yaml configs/partial3_cached.yaml configs/lora_r8.yaml [key=value ...] [--seeds 5]
     python compare.py configs/partial3_cached.yaml --sweep trainable_layers=0,1,2,3,6,9,12
+    python compare.py CONFIG ... --folds        every fold of a corpus that is tested so, such as emotale or iemocap
     python compare.py CONFIG ... --table        the tables again, from what is finished
 
-Every method and seed is a run of train.py in a process of its own, so that time and memory are its own. Caches are
-filled before. Then come the runs, all methods of a seed before the next seed, so that an interrupted table is even. The
-same command again goes on where it was left: a finished run is not repeated, a stopped one is resumed.
+Every method, seed and fold is a run of train.py in a process of its own, so that time and memory are its own. Caches
+are filled before, each for all seeds and folds. Then come the runs, all methods of a seed and fold before the next, so
+that an interrupted table is even. The same command again goes on where it was left: a finished run is not repeated, a
+stopped one is resumed.
 
-Below `--out`: `table.md`, `table.csv`, pictures, `configs/`, `logs/`, and the run's directories, `<method>-seed<K>`.
-The first method is what the others are compared with.
+Below `--out`: `table.md`, `table.csv`, pictures, `configs/`, `logs/`, and the runs' directories, `<method>-seed<K>` or
+`<method>-seed<K>-fold<F>`. The first method is what the others are compared with.
 """
 
 import argparse
@@ -19,25 +21,40 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 import run
-from config import Config, load_config, parse, split_words
+from config import Config, extra, load_config, parse, split_words
 from data import text_cell
 from machine import hardware
-from report.results import COSTS, SCORES, Run, Runs, analyse, markdown, read_json, read_method, run_directory
+from machine.programs import last_lines, logged
+from report.results import (
+    COSTS,
+    FOLD_SCORE,
+    SCORES,
+    Run,
+    Runs,
+    analyse,
+    markdown,
+    pool,
+    read_method,
+    read_run,
+    run_directory,
+)
+from weights import read_json
 
 HERE = Path(__file__).parent
 CORPUS = ("corpus", "data_root", "manifest", "fold", "test_set", "dev_set", "flip_activation")  # the same for all
 CORPUS += ("label_range", "targets", "allow_speaker_overlap")
 OURS = {"name": "as the name of the YAML file", "seed": "as --seeds", "output_dir": "as --out"}  # what compare.py sets
-FAILED = "compare.py: failed, "  # begins the last line of the log of a process that failed
+Job = tuple[str, int, int | None]  # method, seed, and fold or None
 
 # --- what is compared ------------------------------------------------------------------------------------------------
 
@@ -93,40 +110,65 @@ def settings(config: Config) -> dict:
     return {key: value for key, value in run.plain(config).items() if key not in OURS}
 
 
-def check(methods: dict[str, Config], seeds: Sequence[int], out: Path, wrong: list[str]) -> None:
+def find_folds(methods: Mapping[str, Config], wrong: list[str]) -> list[int]:
+    """The folds of the corpus of all methods. Adds to `wrong` why there are none, and a fold that is set already."""
+    for name, config in methods.items():
+        if config.fold is not None:
+            wrong.append(f"{name}: fold is {config.fold}, but --folds runs every fold; leave out one of the two")
+    corpus = next(iter(methods.values())).corpus
+    known = extra("corpora.published", "--folds").CORPORA
+    if corpus != "manifest" and corpus not in known:
+        return []  # reading it will say so
+    count = 0 if corpus == "manifest" else known[corpus].folds
+    if not count:
+        has = ", ".join(name for name, other in known.items() if other.folds)
+        wrong.append(f"--folds: corpus {corpus!r} has a fixed split and no folds; leave out --folds (folds have {has})")
+    return list(range(1, count + 1))
+
+
+def make_jobs(methods: Mapping[str, Config], seeds: Sequence[int], folds: Sequence[int] = ()) -> list[Job]:
+    """Every run in its order: all methods of a seed and fold before the next."""
+    return [(name, seed, fold) for seed in seeds for fold in folds or [None] for name in methods]
+
+
+def check(methods: dict[str, Config], seeds: Sequence[int], folds: Sequence[int], out: Path, wrong: list[str]) -> None:
     """Add to `wrong` what keeps methods from being compared, and directories that hold other runs."""
     first = next(iter(methods))
-    for name, config in methods.items():
+    for name in methods:
         for key in CORPUS:
             here, there = (absolute(key, getattr(methods[method], key)) for method in (name, first))
             if here != there:
                 wrong.append(f"{name}: {key} is {here!r}, that of {first} {there!r}; compare on one test set")
-        here = settings(config)
-        for directory in (run_directory(out, name, seed) for seed in seeds):
-            if any((directory / file).is_file() for file in ("best.pt", "last.pt", "result.json")):
-                there = settings(load_config(directory / "config.yaml"))
-                changed = [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if here[key] != there[key]]
-                if changed:
-                    wrong.append(f"{directory} holds another run ({'; '.join(changed)}); choose another --out")
+    for name, seed, fold in make_jobs(methods, seeds, folds):
+        directory, here = run_directory(out, name, seed, fold), settings(methods[name])
+        here |= {} if fold is None else {"fold": fold}
+        if any((directory / file).is_file() for file in ("best.pt", "last.pt", "result.json")):
+            there = settings(load_config(directory / "config.yaml"))
+            changed = [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if here[key] != there[key]]
+            if changed:
+                wrong.append(f"{directory} holds another run ({'; '.join(changed)}); choose another --out")
 
 
-def check_corpus(methods: dict[str, Config], seeds: Sequence[int], out: Path, wrong: list[str]) -> None:
+def check_corpus(
+    methods: dict[str, Config], seeds: Sequence[int], folds: Sequence[int], out: Path, wrong: list[str]
+) -> None:
     """Add to `wrong` what is so with the corpus, and finished runs that were tested on what it was before."""
     config = next(iter(methods.values()))
-    try:
-        tested = [utterance for utterance in run.load_utterances(config)[0] if utterance.split == "test"]
-        runs = {name: read_method(out, name, seeds) for name in methods}
-    except (OSError, ValueError) as error:
-        wrong.append(str(error))
-        return
-    speakers = [utterance.speaker for utterance in tested]
-    labels = [[utterance.labels[target] for target in config.targets] for utterance in tested]
-    for name, by_seed in runs.items():
-        for seed, each in by_seed.items():
+    for fold in folds or [config.fold]:
+        try:
+            utterances, _ = run.load_utterances(replace(config, fold=fold))
+            tested = [utterance for utterance in utterances if utterance.split == "test"]
+            places = [run_directory(out, name, seed, fold if folds else None) for name in methods for seed in seeds]
+            runs = {place: read_run(place) for place in places if (place / "result.json").is_file()}
+        except (OSError, ValueError) as error:
+            wrong.append(str(error))
+            return
+        speakers = [utterance.speaker for utterance in tested]
+        labels = [[utterance.labels[target] for target in config.targets] for utterance in tested]
+        for place, each in runs.items():
             if each.speakers != speakers or each.labels.tolist() != labels:
                 wrong.append(
-                    f"{run_directory(out, name, seed)} was tested on other utterances or labels than there are now; "
-                    "choose another --out"
+                    f"{place} was tested on other utterances or labels than there are now; choose another --out"
                 )
 
 
@@ -137,18 +179,21 @@ def absolute(key: str, value: object) -> object:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def build_caches(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> None:
-    """Fill every cache that a run will want, in one pass over the corpus. Where that fails the runs do it."""
-    wanted = [
-        name for name, config in methods.items() if config.cache and not all(finished(out, name, s) for s in seeds)
-    ]
+def build_caches(methods: dict[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()) -> None:
+    """Fill every cache that a run will want, in one pass over the corpus. Where that fails the runs do it.
+
+    A cache is one of files, whatever their split: that of the first fold is that of all.
+    """
+    unfinished = {job[0] for job in make_jobs(methods, seeds, folds) if not finished(out, job)}
+    wanted = [name for name, config in methods.items() if config.cache and name in unfinished]
     paths = [str(config_path(out, name)) for name in wanted]
     if not paths:
         return
     print(f"filling the caches of {', '.join(wanted)}", flush=True)
     report, log = out / "builds.json", log_path(out, "caches")
     before = read_json(report) if report.is_file() else {}
-    if logged(["-m", "tools.caches", "build", *paths, "--report", str(report)], log):
+    fold = [f"fold={folds[0]}"] if folds else []
+    if logged(["-m", "tools.caches", "build", *paths, *fold, "--report", str(report)], log):
         print(f"failed, see {log}; the runs fill them in their first epoch")
     if report.is_file():
         after = read_json(report)  # where nothing was left to build, what it cost then still holds
@@ -156,61 +201,35 @@ def build_caches(methods: dict[str, Config], seeds: Sequence[int], out: Path) ->
         hardware.write_text(report, json.dumps({**after, **known}, indent=2) + "\n")
 
 
-def train_all(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> None:
+def train_all(methods: dict[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()) -> None:
     """Every run that is not finished, and the table after each seed."""
-    for seed in seeds:
-        for number, name in enumerate(methods, seed * len(methods) + 1):
-            print(f"[{number}/{len(seeds) * len(methods)}] {name} seed {seed}: ", end="", flush=True)
-            start, directory, took = time.perf_counter(), run_directory(out, name, seed), "finished before"
-            if not finished(out, name, seed):
-                words = [f"seed={seed}", f"output_dir={json.dumps(str(out))}", f"name={json.dumps(directory.name)}"]
-                logged([str(HERE / "train.py"), str(config_path(out, name)), *words], log_path(out, directory.name))
-                took = f"{time.perf_counter() - start:.1f} s"
-            if finished(out, name, seed):
-                test = read_json(directory / "result.json")["test"]
-                scores = ", ".join(f"{target} {score['ccc']:.3f}" for target, score in test.items())
-                print(f"{took}, test CCC {scores}", flush=True)
-            else:
-                print(f"failed after {took}, see {log_path(out, directory.name)}", flush=True)
-        if seed != seeds[-1]:
-            write_table(methods, seeds, out)
+    jobs = make_jobs(methods, seeds, folds)
+    for number, job in enumerate(jobs, 1):
+        name, seed, fold = job
+        print(f"[{number}/{len(jobs)}] {job_name(job)}: ", end="", flush=True)
+        start, directory, took = time.perf_counter(), run_directory(out, *job), "finished before"
+        if not finished(out, job):
+            words = [f"seed={seed}", f"output_dir={json.dumps(str(out))}", f"name={json.dumps(directory.name)}"]
+            words += [] if fold is None else [f"fold={fold}"]
+            logged([str(HERE / "train.py"), str(config_path(out, name)), *words], log_path(out, directory.name))
+            took = f"{time.perf_counter() - start:.1f} s"
+        if finished(out, job):
+            test = read_json(directory / "result.json")["test"]
+            scores = ", ".join(f"{target} {score['ccc']:.3f}" for target, score in test.items())
+            print(f"{took}, test CCC {scores}", flush=True)
+        else:
+            print(f"failed after {took}, see {log_path(out, directory.name)}", flush=True)
+        if number < len(jobs) and jobs[number][1] != seed:
+            write_table(methods, seeds, out, folds)
 
 
-def logged(arguments: Sequence[str], log: Path) -> int:
-    """Run a Python program, all that it says into `log`; its exit code, of which the log's last line tells."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as file:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a killed process has said is in the file
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # for -m
-        command = [sys.executable, *arguments]
-        with subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
-            try:
-                code = process.wait()
-            except KeyboardInterrupt:
-                process.terminate()  # it ends its step and saves
-                process.wait()
-                raise
-        if code:
-            reason = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
-            if code == -9:
-                reason += ", perhaps for memory"
-            file.write(f"\n{FAILED}{reason}\n".encode())
-    return code
+def finished(out: Path, job: Job) -> bool:
+    return (run_directory(out, *job) / "result.json").is_file()
 
 
-def finished(out: Path, name: str, seed: int) -> bool:
-    return (run_directory(out, name, seed) / "result.json").is_file()
-
-
-def last_lines(log: Path, count: int = 5) -> list[str]:
-    """Of a process that failed, its last lines as a terminal would show them and how it ended; else none."""
-    if not log.is_file():
-        return []
-    lines = [line.rstrip().split("\r")[-1] for line in log.read_bytes().decode(errors="replace").split("\n")]
-    lines = [line for line in lines if line]
-    if not lines or not lines[-1].startswith(FAILED):
-        return []
-    return [*lines[-1 - count : -1], lines[-1].removeprefix(FAILED)]
+def job_name(job: Job) -> str:
+    name, seed, fold = job
+    return f"{name} seed {seed}" + ("" if fold is None else f" fold {fold}")
 
 
 def config_path(out: Path, name: str) -> Path:
@@ -224,15 +243,20 @@ def log_path(out: Path, name: str) -> Path:
 # --- showing ---------------------------------------------------------------------------------------------------------
 
 
-def write_table(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> tuple[str, Runs, list[dict]]:
+def write_table(
+    methods: dict[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()
+) -> tuple[str, Runs, list[dict]]:
     """Make `table.md` and `table.csv` of what is finished; the Markdown, and what it was made of."""
-    runs = {name: read_method(out, name, seeds) for name in methods}
+    runs = {name: read_method(out, name, seeds, folds) for name in methods}
     report, targets = out / "builds.json", next(iter(methods.values())).targets
     builds = read_json(report) if report.is_file() else {}
     records = analyse(runs, targets, {Path(path).stem: build for path, build in builds.items()})
-    text = markdown(runs, records, targets, failures(runs, seeds, out))
+    notes = failures(methods, seeds, out, folds)
+    text = markdown(runs, records, targets, notes, len(folds), raters_agreement(methods))
     hardware.write_text(out / "table.md", text + "\n")
-    columns = ["method", "seeds", *(f"{target}_{score}" for target in targets for score in SCORES), *COSTS, "note"]
+    scores = [*SCORES, *([FOLD_SCORE] if folds else [])]
+    columns = ["method", "seeds", "folds", *(f"{target}_{score}" for target in targets for score in scores)]
+    columns += [*COSTS, "note"]
 
     def save(path: Path) -> None:
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -244,16 +268,31 @@ def write_table(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> 
     return text, runs, records
 
 
-def failures(runs: Runs, seeds: Sequence[int], out: Path) -> list[str]:
+def raters_agreement(methods: Mapping[str, Config]) -> dict[str, list[float]]:
+    """By target the CCC of each rater with the mean of the others, where the corpus is there and has it."""
+    config = next(iter(methods.values()))
+    if config.corpus == "manifest" or config.data_root is None:
+        return {}
+    corpus = extra("corpora.published", f"corpus: {config.corpus}").CORPORA.get(config.corpus)
+    try:
+        found = corpus.agreement(Path(config.data_root)) if corpus and corpus.agreement else {}
+    except (OSError, ValueError):  # shown from another place, without the corpus
+        return {}
+    return found | ({"arousal": found["activation"]} if "activation" in found else {})
+
+
+def failures(methods: Mapping[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()) -> list[str]:
     """Notes on the runs that are not finished, with the last lines of those that failed."""
     notes, missing = [], []
-    for name, seed in [(name, seed) for name in runs for seed in seeds if seed not in runs[name]]:
-        log = log_path(out, run_directory(out, name, seed).name)
+    for job in make_jobs(methods, seeds, folds):
+        if finished(out, job):
+            continue
+        log = log_path(out, run_directory(out, *job).name)
         if lines := last_lines(log):
             said = "".join(f"\n      {line}" for line in lines[:-1])
-            notes.append(f"{name} seed {seed} failed ({lines[-1]}). The end of {log}:\n{said}\n")
+            notes.append(f"{job_name(job)} failed ({lines[-1]}). The end of {log}:\n{said}\n")
         else:
-            missing.append(f"{name} seed {seed}")
+            missing.append(job_name(job))
     if missing:
         notes.append(f"Not finished: {', '.join(missing)}.")
     if lines := last_lines(log_path(out, "caches")):
@@ -261,7 +300,9 @@ def failures(runs: Runs, seeds: Sequence[int], out: Path) -> list[str]:
     return notes
 
 
-def draw(methods: dict[str, Config], runs: Runs, records: Sequence[dict], out: Path) -> str:
+def draw(
+    methods: dict[str, Config], runs: Runs, records: Sequence[dict], out: Path, agreement: Mapping[str, Sequence[float]]
+) -> str:
     """Every picture that the finished runs allow; returns what to say of them."""
     try:
         import report.plots as plots
@@ -278,24 +319,37 @@ def draw(methods: dict[str, Config], runs: Runs, records: Sequence[dict], out: P
         for seed, each in runs[name].items():
             scores[m, seeds.index(seed)] = [each.result["test"][target]["ccc"] for target in targets]
     times, gigabytes = (np.array([r[key] for r in shown]) for key in ("total_seconds", "peak_memory_bytes"))
-    label = "training time in s (with the cache)"
-    plots.cost(names, times, scores, targets, label, note, out / "ccc_against_time")
-    plots.cost(names, gigabytes / 1e9, scores, targets, "peak memory in GB", note, out / "ccc_against_memory")
-    curves = [[curve(r, each, targets) for each in runs[r["method"]].values()] for r in shown]
+    ceiling = {target: fmean(agreement[target]) for target in targets if agreement.get(target)}
+    for costs, name, label in (
+        (times, "ccc_against_time", "training time in s (with the cache)"),
+        (gigabytes / 1e9, "ccc_against_memory", "peak memory in GB"),
+    ):
+        plots.cost(names, costs, scores, targets, label, note, out / name, ceiling)
+    curves = [[curve(r, part, targets) for each in runs[r["method"]].values() for part in each.parts] for r in shown]
     plots.curves(names, curves, targets, note, out / "curves")
     depths: dict[int, int] = {}  # number of trained layers: the first method with it
     for m, name in enumerate(names):
-        count = trained_layers(methods[name], run_directory(out, name, min(runs[name])), methods)
+        first = min(runs[name])
+        fold = next(iter(runs[name][first].folds), None)
+        count = trained_layers(methods[name], run_directory(out, name, first, fold), methods)
         if count is not None:
             depths.setdefault(count, m)
     if len(depths) > 1:
         plots.depth(list(depths), scores[list(depths.values())], targets, note, out / "ccc_against_depth")
-    chosen = [runs[name][min(runs[name])] for name in names]
-    for k, target in enumerate(targets):
+    chosen = alike([runs[name][min(runs[name])] for name in names])
+    for k, target in enumerate(targets if chosen else ()):
         of_chosen = [each.result["test"][target]["ccc"] for each in chosen]
         predictions, labels = [each.predictions[:, k] for each in chosen], chosen[0].labels[:, k]
         plots.scatter(names, predictions, labels, target, of_chosen, note, out / f"scatter_{target}")
     return f"pictures in {out}"
+
+
+def alike(runs: Sequence[Run]) -> list[Run]:
+    """Runs restricted to the folds that all of them have; none if there is no such fold."""
+    if not any(each.folds for each in runs):
+        return list(runs)
+    common = [fold for fold in runs[0].folds if all(fold in each.folds for each in runs)]
+    return [pool({fold: each.folds[fold] for fold in common}) for each in runs] if common else []
 
 
 def curve(record: dict, each: Run, targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -327,34 +381,35 @@ def main() -> None:
         raise ValueError("expected at least one config, as in configs/")
     wrong: list[str] = []
     methods = make_methods(configs, overrides, arguments.sweep, wrong)
+    folds = find_folds(methods, wrong) if methods and arguments.folds else []
     if methods:
-        check(methods, seeds, out, wrong)
+        check(methods, seeds, folds, out, wrong)
     if not (wrong or arguments.table):
-        check_corpus(methods, seeds, out, wrong)
+        check_corpus(methods, seeds, folds, out, wrong)
     if wrong:
         raise ValueError("\n  ".join(["nothing was run:", *dict.fromkeys(wrong)]))
     stopped = False
     if not arguments.table:
         for number in hardware.STOP_SIGNALS:
             signal.signal(number, signal.default_int_handler)
-        stopped = run_all(methods, seeds, out)
+        stopped = run_all(methods, seeds, out, folds)
     out.mkdir(parents=True, exist_ok=True)
-    text, runs, records = write_table(methods, seeds, out)
+    text, runs, records = write_table(methods, seeds, out, folds)
     print(f"\n{text}\n\n{out}: table.md, table.csv", flush=True)
-    print(draw(methods, runs, records, out))
+    print(draw(methods, runs, records, out, raters_agreement(methods)))
     if stopped:
         sys.exit("stopped; the same command continues with what is not finished")
-    sys.exit(not arguments.table and any(len(runs[name]) < len(seeds) for name in methods))
+    sys.exit(not arguments.table and not all(finished(out, job) for job in make_jobs(methods, seeds, folds)))
 
 
-def run_all(methods: dict[str, Config], seeds: Sequence[int], out: Path) -> bool:
+def run_all(methods: dict[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()) -> bool:
     """Caches and runs; whether the user stopped them."""
     try:
         for name, config in methods.items():
             config_path(out, name).parent.mkdir(parents=True, exist_ok=True)
             hardware.write_yaml(config_path(out, name), settings(config))
-        build_caches(methods, seeds, out)
-        train_all(methods, seeds, out)
+        build_caches(methods, seeds, out, folds)
+        train_all(methods, seeds, out, folds)
     except KeyboardInterrupt:
         return True
     return False
@@ -371,6 +426,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to one less than this (default 3)")
     parser.add_argument("--sweep", action="append", default=[], metavar="key=v1,v2,...", help="may be given repeatedly")
+    parser.add_argument("--folds", action="store_true", help="every fold: each utterance is tested once")
     parser.add_argument("--out", default="runs/compare", help="a folder (default runs/compare)")
     parser.add_argument("--table", action="store_true", help="run nothing: show what is finished")
     arguments = parser.parse_intermixed_args()

@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import os
+import re
 import reprlib
 import types
 import typing
@@ -101,7 +103,7 @@ class Config:
 
     def require_effect(self) -> None:
         """Refuse a key that is set but would do nothing: whoever set it believes that it acts."""
-        everything, nothing = self.trainable_layers == "all", self.trainable_layers in (0, []) and not self.lora_rank
+        everything, nothing = self.trainable_layers == "all", not self.trains_layers
         self.require("pooling", self.pooling != "layers" or nothing, "mean, mean_std or attentive, since layers train")
         pooled = nothing and self.pooling != "attentive" and self.cache_dtype == "int8"
         self.require("cache_dtype", not pooled, "float16, as no layer trains: of a few rows each, int8 would be larger")
@@ -123,6 +125,19 @@ class Config:
             same = value == (list(default) if isinstance(value, list) and isinstance(default, tuple) else default)
             self.require(key, same or not without_effect, f"{default!r}, {reason}")
 
+    @property
+    def trains_layers(self) -> bool:
+        """Whether anything but the head trains."""
+        return self.trainable_layers not in (0, []) or self.lora_rank > 0
+
+    def saves_memory(self, processes: int) -> list[str]:
+        """The `key=value` settings that are left to save memory and leave the loss as it is."""
+        at_once = min(self.micro_batch_size or self.batch_size, -(-self.batch_size // processes))  # in each process
+        settings = [f"micro_batch_size={at_once // 2}"] if at_once > 1 else []
+        if self.trains_layers and not self.gradient_checkpointing:
+            settings.append("gradient_checkpointing=true")
+        return settings + (["cache_tier=disk"] if self.cache and self.cache_tier != "disk" else [])
+
     def require(self, key: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:
             raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
@@ -130,6 +145,7 @@ class Config:
 
 MAX_SIZE, MAX_DEPTH = 1 << 16, 10  # bytes and levels of a YAML file; a configuration has a few hundred and two
 TYPES = typing.get_type_hints(Config)
+PATHS = {"output_dir", "data_root", "manifest", "backbone", "adapter", "cache_dir"}  # ~ and $VAR are expanded in these
 DEFAULTS = {field.name: field.default for field in fields(Config)}
 
 
@@ -153,7 +169,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"{override}: expected key=value, as in seed=1")
-        values[key] = parse(value, override)
+        values[key] = read_override(key, value, override)
     config = make_config(values, str(path))
     return config if config.name else make_config({**values, "name": path.stem}, str(path))
 
@@ -164,31 +180,54 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in overrides], overrides
 
 
-def parse(text: str, where: str) -> object:
-    """A YAML value. Aliases, of which a few lines unfold to fill the memory, and deep nesting are refused unread."""
-    try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
-                raise ValueError(f"expected no alias such as *name, and at most {MAX_DEPTH} levels")
-        node = yaml.compose(text, yaml.SafeLoader)
+def read_override(key: str, value: str, where: str) -> object:
+    """The value of `key=value`: YAML, but for a key that takes text the words as they stand (`name=no`, `name=12`)."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if TYPES.get(key) in (str, str | None) and not quoted and (TYPES[key] is str or value != "null"):
+        return value
+    if re.fullmatch(r"[-+]?0[0-9]+", value):
+        raise ValueError(f"{where}: YAML reads a number with a leading zero as octal; write {int(value)}")
+    return parse(value, where)
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses aliases, of which a few lines unfold to fill the memory, deep nesting, and a key that is given twice."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth > MAX_DEPTH or self.check_event(yaml.AliasEvent):
+            raise ValueError(f"expected no alias such as *name, and at most {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
         keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"{max(keys, key=keys.count)} is given more than once")
-        return yaml.safe_load(text)
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{twice[0]} is given more than once")
+        return node
+
+
+def parse(text: str, where: str) -> object:
+    """A YAML value. Raises ValueError for what is no YAML, or more than a configuration needs."""
+    try:
+        return yaml.load(text, Loader)
     except Exception as error:  # a tag on a value that does not fit it can raise nearly any of them
         raise ValueError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
 
 
 def make_config(values: dict, where: str) -> Config:
     """A `Config` of plain values, each checked against the type of its field."""
+    if values.get("fold") == "all":
+        raise ValueError(f"{where}: fold: expected one number, found 'all'; for all: python compare.py CONFIG --folds")
     for key in values:
         if key not in TYPES:
             near = difflib.get_close_matches(str(key), TYPES, 1)
             raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
     try:
-        return Config(**{key: coerce(value, TYPES[key], key) for key, value in values.items()})
+        typed = {key: coerce(value, TYPES[key], key) for key, value in values.items()}
+        for key in PATHS & typed.keys():
+            typed[key] = typed[key] and os.path.expandvars(os.path.expanduser(typed[key]))
+        return Config(**typed)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -215,7 +254,9 @@ def coerce(value: object, kind: object, key: str) -> Any:
             return number
     elif kind in (int, str, bool, type(None)) and type(value) is kind:
         return value
-    raise ValueError(f"{key}: expected {describe(kind)}, found {reprlib.repr(value)}")  # of any size: from a checkpoint
+    found = reprlib.repr(value)  # of any size: from a checkpoint
+    advice = "; put it in quotes" if kind is str and value is not None and not isinstance(value, list | dict) else ""
+    raise ValueError(f"{key}: expected {describe(kind)}, found {found}{advice}")
 
 
 def describe(kind: Any) -> str:

@@ -2,12 +2,13 @@
 
     python predict.py runs/lora_r8 speech.wav recordings/ "talks/**/*.mp3" --out predictions.csv
     python predict.py runs/lora_r8 - --window 5 --hop 1 --plot pictures < list.txt
+    python predict.py runs/lora_r8 speech.wav --backbone models/wav2vec2-base        the backbone has moved
     python predict.py audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim speech.wav
 
 Folders are searched for audio, patterns work in quotes as well, and - is a list of paths on standard input, one a line.
-What is named twice is predicted once; rows have the order of the inputs. A file longer than the window becomes equal
-windows, a row each; with --hop windows slide, and the last one ends with the file. What cannot be read is named at the
-end, after all the rest.
+An input listed twice is predicted once; rows have the order of the inputs. A file longer than the window becomes equal
+windows, a row each; with --hop windows slide, and the last one ends with the file. Files that cannot be read are named
+at the end and do not stop the others.
 """
 
 import argparse
@@ -212,6 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="windows in memory at once")
     parser.add_argument("--precision", default="fp32", help="fp32; bf16 and fp16 are faster on a GPU, and round")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--backbone", help="where the backbone of the run is now, if it has moved")
     arguments = parser.parse_args()
     window, hop = arguments.window, arguments.hop
     arguments.format = arguments.format or ("jsonl" if str(arguments.out).lower().endswith(".jsonl") else "csv")
@@ -242,7 +244,7 @@ def main() -> None:
     arguments = parse_arguments()
     files, failed, silent, out = find_audio(arguments.audio), [], [], arguments.out
     device = hardware.pick_device(arguments.device)
-    model = run.load_run(arguments.model)
+    model = run.load_run(arguments.model, backbone=arguments.backbone)
     hardware.prepare(model, device, arguments.precision)
     if note := demo_note(arguments.model):
         print(note, file=sys.stderr)

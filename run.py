@@ -247,6 +247,8 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
     directory = Path(source)
     is_hub_id = weights.hub_id(str(source)) and not directory.parent.exists()  # a run that is not there yet is none
     if is_hub_id or (directory / "config.json").is_file():
+        if backbone is not None:
+            raise ValueError(f"--backbone: {source} is a published emotion model, which has its own; leave it out")
         try:
             model = weights.load_emotion_model(source)
         except FileNotFoundError as error:

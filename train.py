@@ -94,12 +94,11 @@ def train(config: Config) -> dict:
         with hardware.watched_signals() as watch:
             try:
                 fit(e, watch)
-                return finish(e, watch)
             except hardware.Stopped:
                 save(e)
                 raise
-    at_once = -(-(config.micro_batch_size or config.batch_size) // parallel.size())
-    raise MemoryError(f"{short[0]}\n{hardware.memory_advice(at_once, config.cache_tier)}")
+            return finish(e, watch)  # saves nothing at a stop: the model holds the best epoch, not the last
+    raise MemoryError(f"{short[0]}\n{hardware.memory_advice(config.saves_memory(parallel.size()))}")
 
 
 def fit(e: Experiment, watch: hardware.Watch) -> None:

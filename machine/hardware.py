@@ -379,8 +379,11 @@ def locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def memory_advice(at_once: int, tier: str) -> str:
-    """What to set after a GPU ran out of memory with this many utterances at once."""
-    smaller = f"set micro_batch_size={at_once // 2}, or half of that again" if at_once > 1 else "train fewer layers"
-    more = ", or cache_tier=disk" if tier != "disk" else ""
-    return f"{smaller}, or gradient_checkpointing=true{more}: the loss stays the same, and the same command continues"
+def memory_advice(settings: Sequence[str]) -> str:
+    """What to do after a GPU ran out of memory; `settings` are the `key=value` that are left to save some."""
+    if not settings:
+        return (
+            "one utterance at a time does not fit; take a smaller backbone, shorter recordings or fewer trained layers"
+        )
+    words = [word + " (or half of that again)" * word.startswith("micro_batch_size") for word in settings]
+    return f"set {', or '.join(words)}: the loss stays the same, and the same command continues"

@@ -7,7 +7,7 @@ picture, above all else; it may be empty. Every function returns its figure and 
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +49,14 @@ def cost(
     label: str,
     note: str,
     path: Path,
+    ceiling: Mapping[str, float] | None = None,
 ) -> Figure:
     """CCC `(M, S, K)`, mean and standard deviation over seeds, against a cost `(M,)` above 0 that `label` names.
 
-    A panel per target, with the efficient frontier in it. A method without cost or score is left out.
+    A panel per target, with the efficient frontier in it. A method without cost or score is left out. `ceiling` is by
+    target how well the raters agree, a line across its panel.
     """
-    figure, axes = panels(len(targets), note, size=3, named=["efficient frontier", *names])
+    figure, axes = panels(len(targets), note, size=3, named=["efficient frontier", "raters' agreement", *names])
     means, deviations = mean_and_deviation(scores)
     there = [m for m in range(len(names)) if np.isfinite(costs[m]) and np.isfinite(means[m]).all()]
     for k, (axis, target) in enumerate(zip(axes, targets, strict=True)):
@@ -65,6 +67,8 @@ def cost(
         for m in there:
             form = {**style(m), "linestyle": "none"}
             axis.errorbar(costs[m], means[m, k], deviations[m, k], **form, capsize=2, elinewidth=0.8, label=names[m])
+        if target in (ceiling or {}):
+            axis.axhline(ceiling[target], color=GREY, linestyle=":", label="raters' agreement")
         axis.set(title=target, ylabel="CCC")
     legend(figure, axes[0])
     return save(figure, path)

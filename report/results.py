@@ -7,48 +7,63 @@ import csv
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import from_cell
-from metrics import bootstrap, bootstrap_p, holm, interval, paired_t_test
+from metrics import bootstrap, ccc, interval
+from report.statistics import bootstrap_p, holm, paired_t_test
+from weights import read_json
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")
+FOLD_SCORE = "mean_of_folds"  # what a comparison over folds has beside these
 COSTS = ("precision", "trainable_parameters", "trainable_reduction", "best_epoch", "epochs", "epoch_seconds")
 COSTS += ("build_seconds", "total_seconds", "epoch_factor", "total_factor", "epoch_factor_at_equal_precision")
 COSTS += ("peak_memory_bytes", "cache_bytes")
+ONE_SET = "CCC: mean ± standard deviation over seeds, on one test set."
+ZERO = "To predict the mean always scores 0 by construction."
+POOLED = (
+    "Pooled CCC: of the predictions of all folds together, each utterance tested once, by a model that was not trained "
+    "on its fold; mean ± standard deviation over seeds. Intervals, differences and tests are those of the pooled CCC.",
+    "Mean of the folds' CCC: each fold scored alone, then averaged over folds and seeds. Both are in use, and they are "
+    "not the same: a fold has few speakers, and only the pooled CCC sees how they differ from those of other folds.",
+    "Times, memory and epochs are those of one run: one seed and one fold.",
+)
 READING = (
-    "CCC: mean ± standard deviation over seeds, on one test set. To predict the mean always scores 0 by construction.",
-    "95%: bootstrap over the {speakers} speakers of the test set, what other speakers could change; with fewer "
+    "95%: bootstrap over the {speakers} speakers tested, what other speakers could change; with fewer "
     "than 8 it is still too narrow. Of a difference: over the seeds that both methods have.",
     "p over seeds: paired t-test, would the difference remain with other seeds. p over utterances: paired bootstrap, "
     "would it remain with other utterances of these speakers. Both are corrected over all methods and targets (Holm).",
-    "Times and memory: medians over seeds. Total: with one build of the cache. 4.00x, 75% less: in a quarter of the "
-    "time. At equal precision: against what differs from the first method in nothing else and ran in this precision.",
+    "Times (without imports) and memory: medians over runs. Total: with one build of the cache. 4.00x, 75% less: in a "
+    "quarter of the time. At equal precision: against what differs from the first method in nothing else and ran in "
+    "this precision.",
 )
 
 
 @dataclass
 class Run:
-    """A finished run: what train.py wrote, and of the test set N speakers, labels and predictions `(N, K)`."""
+    """A finished run: what train.py wrote, and of the test set N speakers, labels and predictions `(N, K)`.
+
+    Or the runs of a seed on several `folds`, by number, with the predictions of all test sets together.
+    """
 
     result: dict
     log: list[dict]
     speakers: list[str]
     labels: np.ndarray
     predictions: np.ndarray
+    folds: dict[int, "Run"] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list["Run"]:
+        """The runs of train.py that this one is made of."""
+        return list(self.folds.values()) or [self]
 
 
 Runs = dict[str, dict[int, Run]]  # by method and seed, the finished ones
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: is not JSON; delete it and run the same command again") from None
 
 
 def read_run(directory: Path) -> Run:
@@ -70,14 +85,44 @@ def read_run(directory: Path) -> Run:
     return Run(result, log, speakers, values[:, len(targets) :], values[:, : len(targets)])
 
 
-def run_directory(out: Path, method: str, seed: int) -> Path:
-    return out / f"{method}-seed{seed}"
+def run_directory(out: Path, method: str, seed: int, fold: int | None = None) -> Path:
+    return out / (f"{method}-seed{seed}" + ("" if fold is None else f"-fold{fold}"))
 
 
-def read_method(out: Path, method: str, seeds: Iterable[int]) -> dict[int, Run]:
-    """The finished runs of a method by seed."""
-    places = {seed: run_directory(out, method, seed) for seed in seeds}
-    return {seed: read_run(place) for seed, place in places.items() if (place / "result.json").is_file()}
+def read_method(out: Path, method: str, seeds: Iterable[int], folds: Sequence[int] = ()) -> dict[int, Run]:
+    """The finished runs of a method by seed; with `folds` each is pooled over them.
+
+    Seeds count that have the most folds, so that all are scored on the same utterances.
+    """
+    found: dict[int, dict[int | None, Run]] = {}
+    for seed in seeds:
+        places = {fold: run_directory(out, method, seed, fold) for fold in folds or [None]}
+        found[seed] = {fold: read_run(at) for fold, at in places.items() if (at / "result.json").is_file()}
+    if not folds:
+        return {seed: runs[None] for seed, runs in found.items() if runs}
+    most = max(found.values(), key=len, default={}).keys()
+    return {
+        seed: pool({fold: runs[fold] for fold in most}) for seed, runs in found.items() if most and most <= runs.keys()
+    }
+
+
+def pool(runs: dict[int, Run]) -> Run:
+    """The runs of a seed on several folds as one, whose score is the CCC of all their predictions together."""
+    parts = list(runs.values())
+    predictions, labels = (
+        np.concatenate([getattr(part, kind) for part in parts]) for kind in ("predictions", "labels")
+    )
+    speakers = [speaker for part in parts for speaker in part.speakers]
+    result = parts[0].result
+    scores = ccc(torch.from_numpy(predictions), torch.from_numpy(labels)).tolist()
+    test = {target: {"ccc": score} for target, score in zip(result["config"]["targets"], scores, strict=True)}
+    tested = [part.result.get("corpus", {}).get("test", {}) for part in parts]
+    hours = sum(split.get("hours", 0.0) for split in tested)
+    corpus = (
+        {"test": {"utterances": len(labels), "speakers": len(set(speakers)), "hours": hours}} if all(tested) else {}
+    )
+    result = result | {"test": test, "corpus": corpus, "config": result["config"] | {"fold": None}}
+    return Run(result, [], speakers, labels, predictions, runs)
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -90,6 +135,8 @@ def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> l
     methods and targets. Raises ValueError if two runs were tested on different utterances.
     """
     records = {name: {"method": name, "seeds": len(by_seed)} for name, by_seed in runs.items()}
+    for name, by_seed in runs.items():
+        records[name]["folds"] = len(next(iter(by_seed.values())).folds) if by_seed else 0
     if any(runs.values()):
         for k, target in enumerate(targets):
             add_scores(records, runs, k, target)
@@ -104,42 +151,89 @@ def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> l
     return list(records.values())
 
 
-def add_scores(records: Mapping[str, dict], runs: Runs, k: int, target: str) -> None:
-    """Scores of target number `k`; a difference from the first method is that over the seeds that both have."""
-    finished = {(name, seed): each for name, by_seed in runs.items() for seed, each in by_seed.items()}
-    some, column = next(iter(finished.values())), {job: number for number, job in enumerate(finished)}
-    for (name, seed), each in finished.items():
-        if each.speakers != some.speakers or not np.array_equal(each.labels, some.labels):
-            raise ValueError(f"{name}-seed{seed}: was tested on other utterances or labels than {next(iter(finished))}")
-    predictions = np.stack([each.predictions[:, k] for each in finished.values()])
-    by_speaker = bootstrap(predictions, some.labels[:, k], some.speakers)
-    by_utterance = bootstrap(predictions, some.labels[:, k], range(len(some.speakers)))
-    ccc = {job: each.result["test"][target]["ccc"] for job, each in finished.items()}
+class Draws:
+    """Runs of all methods on the same utterances, their scores of target number `k` and bootstrap draws of these.
 
-    def mean(draws: np.ndarray, name: str, seeds: Sequence[int]) -> np.ndarray:
-        return draws[:, [column[name, seed] for seed in seeds]].mean(1)
+    `folds` are those to which runs are restricted; a run that lacks one is left out, as is one of another kind.
+    """
+
+    def __init__(self, runs: Runs, folds: tuple[int, ...], k: int, target: str) -> None:
+        chosen = {
+            (name, seed): each if tuple(each.folds) == folds else pool({fold: each.folds[fold] for fold in folds})
+            for name, by_seed in runs.items()
+            for seed, each in by_seed.items()
+            if set(folds) <= each.folds.keys()
+        }
+        (some_job, some), *_ = chosen.items()
+        for (name, seed), each in chosen.items():
+            if each.speakers != some.speakers or not np.array_equal(each.labels, some.labels):
+                raise ValueError(f"{name}-seed{seed}: was tested on other utterances or labels than {some_job}")
+        predictions = np.stack([each.predictions[:, k] for each in chosen.values()])
+        self.column = {job: number for number, job in enumerate(chosen)}
+        self.score = {job: each.result["test"][target]["ccc"] for job, each in chosen.items()}
+        self.speakers, self.utterances = len(set(some.speakers)), len(some.speakers)
+        self.by_speaker = bootstrap(predictions, some.labels[:, k], some.speakers)
+        self.by_utterance = bootstrap(predictions, some.labels[:, k], range(self.utterances))
+
+    def mean(self, draws: np.ndarray, name: str, seeds: Sequence[int]) -> np.ndarray:
+        """The draws of a method's mean over these seeds."""
+        return draws[:, [self.column[name, seed] for seed in seeds]].mean(1)
+
+
+def add_scores(records: Mapping[str, dict], runs: Runs, k: int, target: str) -> None:
+    """Scores of target number `k`; a difference from the first method is that over what both have, seeds and folds."""
+    made: dict[tuple[int, ...], Draws] = {}
+
+    def draws_of(*names: str) -> Draws:
+        sets = [next(iter(runs[name].values())).folds for name in names]
+        folds = tuple(fold for fold in sets[0] if all(fold in other for other in sets))
+        if folds not in made:
+            made[folds] = Draws(runs, folds, k, target)
+        return made[folds]
 
     def put(name: str, **values: object) -> None:
         records[name].update({f"{target}_{key}": value for key, value in values.items()})
 
-    first, speakers = next(iter(runs)), len(set(some.speakers))
+    first = next(iter(runs))
     for name in filter(runs.get, runs):
-        seeds = list(runs[name])
-        scores = [ccc[name, seed] for seed in seeds]
-        low, high = interval(mean(by_speaker, name, seeds), speakers) or (None, None)
+        seeds, draws = list(runs[name]), draws_of(name)
+        scores = [draws.score[name, seed] for seed in seeds]
+        low, high = interval(draws.mean(draws.by_speaker, name, seeds), draws.speakers) or (None, None)
         sd = statistics.stdev(scores) if len(scores) > 1 else None
         put(name, ccc=statistics.fmean(scores), sd=sd, low=low, high=high)
-        if name != first and (both := [seed for seed in seeds if seed in runs[first]]):
-            mine, theirs = ([ccc[method, seed] for seed in both] for method in (name, first))
-            put(name, difference=statistics.fmean(mine) - statistics.fmean(theirs), p_seeds=paired_t_test(mine, theirs))
-            low, high = interval(mean(by_speaker, name, both) - mean(by_speaker, first, both), speakers) or (None, None)
-            put(name, difference_low=low, difference_high=high)
-            draws = mean(by_utterance, name, both) - mean(by_utterance, first, both)
-            put(name, p_utterances=bootstrap_p(draws, len(some.speakers)))
+        if parts := [part for each in runs[name].values() for part in each.folds.values()]:
+            put(name, **{FOLD_SCORE: statistics.fmean(part.result["test"][target]["ccc"] for part in parts)})
+        both = [seed for seed in seeds if seed in runs[first]]
+        if name != first and both and share_folds(runs[name], runs[first]):
+            put(name, **difference(draws_of(name, first), name, first, both))
+
+
+def share_folds(one: dict[int, Run], other: dict[int, Run]) -> bool:
+    """Whether two methods were tested on a fold that both have, or both without folds."""
+    mine, theirs = (next(iter(by_seed.values())).folds.keys() for by_seed in (one, other))
+    return bool(mine & theirs) or not (mine or theirs)
+
+
+def difference(draws: Draws, name: str, first: str, seeds: Sequence[int]) -> dict:
+    """How much better a method is than the first over these seeds, with interval and p-values."""
+    mine, theirs = ([draws.score[method, seed] for seed in seeds] for method in (name, first))
+    by_speaker, by_utterance = (
+        draws.mean(values, name, seeds) - draws.mean(values, first, seeds)
+        for values in (draws.by_speaker, draws.by_utterance)
+    )
+    low, high = interval(by_speaker, draws.speakers) or (None, None)
+    return {
+        "difference": statistics.fmean(mine) - statistics.fmean(theirs),
+        "difference_low": low,
+        "difference_high": high,
+        "p_seeds": paired_t_test(mine, theirs),
+        "p_utterances": bootstrap_p(by_utterance, draws.utterances),
+    }
 
 
 def costs(runs: Sequence[Run], build: Mapping) -> dict:
-    """Medians over the seeds of a method; in the total one build of the cache, whichever run or program paid for it."""
+    """Medians over the runs of a method; in the total one build of the cache, whichever run or program paid for it."""
+    runs = [part for each in runs for part in each.parts]
 
     def median(value: Callable[[dict], float]) -> float:
         return statistics.median(value(each.result) for each in runs)
@@ -177,26 +271,51 @@ def add_factors(records: Mapping[str, dict], runs: Runs) -> None:
     for name in finished.keys() - {first}:
         record = records[name]
         record["trainable_reduction"] = 1 - record["trainable_parameters"] / base["trainable_parameters"]
-        record["epoch_factor"] = base["epoch_seconds"] / record["epoch_seconds"]
-        record["total_factor"] = base["total_seconds"] / record["total_seconds"]
+        record["epoch_factor"] = ratio(base["epoch_seconds"], record["epoch_seconds"])
+        record["total_factor"] = ratio(base["total_seconds"], record["total_seconds"])
         for equal in [other for other in alike if other["precision"] == record["precision"]][:1]:
-            record["epoch_factor_at_equal_precision"] = equal["epoch_seconds"] / record["epoch_seconds"]
+            record["epoch_factor_at_equal_precision"] = ratio(equal["epoch_seconds"], record["epoch_seconds"])
+
+
+def ratio(seconds: float, others: float) -> float:
+    """How many times as long one took; times below a millisecond, which a coarse clock cannot tell, count as one."""
+    return max(seconds, 1e-3) / max(others, 1e-3)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def markdown(runs: Runs, records: Sequence[dict], targets: Sequence[str], notes: Sequence[str]) -> str:
-    """Where the figures come from, a table for each target, one of the costs, and notes."""
+def markdown(
+    runs: Runs,
+    records: Sequence[dict],
+    targets: Sequence[str],
+    notes: Sequence[str],
+    folds: int = 0,
+    agreement: Mapping[str, Sequence[float]] | None = None,
+) -> str:
+    """Where the figures come from, a table for each target, one of the costs, and notes.
+
+    `folds` is the number that the corpus has, where they are compared; `agreement` the CCC of each rater by target.
+    """
     lines = header([each.result for by_seed in runs.values() for each in by_seed.values()])
+    lines += [f"- folds: {folds}, each the test set once"] if folds else []
+    lines += raters(agreement or {}, targets)
     for target in targets:
-        columns = ["method", f"CCC of {target}", "95% over speakers", "difference [95% over speakers]"]
-        cells = [score_cells(record, target) for record in records]
+        ccc_columns = [f"pooled CCC of {target}", "mean of the folds' CCC"] if folds else [f"CCC of {target}"]
+        columns = ["method", *ccc_columns, "95% over speakers", "difference [95% over speakers]"]
+        cells = [score_cells(record, target, folds) for record in records]
         lines += ["", *table([*columns, "p over seeds", "p over utterances"], cells)]
     columns = ["method", "precision", "trainable", "fewer", "best epoch / epochs", "s an epoch", "cache build", "total"]
     columns += ["an epoch against the first", "total against the first", "an epoch at equal precision"]
     lines += ["", *table([*columns, "peak memory", "cache size"], [cost_cells(record) for record in records])]
-    return "\n".join([*lines, "", *(f"- {note}" for note in [*notes, *cautions(runs, records)])])
+    return "\n".join([*lines, "", *(f"- {note}" for note in [*notes, *cautions(runs, records, folds)])])
+
+
+def raters(agreement: Mapping[str, Sequence[float]], targets: Sequence[str]) -> list[str]:
+    """How well the raters of a corpus agree, a line for the head of the table."""
+    known = {target: agreement[target] for target in targets if agreement.get(target)}
+    scores = [f"{target} {statistics.fmean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for target, v in known.items()]
+    return [f"- raters, each against the mean of the others, CCC: {', '.join(scores)}"] if scores else []
 
 
 def header(results: Sequence[dict]) -> list[str]:
@@ -232,15 +351,22 @@ def versions(result: dict) -> str:
     return ", ".join(f"{package} {version}" for package, version in result["versions"].items())
 
 
-def cautions(runs: Runs, records: Sequence[dict]) -> list[str]:
+def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
     """What the figures hide, and how to read them."""
     finished = {f"{name} seed {seed}": each for name, by_seed in runs.items() for seed, each in by_seed.items()}
     if not finished:
         return []
     places: dict[str, list[str]] = {}
     for job, each in finished.items():
-        places.setdefault(f"{each.result['device']}, {versions(each.result)}", []).append(job)
+        for part in each.parts:
+            jobs = places.setdefault(f"{part.result['device']}, {versions(part.result)}", [])
+            jobs += [] if job in jobs else [job]
     found = []
+    if partial := [r["method"] for r in records if 0 < r["folds"] < folds]:
+        found.append(
+            f"Scored on the finished folds alone, so not on the others' test set: {', '.join(partial)}. A difference "
+            "is over the folds and seeds that both methods have. A seed that lacks a fold of another is left out."
+        )
     if len(places) > 1:
         found.append("Runs of different machines or versions are mixed, and their times do not compare:")
         found[-1] += "".join(f"\n  - {place}: {', '.join(jobs)}" for place, jobs in places.items())
@@ -248,7 +374,8 @@ def cautions(runs: Runs, records: Sequence[dict]) -> list[str]:
     if unknown := [r["method"] for r in records if r["method"] in cached and r["build_seconds"] is None]:
         found.append(f"A cache was complete before its first run, what it cost is in no total: {', '.join(unknown)}.")
     speakers = len(set(next(iter(finished.values())).speakers))
-    return [*found, *(text.format(speakers=speakers) for text in READING)]
+    reading = [*(POOLED if folds else [f"{ONE_SET} {ZERO}"]), *READING]
+    return [*found, *(text.format(speakers=speakers) for text in reading)]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -258,16 +385,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in (columns, rule, *rows)]
 
 
-def score_cells(record: dict, target: str) -> list[str]:
+def score_cells(record: dict, target: str, folds: int = 0) -> list[str]:
     """A record's row in the table of a target; what it has no figure for stays empty."""
-    ccc, sd, low, high, difference, d_low, d_high, *p_values = (record.get(f"{target}_{score}") for score in SCORES)
+    of_folds = record.get(f"{target}_{FOLD_SCORE}")
+    mark = f" ({record['folds']} of {folds} folds)" if 0 < record.get("folds", 0) < folds else ""
+    score, sd, low, high, gain, d_low, d_high, *p_values = (record.get(f"{target}_{kind}") for kind in SCORES)
     return [
-        record["method"],
-        "" if ccc is None else f"{ccc:.3f}" + ("" if sd is None else f" ± {sd:.3f}"),
+        record["method"] + mark,
+        "" if score is None else f"{score:.3f}" + ("" if sd is None else f" ± {sd:.3f}"),
+        *(["" if of_folds is None else f"{of_folds:.3f}"] if folds else []),
         "" if low is None else f"[{low:.3f}, {high:.3f}]",
-        ""
-        if difference is None
-        else f"{difference:+.3f}" + ("" if d_low is None else f" [{d_low:+.3f}, {d_high:+.3f}]"),
+        "" if gain is None else f"{gain:+.3f}" + ("" if d_low is None else f" [{d_low:+.3f}, {d_high:+.3f}]"),
         *("" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" for p in p_values),
     ]
 

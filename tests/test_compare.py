@@ -4,26 +4,28 @@ import csv
 import json
 import os
 import runpy
-import signal
+import shutil
 import subprocess
 import sys
-import threading
-import time
 import types
 from pathlib import Path
 
+import audmetric
 import numpy as np
 import pytest
 import yaml
 from conftest import forget_plots, tiny_settings
+from test_emotale import make as make_emotale
 from test_results import TARGETS, fabricate
 
 import compare
 import report
 import run
 from config import load_config
+from corpora import emotale
 from freeze import trained_state
 from machine import hardware
+from report import results
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +136,150 @@ def test_a_directory_with_another_configuration_or_test_set_is_an_error(finished
     monkeypatch.setattr(run.data, "load_corpus", lambda **_: utterances)
     message = command_line(monkeypatch, "heads.yaml", "lr=1e-3", "--seeds", "1", "--out", "out")
     assert "heads-seed0 was tested on other utterances or labels than there are now; choose another --out" in message
+
+
+# ---------------------------------------------------------------- every fold
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory, tiny_checkpoint):
+    """Two cached methods over the six folds of a small EmoTale, one of which fails in fold 2; folder and process.
+
+    Fold 2 of `layer` fails as a file stands where its directory should be.
+    """
+    folder = tmp_path_factory.mktemp("folded")
+    tree = make_emotale(folder / "EmoTale", sound=True)
+    keys = {"corpus": "emotale", "data_root": str(tree), "backbone": str(tiny_checkpoint), "cache": True}
+    keys |= {"cache_dir": str(folder / "cache"), "epochs": 1, "precision": "fp32", "device": "cpu"}
+    for name, more in {"heads": {}, "layer": {"trainable_layers": 1}}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**keys, **more}), encoding="utf-8")
+    (folder / "out").mkdir()
+    (folder / "out" / "layer-seed0-fold2").write_text("in the way")
+    command = [sys.executable, str(ROOT / "compare.py"), "heads.yaml", "layer.yaml", "--folds", "--seeds", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = {"cwd": folder, "capture_output": True, "text": True, "timeout": 500, "env": environment}
+    return folder, subprocess.run([*command, "--out", "out"], **settings)
+
+
+def test_every_utterance_is_tested_once_and_the_score_is_that_of_all_together(folded):
+    """Pooled CCC by another implementation, and beside it the mean of the folds' own."""
+    folder, done = folded
+    tables = []
+    for fold in range(1, 7):
+        with open(folder / "out" / f"heads-seed0-fold{fold}" / "predictions_test.csv", newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    rows = [row for table in tables for row in table]
+    assert len(rows) == len({row["file"] for row in rows}) == 64
+
+    def score(table: list[dict]) -> float:
+        return audmetric.concordance_cc(*([float(row[key]) for row in table] for key in ("valence", "valence_label")))
+
+    with open(folder / "out" / "table.csv", newline="", encoding="utf-8") as file:
+        record = next(csv.DictReader(file))
+    assert (record["method"], record["seeds"], record["folds"]) == ("heads", "1", "6")
+    assert float(record["valence_ccc"]) == pytest.approx(score(rows), abs=1e-6)
+    assert float(record["valence_mean_of_folds"]) == pytest.approx(np.mean([score(t) for t in tables]), abs=1e-4)
+    assert "pooled CCC of valence | mean of the folds' CCC" in done.stdout
+
+
+def test_a_failed_fold_is_named_and_the_others_stand(folded):
+    """The method is marked and scored on what is there; its difference is over the folds that both have."""
+    folder, done = folded
+    assert done.returncode == 1, done.stderr
+    assert "layer seed 0 fold 2 failed (exit code 1)" in done.stdout
+    assert "| layer (5 of 6 folds) |" in done.stdout
+    assert "Scored on the finished folds alone" in done.stdout
+    with open(folder / "out" / "table.csv", newline="", encoding="utf-8") as file:
+        heads, other = csv.DictReader(file)
+    assert (other["folds"], heads["folds"]) == ("5", "6")
+    runs = {
+        name: results.pool(
+            {f: results.read_run(folder / "out" / f"{name}-seed0-fold{f}") for f in (1, 3, 4, 5, 6)}
+        ).result["test"]["valence"]["ccc"]
+        for name in ("heads", "layer")
+    }
+    assert float(other["valence_ccc"]) == pytest.approx(runs["layer"])
+    assert float(other["valence_difference"]) == pytest.approx(runs["layer"] - runs["heads"])
+    for picture in ("ccc_against_time", "curves", "scatter_valence"):
+        assert (folder / "out" / f"{picture}.png").is_file()
+
+
+def test_one_cache_serves_all_folds_and_nothing_is_computed_twice(folded):
+    """Each file stands once in the index of each cache, and no run has built anything."""
+    folder, _ = folded
+    caches = list((folder / "cache").iterdir())
+    assert len(caches) == 2  # means for the head, the input of the last layer
+    for cache in caches:
+        lines = [line for index in cache.glob("*.index") for line in index.read_text().splitlines()]
+        assert len(lines) == 64
+    finished = [json.loads(path.read_text()) for path in (folder / "out").glob("*/result.json")]
+    assert [result["seconds"]["cache_build"] for result in finished] == [0.0] * 11
+
+
+def test_the_agreement_of_the_raters_is_a_line(folded):
+    """Of the targets that are compared."""
+    low, *_, high = sorted(emotale.agreement(folded[0] / "EmoTale")["valence"])
+    lines = [line for line in folded[1].stdout.splitlines() if line.startswith("- raters, each against the mean")]
+    assert len(lines) == 1
+    assert f"({low:.3f} to {high:.3f})" in lines[0]
+    assert "dominance" not in lines[0]
+
+
+def test_the_same_command_runs_only_the_folds_that_are_not_finished(folded, monkeypatch):
+    """And with nothing in its way the failed one is run."""
+    folder, started = folded[0], []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(compare, "logged", lambda arguments, log: started.append(arguments))
+    assert main(monkeypatch, "heads.yaml", "layer.yaml", "--folds", "--seeds", "1", "--out", "out") == 1
+    train = [words for words in started if words[0].endswith("train.py")]
+    assert [words[-2:] for words in train] == [['name="layer-seed0-fold2"', "fold=2"]]
+    config = load_config(train[0][1], train[0][2:])
+    assert (config.fold, config.seed, config.name) == (2, 0, "layer-seed0-fold2")
+
+
+def test_a_stopped_comparison_goes_on(folded, monkeypatch, capsys):
+    """Ctrl-C in fold 4: what is finished is in the table, marked, and the message says how to go on."""
+    folder, out = folded[0], folded[0] / "stopped"
+    monkeypatch.chdir(folder)
+
+    def train(words: list[str], log: Path) -> int:
+        if words[0] == "-m":
+            return 0
+        if words[-1] == "fold=4":
+            raise KeyboardInterrupt
+        shutil.copytree(folder / "out" / f"heads-seed0-{words[-1].replace('=', '')}", out / log.stem)
+        return 0
+
+    monkeypatch.setattr(compare, "logged", train)
+    message = main(monkeypatch, "heads.yaml", "--folds", "--seeds", "1", "--out", out)
+    assert message == "stopped; the same command continues with what is not finished"
+    text = capsys.readouterr().out
+    assert "| heads (3 of 6 folds) |" in text
+    assert "Not finished: heads seed 0 fold 4, heads seed 0 fold 5, heads seed 0 fold 6." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.yaml"], "--folds: corpus 'demo' has a fixed split and no folds; leave out --folds"),
+        (["a.yaml", "corpus=msp-podcast"], "--folds: corpus 'msp-podcast' has a fixed split"),
+        (["a.yaml", "corpus=manifest"], "--folds: corpus 'manifest' has a fixed split"),
+        (["e.yaml", "fold=3"], "e: fold is 3, but --folds runs every fold; leave out one of the two"),
+        (["e.yaml", "--sweep", "fold=1,2"], "e-fold=1: fold is 1, but --folds runs every fold"),
+        (["e.yaml", "fold=all"], "fold: expected one number, found 'all'; for all: python compare.py CONFIG --folds"),
+        (["e.yaml", "b.yaml"], "b: corpus is 'iemocap', that of e 'emotale'; compare on one test set"),
+        (["e.yaml", "t.yaml"], "t: targets is ['valence'], that of e ('activation', 'valence')"),
+        (["e.yaml", "corpus=emotal"], "corpus: 'emotal' is unknown"),
+    ],
+)
+def test_folds_that_cannot_be_run_are_one_message(configs, monkeypatch, arguments, message):
+    """Before anything runs."""
+    e = {"corpus": "emotale", "data_root": "."}
+    configs(a={}, e=e, b={**e, "corpus": "iemocap"}, t={**e, "targets": ["valence"]})
+    said = command_line(monkeypatch, *arguments, "--folds")
+    assert said.startswith("error: ")
+    assert said.count(message) == 1
+    assert not Path("runs").exists()
 
 
 # ---------------------------------------------------------------- what is compared
@@ -253,49 +399,6 @@ def test_caches_are_filled_by_one_command_and_what_they_cost_is_kept(configs, mo
     assert len(commands) == 2
 
 
-def test_a_log_ends_with_how_its_process_did_and_reads_as_on_a_terminal(tmp_path):
-    """Of a bar that was drawn over and over its last state is left; one that ended well has no last lines."""
-    log, program = tmp_path / "logs" / "a.txt", tmp_path / "program.py"
-    program.write_text("import sys\nprint('1%\\r50%\\r100%\\n\\nerror: é', file=sys.stderr)\nsys.exit(3)")
-    assert compare.logged([str(program)], log) == 3
-    assert compare.last_lines(log)[0] == "100%"
-    assert compare.last_lines(log)[-1] == "exit code 3"
-    assert len(compare.last_lines(log)) == 3
-    program.write_text("print('fine')")
-    assert compare.logged([str(program)], log) == 0
-    assert compare.last_lines(log) == compare.last_lines(tmp_path / "none.txt") == []
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="has no signals")
-def test_a_killed_process_is_said_to_be_one(tmp_path, monkeypatch):
-    """What it had said until then is there."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    (tmp_path / "program.py").write_text("import os\nprint('epoch 1')\nos.kill(os.getpid(), 9)")
-    assert compare.logged([str(tmp_path / "program.py")], tmp_path / "log.txt") == -9
-    assert compare.last_lines(tmp_path / "log.txt") == ["epoch 1", "signal 9, Killed, perhaps for memory"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
-def test_an_interrupt_waits_until_the_run_has_saved(tmp_path):
-    """However long its step takes, where `subprocess.run` would kill it after a quarter of a second."""
-    program, log = tmp_path / "program.py", tmp_path / "log.txt"
-    program.write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.6), print('saved'), sys.exit(1)))\n"
-        "print('begun', flush=True)\ntime.sleep(60)\n"
-    )
-
-    def interrupt() -> None:
-        while not log.is_file() or b"begun" not in log.read_bytes():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        compare.logged([str(program)], log)
-    assert log.read_text().split() == ["begun", "saved"]
-
-
 def test_control_c_leaves_the_table_of_what_is_finished(configs, monkeypatch, capsys, tmp_path):
     """The second run is stopped; the first is in the table, and the message says how to go on."""
     paths = configs(a={}, b={"trainable_layers": 1})
@@ -336,7 +439,8 @@ def test_every_form_of_a_demo_table_says_that_it_is_one(configs, monkeypatch, tm
     paths, notes = configs(a={}, b={"trainable_layers": 1}), []
     for name, keys in (("a", {}), ("b", {"trainable_layers": 1})):
         fabricate(tmp_path / "out", name, 0, **keys)
-    functions = dict.fromkeys(("cost", "curves", "depth", "scatter"), lambda *given: notes.append(given[-2]))
+    functions = dict.fromkeys(("curves", "depth", "scatter"), lambda *given: notes.append(given[-2]))
+    functions["cost"] = lambda *given: notes.append(given[5])
     monkeypatch.setitem(sys.modules, "report.plots", types.SimpleNamespace(**functions))
     monkeypatch.setattr(report, "plots", sys.modules["report.plots"], raising=False)
     assert main(monkeypatch, *paths, "--out", tmp_path / "out", "--table", "--seeds", "1") == 0
@@ -356,9 +460,8 @@ def test_pictures_are_given_the_figures_of_the_table(configs, monkeypatch, tmp_p
             fabricate(out, name, seed, 0.1 + seed, total=100.0, **methods[name])
     key = str(compare.config_path(out, "b"))
     (out / "builds.json").write_text(json.dumps({key: {"seconds": 7.0, "bytes": 1}}))
-    functions = {
-        n: lambda *values: given.update({values[-1].name: values}) for n in ("cost", "curves", "depth", "scatter")
-    }
+    functions = {n: lambda *values: given.update({values[-1].name: values}) for n in ("curves", "depth", "scatter")}
+    functions["cost"] = lambda *values: given.update({values[6].name: values})
     monkeypatch.setitem(sys.modules, "report.plots", types.SimpleNamespace(**functions))
     monkeypatch.setattr(report, "plots", sys.modules["report.plots"], raising=False)
     assert main(monkeypatch, *paths, "--out", out, "--table", "--seeds", "2") == 0

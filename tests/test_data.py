@@ -58,7 +58,8 @@ def test_unknown_corpus_suggests_the_nearest():
     with pytest.raises(ValueError, match=r"'demmo' is unknown, .* manifest, demo, .*; did you mean 'demo'\?"):
         data.load_corpus("demmo")
     with pytest.raises(
-        ValueError, match=r"'xyzzy' is unknown, expected one of manifest, demo, msp-podcast, iemocap, msp-improv, muse$"
+        ValueError,
+        match=r"'xyzzy' is unknown, expected one of manifest, demo, msp-podcast, emotale, iemocap, .*, muse$",
     ):
         data.load_corpus("xyzzy")
 

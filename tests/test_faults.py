@@ -1,6 +1,7 @@
 """Numbers that are none, and memory that runs out: what a run says, and what is left of it."""
 
 import math
+import re
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from test_train import STEPS, command_line, directory_of, read_log, write_config
 import data
 import run
 import train
-from config import Config
+from config import Config, load_config
 from machine import hardware
 from model import EmotionModel, Layer
 
@@ -227,9 +228,10 @@ def test_out_of_memory_names_smaller_settings_and_the_run_goes_on_with_them(
         limit(patch, 3, error)
         first, second = command_line(patch, path).splitlines()
         assert first == f"error: {str(error).splitlines()[0]}"
-        assert second.startswith("set micro_batch_size=6, or half of that again, or gradient_checkpointing=true")
-        assert second.endswith("or cache_tier=disk: the loss stays the same, and the same command continues")
-        assert command_line(patch, path, "micro_batch_size=6").splitlines()[1].startswith("set micro_batch_size=3,")
+        more = ", or gradient_checkpointing=true" if layers else ""
+        same = "the loss stays the same, and the same command continues"
+        assert second == f"set micro_batch_size=6 (or half of that again){more}: {same}"
+        assert command_line(patch, path, "micro_batch_size=6").splitlines()[1].startswith("set micro_batch_size=3 ")
         assert command_line(patch, path, "micro_batch_size=3") is None
     losses = [[row["train_loss"] for row in read_log(directory_of(config))] for config in (whole, settings())]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
@@ -256,18 +258,39 @@ def test_out_of_memory_anywhere_loses_no_epoch_and_no_advice(settings, monkeypat
             raise SHORT["GPU"]
         return real(*arguments, **how)
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="set micro_batch_size=2, or half"):
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match=r"set micro_batch_size=2 \(or half"):
         patch.setattr(home, name, short)
         train.train(config)
     assert train.train(config)["test"] == train.train(settings(name="whole", **keys))["test"]
 
 
-def test_advice_on_memory_names_what_there_is():
-    assert "micro_batch_size=8" in hardware.memory_advice(16, "auto") and "cache_tier" in hardware.memory_advice(
-        16, "gpu"
-    )
-    assert "cache_tier" not in hardware.memory_advice(16, "disk")
-    assert hardware.memory_advice(1, "disk").startswith("train fewer layers")
+ADVISED = {  # a configuration, and the settings that are left to save memory
+    "heads": ({"cache": True, "cache_tier": "disk"}, ["micro_batch_size=8"]),
+    "heads, one at a time": ({"micro_batch_size": 1}, []),
+    "layers": ({"trainable_layers": 2}, ["micro_batch_size=8", "gradient_checkpointing=true"]),
+    "LoRA": ({"lora_rank": 2, "gradient_checkpointing": True, "micro_batch_size": 4}, ["micro_batch_size=2"]),
+    "a cache on the GPU": ({"cache": True}, ["micro_batch_size=8", "cache_tier=disk"]),
+}
+
+
+@pytest.mark.parametrize(("keys", "expected"), ADVISED.values(), ids=ADVISED)
+def test_advice_on_memory_names_what_the_configuration_takes_and_does_not_have(settings, tmp_path, keys, expected):
+    """A setting that is refused, or is there already, helps nobody."""
+    config = settings(batch_size=16, **keys)
+    words = config.saves_memory(1)
+    advice = hardware.memory_advice(words)
+    assert words == expected == re.findall(r"\w+=\w+", advice)
+    for word in words:
+        changed = run.plain(load_config(write_config(tmp_path, **run.plain(config)), [word]))
+        assert [key for key, value in run.plain(config).items() if value != changed[key]] == [word.partition("=")[0]]
+    assert ("the same command continues" in advice) == bool(words)
+    assert words or advice.startswith("one utterance at a time does not fit")
+
+
+@pytest.mark.parametrize(("micro", "half"), [(None, 4), (12, 4), (4, 2)])
+def test_advice_on_memory_counts_what_one_process_holds(settings, micro, half):
+    """A micro-batch is a part of the process's share, which two processes have of a batch of sixteen."""
+    assert settings(batch_size=16, micro_batch_size=micro).saves_memory(2) == [f"micro_batch_size={half}"]
 
 
 def test_any_other_error_is_not_taken_for_one_of_memory():

@@ -706,7 +706,11 @@ def test_a_broken_run_among_those_compared_is_named(tmp_path, name, text):
     (tmp_path / "predictions_test.csv").write_text("file,speaker,valence,valence_label\na,b,1,2\n", "utf-8")
     results.read_run(tmp_path)
     (tmp_path / name).write_text(text, "utf-8")
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*( is not as train.py leaves | has columns )"):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(str(tmp_path))
+        + ".*( is not as train.py leaves | has columns |holds a JSON list, expected an object)",
+    ):
         results.read_run(tmp_path)
 
 

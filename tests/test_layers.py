@@ -297,6 +297,21 @@ def test_errors_are_one_line(trained, monkeypatch, arguments, message):
     assert len(said.splitlines()) == 1
 
 
+def test_a_backbone_that_has_moved_is_found_where_the_option_says(
+    tmp_path, monkeypatch, tiny_checkpoint, tiny_manifest
+):
+    """The same figures as before; without the option the error names it."""
+    backbone = Path(shutil.copytree(tiny_checkpoint, tmp_path / "backbone"))
+    keys = tiny_settings(tmp_path, backbone, tiny_manifest, trainable_layers=1, epochs=1)
+    train.train(Config(name="run", **keys))
+    directory = tmp_path / "runs" / "run"
+    assert command_line(monkeypatch, directory, "--out", tmp_path / "before") is None
+    moved = backbone.rename(tmp_path / "moved")
+    assert command_line(monkeypatch, directory).endswith("if the backbone is elsewhere now, say so with --backbone")
+    assert command_line(monkeypatch, directory, "--out", tmp_path / "after", "--backbone", moved) is None
+    assert read_rows(tmp_path / "after") == read_rows(tmp_path / "before")
+
+
 def test_missing_audio_is_named(trained, monkeypatch, tmp_path, tiny_manifest, tiny_checkpoint):
     corpus = Path(shutil.copytree(tiny_manifest.parent, tmp_path / "corpus"))
     keys = tiny_settings(tmp_path, tiny_checkpoint, corpus / "manifest.csv", trainable_layers=1, epochs=1)

@@ -344,3 +344,12 @@ def test_a_parameter_that_only_another_process_used_gets_its_gradient(monkeypatc
     assert here.grad.tolist() == [[6.0] * 3] * 2
     assert there.grad.tolist() == [[5.0] * 3] * 2
     assert nowhere.grad is None
+
+
+def test_memory_that_runs_out_inside_an_exchange_is_not_another_process_that_ended():
+    """NCCL allocates its buffers itself, and its error is no `OutOfMemoryError`."""
+    with hardware.out_of_memory() as short, parallel.connected():
+        raise RuntimeError("NCCL error: unhandled cuda error. Last error:\nCuda failure 2 'out of memory'")
+    assert short == ["NCCL error: unhandled cuda error. Last error:"]
+    with pytest.raises(ConnectionError, match="another process of this run has ended"), parallel.connected():
+        raise RuntimeError("Connection closed by peer")

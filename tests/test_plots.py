@@ -270,3 +270,13 @@ def test_a_logarithmic_axis_has_plain_numbers(values, ticks):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=r"missing.picture\.png: cannot be written"):
         layers(tmp_path / "missing" / "picture", 2)
+
+
+def test_the_agreement_of_raters_is_a_line_in_the_panel_of_its_target(tmp_path):
+    """And in the legend; a target without it has none."""
+    costs, ceiling = np.geomspace(3, 50, 2), {"activation": 0.77}
+    figure = plots.cost(NAMES[:2], costs, SCORES[:2], TARGETS, "time (s)", "", tmp_path / "cost", ceiling)
+    lines = [[line for line in axis.lines if line.get_label() == "raters' agreement"] for axis in figure.axes]
+    assert [len(found) for found in lines] == [1, 0]
+    assert set(lines[0][0].get_ydata()) == {0.77}
+    assert "raters' agreement" in [text.get_text() for text in figure.legends[0].get_texts()]

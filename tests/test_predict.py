@@ -128,7 +128,7 @@ def test_predictions_are_in_the_scale_of_the_labels(trained, recordings, monkeyp
     """0 and 1 of the head are the ends of `label_range`."""
     real = run.load_run
 
-    def constant(*arguments) -> EmotionModel:
+    def constant(*arguments, **options) -> EmotionModel:
         model = real(*arguments)
         torch.nn.init.zeros_(model.head[-1].weight)
         model.head[-1].bias.data = torch.tensor([0.0, 0.75])
@@ -443,6 +443,34 @@ def test_a_run_on_other_backbone_weights_is_refused(trained, recordings, tmp_pat
         weights.write_bytes(before)
     assert code.startswith(f"error: {trained / 'best.pt'}: was trained on other weights of {weights.parent} than")
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_backbone_that_has_moved_is_found_where_the_option_says(
+    trained, recordings, tmp_path, tiny_large_checkpoint, monkeypatch, capsys
+):
+    """The same rows as before. Without the option the error names it; other weights there are refused."""
+    assert command_line(monkeypatch, trained, recordings / "a.wav") is None
+    before = capsys.readouterr().out
+    backbone, moved = trained.parents[1] / "backbone", tmp_path / "moved"
+    backbone.rename(moved)
+    try:
+        message = command_line(monkeypatch, trained, recordings / "a.wav")
+        assert message.endswith("if the backbone is elsewhere now, say so with --backbone")
+        assert command_line(monkeypatch, trained, recordings / "a.wav", "--backbone", moved) is None
+        assert capsys.readouterr().out == before
+        message = command_line(monkeypatch, trained, recordings / "a.wav", "--backbone", tiny_large_checkpoint)
+        assert f"was trained on other weights of {tiny_large_checkpoint} than are found now" in message
+    finally:
+        moved.rename(backbone)
+
+
+def test_a_published_model_takes_no_other_backbone(published_model, recordings, monkeypatch):
+    """An option without effect is refused."""
+    message = command_line(monkeypatch, published_model[0], recordings / "a.wav", "--backbone", "elsewhere")
+    assert (
+        message
+        == f"error: --backbone: {published_model[0]} is a published emotion model, which has its own; leave it out"
+    )
 
 
 def test_the_published_emotion_model_predicts_by_name_and_shows_its_licence_once(

@@ -10,8 +10,9 @@ import pytest
 import run
 from config import Config
 from machine import hardware
-from metrics import bootstrap, bootstrap_ci, bootstrap_p, holm, paired_t_test
+from metrics import bootstrap, bootstrap_ci
 from report import results
+from report.statistics import bootstrap_p, holm, paired_t_test
 
 TARGETS = ("activation", "valence")
 SPEAKERS = [f"s{number // 5}" for number in range(40)]
@@ -182,6 +183,18 @@ def test_factors_are_against_the_first_and_read_both_ways(tmp_path):
     assert [row[9] for row in shown] == ["", "4.00x, 75% less", "1.00x, 0% less"]
 
 
+@pytest.mark.parametrize("fast", ["full", "heads", "both"])
+def test_times_below_the_steps_of_a_coarse_clock_give_a_table(tmp_path, fast):
+    """An epoch of cached heads takes 10 ms, where a clock may advance by 24: both ways a factor, and no 0/0."""
+    for name in ("full", "heads"):
+        zero = {"epoch": 0.0, "total": 0.0} if fast in (name, "both") else {}
+        fabricate(tmp_path, name, 0, 0.5, **zero)
+    _, other = records = analyse(tmp_path, "full", "heads")
+    assert other["epoch_factor"] > 0 and other["total_factor"] > 0
+    assert (other["epoch_factor"] == 1) == (fast == "both")
+    assert all(cell for record in records for cell in results.cost_cells(record)[:1])
+
+
 def test_an_epoch_at_equal_precision_is_against_the_first_methods_twin(tmp_path):
     """full_amp differs from full in precision alone; what ran in a precision that no twin ran in has no factor."""
     fabricate(tmp_path, "full", 0, epoch=12.0, trainable_layers="all")
@@ -264,10 +277,10 @@ def test_seconds(value, text):
 
 
 def test_a_damaged_result_is_named(tmp_path):
-    """With what to do about it."""
+    """By its path."""
     path = fabricate(tmp_path, "full", 0) / "result.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"result\.json: is not JSON; delete it"):
+    with pytest.raises(ValueError, match=r"result\.json: is not JSON"):
         read(tmp_path, "full")
 
 

@@ -420,6 +420,29 @@ def test_a_signal_that_is_repeated_at_once_is_one():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_signal_while_the_best_model_is_tested_leaves_the_last_save_alone(settings, monkeypatch):
+    """The model then holds the best epoch's parameters, which belong to no optimizer state of the last epoch."""
+    whole, parts = settings(name="one"), settings(name="two")
+    script(monkeypatch, 0.5, 0.2, 0.1)
+    train.train(whole)
+    script(monkeypatch, 0.5, 0.2, 0.1)
+    real, calls = run.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(None)
+        if len(calls) == 4:  # after three epochs
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(hardware.Stopped):
+        patch.setattr(run, "evaluate", evaluate)
+        train.train(parts)
+    saved, best = (torch.load(directory_of(parts) / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    assert not same(saved["trained"], best["trained"])
+    train.train(parts)
+    assert_same_run(directory_of(whole), directory_of(parts))
+
+
 def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatch, capsys):
     """SIGTERM before the first step and in one: a status that is not 0, no traceback; then the command continues."""
     path = write_config(tmp_path, **run.plain(settings()))

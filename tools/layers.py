@@ -1,6 +1,6 @@
 """Which layers did finetuning change? Representations and weights of a finished run beside the pretrained ones.
 
-    python -m tools.layers runs/full [--out DIR] [--split test|dev] [--utterances 200]
+    python -m tools.layers runs/full [--out DIR] [--split test|dev] [--utterances 200] [--backbone WHERE IT IS NOW]
 
 For every hidden state its similarity (linear CKA) to the pretrained one on speech that was not trained on, and for
 every layer the relative change of its weights: `layers.md`, `layers.csv` and a picture, in the run's directory or in
@@ -13,6 +13,7 @@ import csv
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,7 +112,10 @@ def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: Prefix, coun
 
 def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Vec2, EmotionModel, str]:
     """A run's backbone as it was and its best model, LoRA not merged; and where the backbone came from."""
-    pretrained, identity = run.find_backbone(config)
+    try:
+        pretrained, identity = run.find_backbone(config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; if the backbone is elsewhere now, say so with --backbone") from None
     run.require_backbone(directory / "best.pt", checkpoint, identity)
     model = run.assemble(config, copy.deepcopy(pretrained), tuple(checkpoint["label_range"]))
     load_trained(model, checkpoint["trained"])
@@ -182,6 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="test", help="test or dev: neither was trained on")
     parser.add_argument("--utterances", type=int, default=200, help="at most that many of the split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--backbone", help="where the backbone of the run is now, if it has moved")
     arguments = parser.parse_args()
     if arguments.split not in ("test", "dev"):
         raise ValueError(f"--split: expected test or dev, found {arguments.split}")
@@ -194,6 +199,7 @@ def main() -> None:
     arguments = parse_arguments()
     device, directory = hardware.pick_device(arguments.device), Path(arguments.run)
     checkpoint, config = run.load_best(directory)
+    config = replace(config, backbone=arguments.backbone or config.backbone)
     if config.backbone == "logmel":
         raise ValueError(f"{directory}: found backbone logmel, which has no layers; expected a run of Wav2Vec 2.0")
     out = Path(arguments.out or directory)

@@ -1,0 +1,77 @@
+"""Programs of this repository in processes of their own, and what they say in a log.
+
+A process has its time and its memory to itself, and whatever ends it ends no other. But Python and PyTorch take two to
+five seconds to start, and the first optimizer as long again: minutes for a hundred runs. So a server imports them once
+and forks for each program. A program's seconds then leave out these imports, and on a CPU its peak memory counts, of
+PyTorch's own files, only what it touches: 65 MB less than when it is started by itself. Where there is no fork, Python
+starts anew each time.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+IMPORTED = ["run", "torch.export.experimental", __name__]  # the second brings what the first optimizer imports
+FAILED = "compare.py: failed, "  # begins the last line of the log of a program that failed
+
+
+def logged(words: Sequence[str], log: Path) -> int:
+    """Run `python WORDS`, all that it says into `log`; its exit code, of which the log's last line tells.
+
+    Ctrl-C asks the program to end, and waits for it.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"")
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # where the server finds what it imports
+        context.set_forkserver_preload(IMPORTED)
+    process = context.Process(target=be, args=(list(words), str(log)))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        process.terminate()  # it ends its step and saves
+        process.join()
+        raise
+    if code := process.exitcode:
+        reason = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+        if code == -9:
+            reason += ", perhaps for memory"
+        with open(log, "ab") as file:
+            file.write(f"\n{FAILED}{reason}\n".encode())
+    return code
+
+
+def be(words: Sequence[str], log: str) -> None:
+    """Become the program `python WORDS`: a file, or -m and a module, and its arguments."""
+    with open(log, "ab") as file:
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            os.dup2(file.fileno(), number)
+            stream.reconfigure(line_buffering=True)  # what a killed process has said is in the file
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = list(words)
+    if words[0] == "-m":
+        sys.argv = sys.argv[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def last_lines(log: Path, count: int = 5) -> list[str]:
+    """Of a process that failed, its last lines as a terminal would show them and how it ended; else none."""
+    if not log.is_file():
+        return []
+    lines = [line.rstrip().split("\r")[-1] for line in log.read_bytes().decode(errors="replace").split("\n")]
+    lines = [line for line in lines if line]
+    if not lines or not lines[-1].startswith(FAILED):
+        return []
+    return [*lines[-1 - count : -1], lines[-1].removeprefix(FAILED)]

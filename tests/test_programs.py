@@ -1,0 +1,72 @@
+"""What `machine.programs` promises: a program runs by itself, what it says is kept, and none pays for another."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from machine.programs import last_lines, logged
+
+
+def test_a_log_ends_with_how_its_process_did_and_reads_as_on_a_terminal(tmp_path):
+    """Of a bar that was drawn over and over its last state is left; one that ended well has no last lines."""
+    log, program = tmp_path / "logs" / "a.txt", tmp_path / "program.py"
+    program.write_text("import sys\nprint('1%\\r50%\\r100%\\n\\nerror: é', file=sys.stderr)\nsys.exit(3)")
+    assert logged([str(program)], log) == 3
+    assert last_lines(log)[0] == "100%"
+    assert last_lines(log)[-1] == "exit code 3"
+    assert len(last_lines(log)) == 3
+    program.write_text("print('fine')")
+    assert logged([str(program)], log) == 0
+    assert last_lines(log) == last_lines(tmp_path / "none.txt") == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signals")
+def test_a_killed_process_is_said_to_be_one(tmp_path, monkeypatch):
+    """What it had said until then is there."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    (tmp_path / "program.py").write_text("import os\nprint('epoch 1')\nos.kill(os.getpid(), 9)")
+    assert logged([str(tmp_path / "program.py")], tmp_path / "log.txt") == -9
+    assert last_lines(tmp_path / "log.txt") == ["epoch 1", "signal 9, Killed, perhaps for memory"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+def test_an_interrupt_waits_until_the_run_has_saved(tmp_path):
+    """However long its step takes, where `subprocess.run` would kill it after a quarter of a second."""
+    program, log = tmp_path / "program.py", tmp_path / "log.txt"
+    program.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.6), print('saved'), sys.exit(1)))\n"
+        "print('begun', flush=True)\ntime.sleep(60)\n"
+    )
+
+    def interrupt() -> None:
+        while not log.is_file() or b"begun" not in log.read_bytes():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        logged([str(program)], log)
+    assert log.read_text().split() == ["begun", "saved"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
+def test_programs_are_processes_of_their_own_that_need_not_import_pytorch(tmp_path):
+    """One server forks them all, with what train.py needs; what one leaves behind the next does not see."""
+    program, said = tmp_path / "program.py", []
+    program.write_text(
+        "import os, sys\nprint(os.getpid(), os.getppid(), 'run' in sys.modules, 'torch._dynamo' in sys.modules)\n"
+        "print(hasattr(sys, 'left_behind'), sys.argv[1:], __name__)\nsys.left_behind = True\n"
+    )
+    for number in range(2):
+        assert logged([str(program), str(number)], tmp_path / "log.txt") == 0
+        said.append((tmp_path / "log.txt").read_text().splitlines())
+    (first, second), (pids, parents) = said, zip(*(lines[0].split()[:2] for lines in said), strict=True)
+    assert len(set(pids)) == 2
+    assert len(set(parents)) == 1
+    assert first[0].endswith("True True") and second[0].endswith("True True")
+    assert [first[1], second[1]] == ["False ['0'] __main__", "False ['1'] __main__"]
