@@ -93,7 +93,7 @@ class ActivationCache:
         self.lock = threading.RLock()
         self.seen: dict[str, int] = {}  # bytes of each index that have been read
         self.shards: list[str] = []
-        self.readers: dict[Path, Any] = {}
+        self.readers: dict[int, Any] = {}
         self.writer: tuple = ()  # shard and index of this process, once it has written
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -170,19 +170,19 @@ class ActivationCache:
 
     def read_entry(self, number: int, entry: np.void, out: np.ndarray) -> None:
         """Fill `out` with the rows of one utterance. Raises ValueError if they are not what was written."""
-        path, problem = self.directory / self.shards[entry["shard"]], "is damaged"
+        shard, problem = int(entry["shard"]), "is damaged"
         try:
             with self.lock:  # a file has one position
-                if path not in self.readers:
-                    self.readers[path] = path.open("rb", buffering=0)
-                self.readers[path].seek(entry["offset"])
-                whole = self.readers[path].readinto(out.data.cast("B")) == out.nbytes
+                if shard not in self.readers:
+                    self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
+                self.readers[shard].seek(entry["offset"])
+                whole = self.readers[shard].readinto(out.data.cast("B")) == out.nbytes
         except OSError as error:
             whole, problem = False, f"cannot be read ({error.strerror or error})"
         if not whole or not (entry["checked"] or zlib.crc32(out.data) == entry["crc32"]):
             raise ValueError(
-                f"{path}: the activation of {self.paths[number]} {problem}; python -m tools.caches verify --repair "
-                f"{self.directory} forgets what is damaged, and the next run computes only that again"
+                f"{self.directory / self.shards[shard]}: the activation of {self.paths[number]} {problem}; python -m "
+                f"tools.caches verify --repair {self.directory} forgets it, and the next run computes only that again"
             )
         entry["checked"] = True
 
