@@ -1,20 +1,21 @@
-"""The frozen prefix and the cache of its output: what it makes of each utterance, computed once and kept on disk.
+"""The frozen prefix and the cache of its output: each utterance's activation, computed once and kept on disk.
 
-A directory holds activations of one kind (weights, depth, preprocessing, type: `cache.json`, of which its name is the
-hash). Every process that writes has two files: `<writer>.bin` with activations, and `<writer>.index` with a line for
-each, written after it. One that dies loses only what it had in hand; several may write, and find what others wrote.
+A directory holds activations of one kind: of the same weights, depth, preprocessing and type. `cache.json` names them,
+and the directory's name is their hash. Every process that writes has two files of its own: `<writer>.bin` with one
+activation after the other, and `<writer>.index` with a line for each, written after its activation. A process that dies
+at any moment loses only the activation in hand. Several may write at once, and each finds what the others have written.
 
-An entry belongs to one state of an audio file: path, size and time of change. Clocks are coarse, so the entry of a file
-that changed less than two seconds before the cache was opened also holds the CRC-32 that its content had then. A line
-of an index holds its own CRC-32, with the directory's name in it, and that of its activation, checked when first read.
+An entry belongs to one state of an audio file: its real path, size and time of change. A line of an index begins with
+its own CRC-32, which covers the directory's name, and holds that of its activation, which is checked when it is first
+read: a damaged activation is never used. `python -m tools.caches` builds, verifies, lists and clears caches.
 """
 
 import errno
 import hashlib
+import importlib.util
 import json
 import math
 import os
-import shutil
 import threading
 import time
 import uuid
@@ -31,94 +32,111 @@ from torch import Tensor
 import data
 from config import extra
 from freeze import drop_prefix, prefix_depth
-from machine.audio import split_source
+from machine.audio import path_finder, settled_states
 from machine.fast import send
-from machine.hardware import replace
+from machine.hardware import parallel, replace
 from model import EmotionModel
 
 SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 FORMAT = 3  # raise it when the same identity would mean other numbers, or the same numbers other files
 SHARD_BYTES = 1 << 31
 LINE_BYTES = 100  # of an index, beside the path
-RECENT = 2_000_000_000  # ns; clocks and time stamps advance in steps of up to 2 s (FAT), 24 ms in virtual machines
+FULL_DISK = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
+CPU = torch.device("cpu")
+TIER = "machine.tier"  # optional
 
 
 class Missing(NamedTuple):
-    """What a cache lacks of a file, and the file as it was before it was read."""
+    """A file whose activation is not there, by its place in `entries`, and its state before it was read."""
 
-    state: tuple[int, int]  # size and time of change
-    content: tuple[int, ...]  # CRC-32, if it had just changed: by time alone, another change might not be noticed
-    numbers: list[int]  # of its utterances
+    place: int
+    size: int
+    mtime_ns: int
+
+
+class Line(NamedTuple):
+    """A line of an index: where the stored rows are, and the state of the audio file."""
+
+    crc32: int
+    shard: str
+    offset: int
+    frames: int
+    size: int
+    mtime_ns: int
+    source: str  # path, and `#t=START,END` for a part
 
 
 class ActivationCache:
     """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it.
 
-    So may other processes: `has`, where it would say no, and `write` look for what they have added. float16
-    and float32 are stored as they are. int8 counts from the middle of each channel's range in each utterance in 254ths
-    of that range, so neither a channel of large values nor a large constant in one costs precision.
+    Other processes may do both: `has`, before it says no, and `write` look for what they have added. float16 and
+    float32 are stored as they are, int8 as `to_int8` says.
     """
 
     def __init__(self, root: str | Path, identity: dict, paths: Sequence[str], width: int, dtype: torch.dtype):
-        """Open or create the cache for `identity`, a description that JSON can hold; `paths` are the audio files."""
+        """Open or create the cache for `identity`, a description that JSON can hold; `paths` are the audio files.
+
+        Where a file has just changed this waits for up to 2 s, until a further change would get another time.
+        """
         identity = {"format": FORMAT, **identity, "width": width, "dtype": str(dtype).removeprefix("torch.")}
         self.directory = Path(root) / directory_name(identity)
         self.paths, self.width, self.dtype = paths, width, dtype
         self.row_bytes = width * dtype.itemsize
         self.scale_rows = SCALE_ROWS if dtype == torch.int8 else 0
         assert width % 4 == 0 or not self.scale_rows, "scales in fp32 lie at multiples of 4 bytes"
-        self.entries = np.zeros(len(paths), ENTRY)  # frames 0: not there
-        self.missing: dict[str, Missing] = {}  # by path
-        for number, path in enumerate(map(os.path.abspath, paths)):
-            if path not in self.missing:
-                recent = time.time_ns() - (state := file_state(path))[1] < RECENT
-                self.missing[path] = Missing(state, (file_crc(path),) if recent else (), [])
-            self.missing[path].numbers.append(number)  # a file may be in the corpus twice
+        places: dict[str, int] = {}  # by real path: a file may be in the corpus twice
+        self.place_of = np.array([places.setdefault(path, len(places)) for path in map(path_finder(), paths)], "i4")
+        self.entries = np.zeros(len(places), ENTRY)  # frames 0: not there
+        states = zip(places.items(), settled_states(list(places)), strict=True)
+        self.missing = {path: Missing(place, *state) for (path, place), state in states}
         self.lock = threading.RLock()
         self.seen: dict[str, int] = {}  # bytes of each index that have been read
         self.shards: list[str] = []
         self.readers: dict[int, Any] = {}
-        self.writer: tuple | None = None
+        self.writer: tuple = ()  # shard and index of this process, once it has written
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             read_description(self.directory)
         except (FileNotFoundError, ValueError):
             replace(self.directory / "cache.json", lambda file: file.write_bytes(to_json(identity)))
+        self.writable = os.access(self.directory, os.W_OK)
         self.load_index()
 
     def load_index(self) -> None:
         """Find what is missing among the lines not yet read; one past the end of its shard is passed over."""
         with self.lock:
-            sizes: dict[str, int] = {}
-            for index in sorted(self.directory.glob("*.index")):
-                with suppress(FileNotFoundError):  # deleted meanwhile
-                    if file_size(index) > self.seen.get(index.name, 0):
-                        self.load_lines(index, sizes)
-            self.missing = self.missing or {}  # a new one: an emptied one keeps its memory
+            real_path, sizes = path_finder(), {}
+            for line in self.new_lines() if self.missing else ():
+                path = line.source if line.source in self.missing else real_path(line.source)
+                if self.missing.get(path, ())[1:] != (line.size, line.mtime_ns):
+                    continue
+                if line.shard not in sizes:
+                    sizes[line.shard] = file_size(self.directory / line.shard)
+                if line.offset + (line.frames + self.scale_rows) * self.row_bytes <= sizes[line.shard]:
+                    self.note(path, line, checked=False)
 
-    def load_lines(self, index: Path, sizes: dict[str, int]) -> None:
-        """The same for one index; `sizes` of shards are those found so far."""
-        with open(index, "rb") as file:
-            file.seek(self.seen.get(index.name, 0))
-            for line in file:
-                if not line.endswith(b"\n"):  # torn, or not yet whole
-                    break
-                self.seen[index.name] = self.seen.get(index.name, 0) + len(line)
-                if (entry := read_line(line, self.directory.name)) is None:
-                    continue
-                crc, name, offset, frames, size, mtime_ns, path, *content = entry
-                missing = self.missing.get(path)
-                if missing is None or missing.state != (size, mtime_ns) or (content and content != [file_crc(path)]):
-                    continue
-                if name not in sizes:
-                    sizes[name] = file_size(self.directory / name)
-                if offset + (frames + self.scale_rows) * self.row_bytes <= sizes[name]:
-                    if name not in self.shards:
-                        self.shards.append(name)
-                    found = crc, self.shards.index(name), offset, frames, False
-                    self.entries[missing.numbers] = np.array(found, ENTRY)
-                    del self.missing[path]
+    def new_lines(self) -> Iterator[Line]:
+        """The whole lines of all indexes that have not been read yet."""
+        for index in sorted(self.directory.glob("*.index")):
+            if file_size(index) == self.seen.get(index.name, 0):
+                continue
+            with suppress(FileNotFoundError), open(index, "rb") as file:  # deleted meanwhile
+                file.seek(self.seen.get(index.name, 0))
+                for text in file:
+                    if not text.endswith(b"\n"):  # torn, or not yet whole
+                        break
+                    self.seen[index.name] = self.seen.get(index.name, 0) + len(text)
+                    if line := read_line(text, self.directory.name):
+                        yield line
+
+    def note(self, path: str, line: Line, checked: bool) -> None:
+        """From here on the activation of this file is there."""
+        if line.shard not in self.shards:
+            self.shards.append(line.shard)
+        entry = line.crc32, self.shards.index(line.shard), line.offset, line.frames, checked
+        self.entries[self.missing.pop(path).place] = np.array(entry, ENTRY)
+        self.missing = self.missing or {}  # a new one: an emptied one keeps its memory
 
     def note_user(self, path: str | Path, backbone: str) -> None:
         """Leave the path of a run or config that uses this cache, and its backbone's name, for `tools.caches list`."""
@@ -128,42 +146,45 @@ class ActivationCache:
             (self.directory / f"{name}.user").write_text(json.dumps(note), encoding="utf-8")
 
     def has(self, numbers: Sequence[int]) -> bool:
-        """Whether all of these utterances are there, by now."""
-        chosen = np.asarray(numbers, int)
-        if not self.entries["frames"][chosen].all():
+        """Whether all of these utterances are there by now."""
+        places = self.place_of[np.asarray(numbers, int)]
+        if not self.entries["frames"][places].all():
             self.load_index()
-        return bool(self.entries["frames"][chosen].all())
+        return bool(self.entries["frames"][places].all())
 
-    def read(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Packed activations `(N, width)` and lengths, fp32 from int8. Raises ValueError for a damaged entry."""
-        lengths = self.lengths(numbers)
-        return self.decode(self.read_stored(numbers), lengths), lengths
+    def read(self, numbers: Sequence[int], device: torch.device = CPU) -> tuple[Tensor, list[int]]:
+        """Packed activations `(N, width)` on the device and lengths; fp32 from int8. Raises ValueError for damage."""
+        stored, lengths = self.read_stored(numbers)
+        return self.decode(send(stored, device), lengths), lengths
 
-    def lengths(self, numbers: Sequence[int]) -> list[int]:
-        """Frames of each of these utterances, all of which must be there."""
-        frames = self.entries["frames"][np.asarray(numbers, int)]
-        assert (frames > 0).all(), "ask `has` first"
-        return frames.tolist()
+    def read_stored(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """The rows that the files hold, `(rows, width)` in the cache's type on the CPU, and lengths in frames."""
+        places = self.place_of[np.asarray(numbers, int)]
+        lengths = self.entries["frames"][places].tolist()
+        assert all(lengths), "ask `has` first"
+        rows = [length + self.scale_rows for length in lengths]
+        stored = torch.empty(sum(rows), self.width, dtype=self.dtype)
+        for number, place, part in zip(numbers, places, stored.split(rows), strict=True):
+            self.read_entry(number, self.entries[place], part.view(torch.uint8).numpy())
+        return stored, lengths
 
-    def read_stored(self, numbers: Sequence[int]) -> Tensor:
-        """The rows that the files hold, `(rows, width)` in the cache's type on the CPU."""
-        counts = [length + self.scale_rows for length in self.lengths(numbers)]
-        stored = torch.empty(sum(counts), self.width, dtype=self.dtype)
-        for number, rows in zip(numbers, stored.split(counts), strict=True):
-            entry, part = self.entries[number], rows.view(torch.uint8).numpy()
-            try:
-                whole = self.read_bytes(int(entry["shard"]), int(entry["offset"]), part)
-                problem = "is damaged"
-            except OSError as error:
-                whole, problem = False, f"cannot be read ({error.strerror or error})"
-            if not whole or not (entry["checked"] or zlib.crc32(part) == entry["crc32"]):
-                raise ValueError(
-                    f"{self.directory / self.shards[entry['shard']]}: the activation of {self.paths[number]} "
-                    f"{problem}; python -m tools.caches verify --repair {self.directory} forgets what is damaged, and "
-                    "the next run computes that alone anew"
-                )
-            self.entries["checked"][number] = True
-        return stored
+    def read_entry(self, number: int, entry: np.void, out: np.ndarray) -> None:
+        """Fill `out` with the rows of one utterance. Raises ValueError if they are not what was written."""
+        shard, problem = int(entry["shard"]), "is damaged"
+        try:
+            with self.lock:  # a file has one position
+                if shard not in self.readers:
+                    self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
+                self.readers[shard].seek(entry["offset"])
+                whole = self.readers[shard].readinto(out.data.cast("B")) == out.nbytes
+        except OSError as error:
+            whole, problem = False, f"cannot be read ({error.strerror or error})"
+        if not whole or not (entry["checked"] or zlib.crc32(out.data) == entry["crc32"]):
+            raise ValueError(
+                f"{self.directory / self.shards[shard]}: the activation of {self.paths[number]} {problem}; python -m "
+                f"tools.caches verify --repair {self.directory} forgets it, and the next run computes only that again"
+            )
+        entry["checked"] = True
 
     def decode(self, stored: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed activations `(N, width)` of stored rows, on any device: as they are, or fp32 from int8."""
@@ -174,152 +195,125 @@ class ActivationCache:
     def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
 
-        So the epoch that fills the cache trains on what the next ones will read: rounded, and where an earlier run or
-        another process has written them, what it computed.
+        So the epoch that fills the cache trains on what the next ones will read: rounded, and what an earlier run or
+        another process computed where it has written first. Nothing is stored in a directory that is read-only.
         """
         self.load_index()
         rounded = packed.to("cpu", torch.float32 if self.dtype == torch.int8 else self.dtype)
-        start, stored = 0, []
-        for number, part in zip(numbers, rounded.split(list(lengths)), strict=True):
+        stored = []
+        for number, part, computed in zip(numbers, rounded.split(lengths), packed.split(lengths), strict=True):
             with self.lock:
-                if self.entries["frames"][number]:
-                    stored.append(self.read_stored([number]))
-                else:
-                    if not part.isfinite().all():
-                        largest = packed[start : start + len(part)].abs().max().item()
-                        what = f"{self.paths[number]} does not fit {self.dtype} (largest {largest:.3g})"
-                        known = math.isfinite(largest)
-                        advice = "set cache_dtype: float32" if known else "the model yields no numbers for it"
-                        raise ValueError(f"the activation of {what}; {advice}")
-                    stored.append((to_int8(part) if self.dtype == torch.int8 else part).contiguous())
+                if self.entries["frames"][self.place_of[number]]:
+                    stored.append(self.read_stored([number])[0])
+                    continue
+                if not part.isfinite().all():
+                    largest, why = computed.abs().max().item(), "the model yields no numbers for it"
+                    why = "set cache_dtype: float32" if math.isfinite(largest) else why
+                    what = f"the activation of {self.paths[number]} does not fit {self.dtype}"
+                    raise ValueError(f"{what} (largest {largest:.3g}); {why}")
+                stored.append((to_int8(part) if self.dtype == torch.int8 else part).contiguous())
+                if self.writable:
                     self.append(number, stored[-1], len(part))
-            start += len(part)
         return self.decode(torch.cat(stored), lengths)
 
     def append(self, number: int, stored: Tensor, frames: int) -> None:
         """Add the rows of one activation. Raises OSError if they cannot be written; what was written before stays."""
-        data, path = stored.view(torch.uint8).numpy().tobytes(), os.path.abspath(self.paths[number])
-        crc, (state, content, numbers) = zlib.crc32(data), self.missing[path]
+        path = path_finder()(self.paths[number])
+        if not (missing := self.missing.get(path)):
+            return  # a link has changed under this run
+        content = stored.view(torch.uint8).numpy().tobytes()
         try:
-            name, shard, index = self.writer or self.open_writer()
-            offset = shard.tell()
-            shard.write(data)
+            if not self.writer:  # two new files, which stay open until `close_writer`
+                stem = self.directory / uuid.uuid4().hex[:12]
+                self.writer = stem.with_suffix(".bin").open("xb"), stem.with_suffix(".index").open("xb")
+            shard, index = self.writer
+            where = zlib.crc32(content), Path(shard.name).name, shard.tell(), frames
+            line = Line(*where, missing.size, missing.mtime_ns, path)
+            shard.write(content)
             shard.flush()
-            index.write(make_line((crc, name, offset, frames, *state, path, *content), self.directory.name))
+            index.write(make_line(line, self.directory.name))
             index.flush()
         except OSError as error:
             self.close_writer()  # half of what failed is in its files: nothing may follow it
-            reason, full = error.strerror or error, error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = f"{'free space, or ' if full else ''}set cache_dir or cache: false"
-            raise OSError(f"cache {self.directory}: {reason}; {remedy}") from None
-        self.entries[numbers] = np.array((crc, self.shards.index(name), offset, frames, True), ENTRY)
-        del self.missing[path]
-        if offset + len(data) > SHARD_BYTES:
+            remedy = f"{'free space, or ' if error.errno in FULL_DISK else ''}set cache_dir or cache: false"
+            raise OSError(f"cache {self.directory}: {error.strerror or error}; {remedy}") from None
+        self.seen[Path(index.name).name] = index.tell()  # our own lines need no second look
+        self.note(path, line, checked=True)
+        if line.offset + len(content) > SHARD_BYTES:
             self.close_writer()
 
-    def open_writer(self) -> tuple:
-        """Two new files, which stay open until `close_writer`."""
-        name = uuid.uuid4().hex[:12]
-        shard, index = self.directory / f"{name}.bin", self.directory / f"{name}.index"
-        self.writer = shard.name, shard.open("xb"), index.open("xb")
-        self.shards.append(shard.name)
-        return self.writer
-
     def close_writer(self) -> None:
-        for file in (self.writer or ())[1:]:
+        """Close the files that this process writes; the next activation begins new ones."""
+        for file in self.writer:
             with suppress(OSError):  # a full disk again, of which the user has been told
                 file.close()
-        self.writer = None
+        self.writer = ()
 
-    def read_bytes(self, shard: int, offset: int, out: np.ndarray) -> bool:
-        """Fill `out` from a shard; whether it has so much."""
-        with self.lock:  # a file has one position
-            if shard not in self.readers:
-                self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
-            file = self.readers[shard]
-            file.seek(offset)
-            return file.readinto(out.data.cast("B")) == out.nbytes
+    def close(self) -> None:
+        """Close all files."""
+        self.close_writer()
+        for file in self.readers.values():
+            file.close()
+        self.readers = {}
 
     def space(self, seconds: float, rows_each: int | None = None) -> int:
         """Bytes on the disk of what is missing of `seconds` of audio, or of so many rows each, with its index."""
-        missing = int((self.entries["frames"] == 0).sum())
+        missing = len(self.missing)
         rows = missing * rows_each if rows_each else seconds * 50 * missing / max(len(self.entries), 1)
         lines = sum(LINE_BYTES + len(path) for path in self.missing)
-        return int((rows + missing * self.scale_rows) * self.row_bytes) + lines
-
-    def require_space(self, seconds: float, rows_each: int | None = None) -> None:
-        """Raise OSError if the disk has less room than `space`."""
-        needed, free = self.space(seconds, rows_each), shutil.disk_usage(self.directory).free
-        if needed > free:
-            found = f"needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
-            raise OSError(f"cache {self.directory}: {found}; free space, or set cache_dir or cache: false")
+        return int((rows + missing * self.scale_rows) * self.row_bytes) + lines if self.writable else 0
 
     def stored_bytes(self) -> int:
-        """Of a complete cache, a file that the corpus names twice counted twice."""
+        """Bytes of the activations that are there."""
         frames = self.entries["frames"]
-        return (int(frames.sum(dtype=np.int64)) + len(frames) * self.scale_rows) * self.row_bytes
+        return (int(frames.sum(dtype=np.int64)) + int(np.count_nonzero(frames)) * self.scale_rows) * self.row_bytes
 
-    def close(self) -> None:
-        self.close_writer()
-        for shard in list(self.readers):
-            self.readers.pop(shard).close()
+
+def elsewhere(cache: ActivationCache) -> list[tuple[str, str]]:
+    """Old and new path of each missing file that the cache knows by another path: same name, size and time."""
+    missing = {(os.path.basename(path), *state): path for path, (_, *state) in cache.missing.items()}
+    lines = read_index(cache.directory) if missing else ()
+    keys = ((line.source, (os.path.basename(line.source), line.size, line.mtime_ns)) for line in lines)
+    return [(source, missing[key]) for source, key in keys if key in missing and missing[key] != source]
 
 
 def directory_name(identity: dict) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def name_of(directory: Path) -> str:
-    """Also of `.`."""
-    return Path(os.path.abspath(directory)).name
-
-
-def file_state(path: str) -> tuple[int, int]:
-    """Size and time of change in ns, by which a replaced file is noticed; -1 and -1 for one that is not there."""
-    try:
-        status = os.stat(split_source(path)[0])
-        return status.st_size, status.st_mtime_ns
-    except OSError:
-        return -1, -1
-
-
-def file_crc(path: str) -> int:
-    """CRC-32 of a file's content; -1 if it cannot be read."""
-    try:
-        return zlib.crc32(Path(split_source(path)[0]).read_bytes())
-    except OSError:
-        return -1
-
-
-def file_size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
 def to_json(identity: dict) -> bytes:
-    """The content of `cache.json`."""
     return json.dumps(identity, indent=2).encode()
 
 
-def make_line(entry: tuple, name: str) -> bytes:
-    """A line of an index of the cache of this name: a CRC-32 and what it is of."""
-    text = json.dumps(entry).encode()
+def file_size(path: Path) -> int:
+    """Bytes; 0 of a file that is not there."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def make_line(line: tuple, name: str) -> bytes:
+    """The text of a line in the index of the cache of this name: its CRC-32, then its values."""
+    text = json.dumps(line).encode()
     return b"%08x %s\n" % (zlib.crc32(text, zlib.crc32(name.encode())), text)
 
 
-def read_line(line: bytes, name: str) -> list | None:
-    """CRC-32, shard, offset, frames, size, time of change, path and perhaps the CRC-32 of the file, all of a line.
-
-    None if it is not as it was written.
-    """
-    text = line[9:-1]
-    if line[:9] != b"%08x " % zlib.crc32(text, zlib.crc32(name.encode())):
+def read_line(text: bytes, name: str) -> Line | None:
+    """The line that `make_line` wrote; None if it is damaged."""
+    values = text[9:-1]
+    if text[:9] != b"%08x " % zlib.crc32(values, zlib.crc32(name.encode())):
         return None
     with suppress(ValueError, RecursionError):  # not by us
-        match json.loads(text):
-            case [int(crc), str(shard), int(offset), int(frames), int(), int(), str(), *rest] as entry:
+        match json.loads(values):
+            case [int(crc), str(shard), int(offset), int(frames), int(), int(), str()] as line:
                 sane = 0 <= crc < 2**32 and 0 <= offset < 2**62 and 0 < frames < 2**31 and Path(shard).name == shard
-                return entry if sane and all(type(crc) is int for crc in rest[:1]) and len(rest) < 2 else None
+                return Line(*line) if sane else None
     return None
+
+
+def read_index(directory: Path) -> Iterator[Line]:
+    """Every whole line of every index of a cache."""
+    for index in sorted(directory.glob("*.index")):
+        with open(index, "rb") as file:
+            yield from filter(None, (read_line(text, directory.name) for text in file if text.endswith(b"\n")))
 
 
 def read_description(directory: Path) -> dict:
@@ -327,22 +321,22 @@ def read_description(directory: Path) -> dict:
     path = directory / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
-    try:
+    known = False
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         identity = json.loads(content := path.read_bytes())
         known = type(width := identity["width"]) is int and width > 0 and getattr(torch, identity["dtype"]).itemsize
-        known = known and to_json(identity) == content and directory_name(identity) == name_of(directory)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        known = False
+        known = known and to_json(identity) == content and directory_name(identity) == directory.name
     if not known:
         raise ValueError(f"{path}: does not describe a cache of this name; a run that uses it writes it anew")
     return identity
 
 
-# ---------------------------------------------------------------- int8
-
-
 def to_int8(activation: Tensor) -> Tensor:
-    """Rows to store for a finite activation `(T, width)`: scale and middle of each channel, then steps of the scale."""
+    """Rows to store for a finite activation `(T, width)`: scale and middle of each channel, then steps of the scale.
+
+    A step is a 254th of the channel's range in this utterance, so no value is off by more than half of one: neither a
+    channel of large values nor a large constant in a channel, as pre-norm models have, costs precision.
+    """
     low, high = activation.aminmax(dim=0)
     middle = low / 2 + high / 2
     scale = (high / 254 - low / 254).clamp(min=torch.finfo(activation.dtype).tiny)  # a constant channel has one too
@@ -356,9 +350,6 @@ def from_int8(rows: Tensor) -> Tensor:
     return rows[SCALE_ROWS:] * scale + middle
 
 
-# ---------------------------------------------------------------- the frozen prefix
-
-
 def open_cache(
     root: str | Path,
     model: EmotionModel,
@@ -369,14 +360,23 @@ def open_cache(
     dtype: str,
     tf32: bool = False,
 ) -> ActivationCache:
-    """The cache for the frozen prefix of a model over these files; `backbone` is the SHA-256 of its weights."""
+    """The cache for a model's frozen prefix over these files; `backbone` is a SHA-256. Prints what stops its use."""
     config, depth = model.backbone.config, prefix_depth(model)
     identity = {"backbone": backbone, "depth": depth, "precision": precision}
     identity["normalize_waveform"] = config.normalize_waveform
     identity |= {"pooling": model.pooling} if depth > config.layers else {}
     identity |= {"tf32": True} if tf32 else {}  # products with 10 bits of mantissa are other numbers
     width = config.conv_channels[-1] if depth < 0 else config.width
-    return ActivationCache(root, identity, paths, width, getattr(torch, dtype))
+    cache = ActivationCache(root, identity, paths, width, getattr(torch, dtype))
+    if cache.missing and parallel.rank() == 0:
+        count = f"note: cache {cache.directory} lacks {len(cache.missing):,} files"
+        if not cache.writable:
+            data.say_once(f"{count} and is read-only: they are computed in every epoch; set cache_dir to keep them")
+        if moved := elsewhere(cache):
+            old, new = moved[0]
+            advice = "to use that, stop and put a link from each old folder to the new one"
+            data.say_once(f"{count} and has {len(moved):,} of them under another path, {old} for {new}; {advice}")
+    return cache
 
 
 def pooled_rows(model: EmotionModel) -> int | None:
@@ -401,37 +401,32 @@ class Prefix:
         """`at_once` bounds how many utterances are computed together; `dtype` is that of autocast, or fp32."""
         self.model, self.paths, self.device, self.dtype = model, paths, device, dtype
         self.cache, self.at_once = cache, at_once
-        self.source: Any = cache  # what is read: the cache, or `machine.tier.OnGPU` before it
+        self.reader: Any = cache  # or `machine.tier.OnGPU`
         self.depth = prefix_depth(model)
         self.complete = False  # then the prefix's weights are gone
-        self.seconds = 0.0  # that the cache has cost
+        self.seconds = 0.0  # spent on computing and writing what the cache lacked
 
     def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[int]]]:
         """Packed activations `(N, width)` in fp32 on the device, and lengths, of each batch; one is read ahead."""
         for numbers, loaded in zip(batches, data.prefetch(self.load, batches), strict=True):
-            if isinstance(loaded, Tensor):
-                assert self.cache is not None, "without one, `load` gives waveforms"
-                lengths = self.cache.lengths(numbers)
-                x = self.cache.decode(send(loaded, self.device), lengths)
-            else:
-                x, lengths = self.compute(numbers, loaded)
+            x, lengths = loaded if isinstance(loaded, tuple) else self.compute(numbers, loaded)
             yield send(x, self.device).float(), lengths
 
-    def load(self, numbers: Sequence[int]) -> Tensor | list[Tensor]:
-        """A batch as the cache stores it, or all of its waveforms even if one is missing, so that results repeat."""
+    def load(self, numbers: Sequence[int]) -> tuple[Tensor, list[int]] | list[Tensor]:
+        """A batch from the cache, or all of its waveforms even if only one is missing, so that results repeat."""
         if self.cache is not None and self.cache.has(numbers):
-            return self.source.read_stored(numbers)
+            return self.reader.read(numbers, self.device)
         return [data.read_audio(self.paths[number]) for number in numbers]
 
     @torch.no_grad()
     def compute(self, numbers: Sequence[int], waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Packed activations and lengths of waveforms, as the cache will give them back."""
-        start, packed, lengths = time.perf_counter(), [], []
-        for i in range(0, len(waveforms), self.at_once or len(waveforms)):
-            group = list(waveforms[i : i + (self.at_once or len(waveforms))])
-            part = send(torch.cat(group), self.device).split([len(waveform) for waveform in group])  # in one copy
+        start, size = time.perf_counter(), self.at_once or len(waveforms)
+        packed, lengths = [], []
+        for part in (list(waveforms[i : i + size]) for i in range(0, len(waveforms), size)):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                x, frames = self.model.encode(part, self.depth)
+                sent = send(torch.cat(part), self.device).split([len(waveform) for waveform in part])  # one copy
+                x, frames = self.model.encode(sent, self.depth)
             packed.append(x)
             lengths += frames
         x = torch.cat(packed) if len(packed) > 1 else packed[0]
@@ -446,5 +441,5 @@ class Prefix:
             return
         drop_prefix(self.model, self.depth)
         self.complete = True
-        if tier in ("auto", "gpu") and self.device.type != "cpu":
-            self.source = extra("machine.tier", f"cache_tier: {tier}").pick(tier, self.cache, self.device)
+        if tier == "gpu" or (tier == "auto" and self.device.type == "cuda" and importlib.util.find_spec(TIER)):
+            self.reader = extra(TIER, f"cache_tier: {tier}").pick(tier, self.cache, self.device)

@@ -153,7 +153,7 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
     cache, how = None, {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
     if config.cache:
         cache = open_cache(config.cache_dir, model, paths, tf32=config.tf32 and device.type == "cuda", **how)
-        cache.require_space(sum(seconds), pooled_rows(model))
+        hardware.require_space({cache.directory: cache.space(sum(seconds), pooled_rows(model))})
         cache.note_user(directory, backbone["source"])
     prefix = Prefix(model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
     parallel.wait()
@@ -189,7 +189,7 @@ def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
     dev = ccc(run.evaluate(e.model, prefix, indices, e.together, watch), e.labels[indices]).tolist()
     if not torch.tensor(dev).isfinite().all():  # the last step may have been the one too many
         raise ValueError(f"epoch {p.epoch + 1}: dev CCC {dev} is not finite, and the epoch is not saved; {run.ADVICE}")
-    if prefix.cache is not None and parallel.any_of(not prefix.cache.has(e.split("test"))):
+    if prefix.cache and parallel.any_of(prefix.cache.writable and not prefix.cache.has(e.split("test"))):
         run.evaluate(e.model, prefix, e.split("test"), e.together, watch)  # so that the cache is whole
     parallel.wait()
     prefix.release_if_cached(config.cache_tier)

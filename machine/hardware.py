@@ -277,6 +277,20 @@ def write_yaml(path: Path, value: dict) -> None:
     write_text(path, yaml.safe_dump(value, sort_keys=False))
 
 
+def require_space(needed: dict[Path, int]) -> None:
+    """Raise OSError if a disk has less room than its caches, by directory, need together."""
+    disks: dict[int, list[Path]] = {}
+    for directory in needed:
+        disks.setdefault(os.stat(directory).st_dev, []).append(directory)
+    for directories in disks.values():
+        total, free = sum(needed[directory] for directory in directories), shutil.disk_usage(directories[0]).free
+        if total > free:
+            raise OSError(
+                f"cache {', '.join(map(str, directories))}: needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} "
+                "GB; free space, or set cache_dir or cache: false"
+            )
+
+
 # ---------------------------------------------------------------- stopping, and one command at a time
 
 

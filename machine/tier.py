@@ -1,12 +1,13 @@
-"""A complete cache kept on the GPU: read from the disk once, then never copied again."""
+"""A complete cache kept on the GPU: each activation is copied there once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache import ActivationCache
+ActivationCache = Any  # of `cache`, which loads this file when it needs it
 
 
 class OnGPU:
@@ -23,16 +24,17 @@ class OnGPU:
             size = cache.stored_bytes() / 1e9
             raise ValueError(f"cache_tier: gpu has no room for {size:.1f} GB; set cache_tier: disk") from None
 
-    def read_stored(self, numbers: Sequence[int]) -> Tensor:
-        """The rows that the files hold of these utterances, `(rows, width)` on the device."""
-        for number in (number for number in dict.fromkeys(numbers) if not self.there[number]):
-            self.rows(number).copy_(self.cache.read_stored([number]))
-            self.there[number] = True
-        return torch.cat([self.rows(number) for number in numbers])
-
-    def rows(self, number: int) -> Tensor:
-        """Where an utterance lies."""
-        return self.held[self.borders[number] : self.borders[number + 1]]
+    def read(self, numbers: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, list[int]]:
+        """Packed activations `(N, width)` and lengths, as `ActivationCache.read` gives them; always on its device."""
+        parts, lengths = [], []
+        for number, place in zip(numbers, self.cache.place_of[np.asarray(numbers, int)], strict=True):
+            rows = self.held[self.borders[place] : self.borders[place + 1]]
+            if not self.there[place]:
+                rows.copy_(self.cache.read_stored([number])[0])
+                self.there[place] = True
+            parts.append(rows)
+            lengths.append(len(rows) - self.cache.scale_rows)
+        return self.cache.decode(torch.cat(parts), lengths), lengths
 
 
 def pick(tier: str, cache: ActivationCache, device: torch.device) -> ActivationCache | OnGPU:

@@ -36,6 +36,7 @@ from corpora import check
 from data import from_cell, text_cell
 from formats import adapter
 from machine import audio, hardware
+from machine.audio import file_state
 from model import Wav2Vec2
 from report import results
 from tools import caches
@@ -637,12 +638,13 @@ def test_a_run_does_not_go_on_from_what_is_not_its_state(finished, change):
     "line",
     [(1, "{shard}", -8, 1, 1, 1, "x"), (1, "{shard}", 0, 99999999999999, 1, 1, "{path}"),
      (-1, "{shard}", 0, 1, "{size}", "{time}", "{path}"), (1, "../a", 0, 1, 1, 1, "x"), (1, "a\0b", 0, 1, 1, 1, "x"),
-     (1, "{shard}", 10**30, 1, 1, 1, "{path}"), (1, 2, 0, 1, 1, 1, "x"), {"a": 1}, "9" * 200_000],
+     (1, "{shard}", 10**30, 1, 1, 1, "{path}"), (1, "{shard}", 0, 1, 1, 1, "a\0/b"),
+     (1, 2, 0, 1, 1, 1, "x"), {"a": 1}, "9" * 200_000],
 )  # fmt: skip
 def test_an_index_of_a_cache_that_claims_the_impossible_is_passed_over(tmp_path, line):
     """Also with the checksum that a line of ours would have."""
     (index, *_), read = cache_reader(tmp_path)
-    size, time = cache.file_state(str(tmp_path / "0.wav"))
+    size, time = file_state(str(tmp_path / "0.wav"))
     words = {"{shard}": index.with_suffix(".bin").name, "{path}": str(tmp_path / "0.wav"), "{size}": size}
     words["{time}"] = time
     entry = [words.get(value, value) for value in line] if isinstance(line, tuple) else line

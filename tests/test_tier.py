@@ -20,26 +20,24 @@ def test_it_gives_what_the_disk_gives(tmp_path, device, dtype):
     paths, _ = filled(tmp_path, 9, dtype)
     disk, held = open_cache(tmp_path, paths, dtype), OnGPU(open_cache(tmp_path, paths, dtype), device)
     for numbers in ORDERS + ORDERS[::-1]:
-        expected = disk.read_stored(numbers)
-        found = held.read_stored(numbers)
-        assert found.device == device and found.dtype == dtype
-        assert torch.equal(found.cpu(), expected)
-        lengths = disk.lengths(numbers)
-        assert torch.equal(disk.decode(found, lengths).cpu(), disk.decode(expected, lengths))
+        (expected, expected_lengths), (found, lengths) = disk.read(numbers, device), held.read(numbers)
+        assert (found.device, found.dtype, lengths) == (expected.device, expected.dtype, expected_lengths)
+        assert torch.equal(found, expected)
+    assert held.held.dtype == dtype  # not what it is read as
 
 
 def test_each_activation_is_read_from_the_disk_once(tmp_path):
     """As it is first asked for: afterwards the files are not needed; what is handed out can be written to."""
     paths, directory = filled(tmp_path, 4)
     held = OnGPU(open_cache(tmp_path, paths), CPU)
-    held.read_stored([2, 0]).zero_()
+    held.read([2, 0])[0].zero_()
     (shard,) = directory.glob("*.bin")
     os.truncate(shard, 0)
-    assert torch.equal(held.read_stored([0, 2, 0]), torch.cat([activation(number) for number in (0, 2, 0)]))
+    assert torch.equal(held.read([0, 2, 0])[0], torch.cat([activation(number) for number in (0, 2, 0)]))
     for _ in range(2):  # the second time too: a failed read leaves nothing behind
         with pytest.raises(ValueError, match=f"the activation of {paths[1]} is damaged"):
-            held.read_stored([0, 1])
-    assert torch.equal(held.read_stored([2]), activation(2))
+            held.read([0, 1])
+    assert torch.equal(held.read([2])[0], activation(2))
 
 
 def test_memory_without_room_is_one_clear_error(tmp_path):

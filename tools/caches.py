@@ -4,18 +4,18 @@ python -m tools.caches build configs/partial3_cached.yaml      fill the caches t
 torchrun --nproc_per_node=2 -m tools.caches build ...          the same, each of two processes computing half of it
 python -m tools.caches verify cache/1f0c3a... [--repair]       read everything, name what is damaged, and forget it
 python -m tools.caches list cache                              size, content, last use and users of each cache
-python -m tools.caches clear cache/1f0c3a...                   delete these caches, and say how much that frees
+python -m tools.caches clear cache/1f0c3a... [--gone]          delete these caches, or what they hold of lost files
 """
 
 import argparse
 import json
 import os
 import random
-import shutil
 import sys
 import time
+import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +30,19 @@ from cache import (
     FORMAT,
     SCALE_ROWS,
     ActivationCache,
-    directory_name,
+    Line,
     file_size,
-    name_of,
+    make_line,
     open_cache,
     pooled_rows,
     read_description,
+    read_index,
     read_line,
 )
 from config import Config, load_config, split_words
 from freeze import prefix_depth
 from machine import hardware
+from machine.audio import file_state
 from machine.fast import send
 from machine.hardware import parallel, replace
 from model import EmotionModel
@@ -65,9 +67,8 @@ def describe(directory: Path) -> str:
         identity = read_description(directory)
     except ValueError as error:
         return f"{directory}: {size(directory) / 1e6:,.1f} MB, cannot be told: {error}"
-    recorded = {entry[6] for entry in read_index(directory)}
-    gone = sum(not os.path.exists(path) for path in recorded)
-    notes = []
+    recorded = {line.source: is_current(line) for line in read_index(directory)}  # of several lines the last counts
+    lost, notes = len(recorded) - sum(recorded.values()), []
     for path in directory.glob("*.user"):
         with suppress(OSError, ValueError):  # torn, by a process that was killed
             match json.loads(path.read_text(encoding="utf-8")):
@@ -79,7 +80,7 @@ def describe(directory: Path) -> str:
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
     lines = [
         f"{directory}: {size(directory) / 1e6:,.1f} MB, {len(recorded):,} utterances"
-        f"{f' ({gone:,} of files that are gone)' if gone else ''}, last used {used}",
+        f"{f' ({lost:,} of files that are gone or have changed)' if lost else ''}, last used {used}",
         f"  {', '.join(sources)}, hidden state {identity.get('depth')}, {identity['width']} of {identity['dtype']}",
     ]
     lines += [f"  used by {user}" for user in users or ["nothing that still exists"]]
@@ -87,57 +88,93 @@ def describe(directory: Path) -> str:
     return "\n".join(lines)
 
 
-def clear(names: list[str], root: str | Path = "cache") -> str:
+def is_current(line: Line) -> bool:
+    """Whether the audio file of an entry is there, and is what it was."""
+    return file_state(line.source) == (line.size, line.mtime_ns)
+
+
+def clear(names: list[str], root: str | Path = "cache", only_lost: bool = False) -> str:
     """Delete caches, each a directory or the name of one below `root`; a line on each, and what was freed.
 
-    Raises ValueError or FileNotFoundError, before anything is deleted, for what is no cache. Files of others stay.
+    With `only_lost` each remains, without what it holds of files that are gone or have changed. Raises ValueError or
+    FileNotFoundError, before anything is deleted, for what is no cache. Files of others stay.
     """
-    chosen = {name: Path(name) if Path(name).is_dir() else Path(root) / name for name in names}
-    for directory in chosen.values():
-        read_description(directory)
+    chosen = [Path(name) if Path(name).is_dir() else Path(root) / name for name in names]
+    for directory in chosen:
+        read_description(Path(os.path.abspath(directory)))
     lines, total = [], 0
-    for directory in dict.fromkeys(chosen.values()):
-        freed, here = size(directory), files(directory)
-        for path in sorted(here, key=lambda path: path.name == "cache.json"):  # that last: what remains is a cache
-            path.unlink(missing_ok=True)
-        if not any(directory.iterdir()):
-            directory.rmdir()
+    for directory in dict.fromkeys(chosen):
+        before = size(directory)
+        drop_lost(Path(os.path.abspath(directory))) if only_lost else delete(directory)
+        freed = before - (size(directory) if directory.is_dir() else 0)
         lines.append(f"{directory}: freed {freed / 1e6:,.1f} MB")
         total += freed
     return "\n".join([*lines, f"freed {total / 1e6:,.1f} MB in all"])
+
+
+def delete(directory: Path) -> None:
+    """Delete a cache: `cache.json` last, so that what remains after a kill is still known as a cache."""
+    for path in sorted(files(directory), key=lambda path: path.name == "cache.json"):
+        path.unlink(missing_ok=True)
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def drop_lost(directory: Path) -> None:
+    """Copy what is current into new files and delete the old ones; no run may use the cache meanwhile."""
+    identity = read_description(directory)
+    for index in sorted(directory.glob("*.index")):
+        lines = [line for text in index.read_bytes().splitlines(True) if (line := read_line(text, directory.name))]
+        current = [line for line in lines if is_current(line)]
+        if len(current) == len(lines):
+            continue
+        stem = directory / uuid.uuid4().hex[:12]
+        with stem.with_suffix(".bin").open("xb") as shard, stem.with_suffix(".index").open("xb") as new_index:
+            for line in current:
+                rows = read_part(directory / line.shard, line.offset, stored_size(identity, line))
+                if rows is not None:  # else it is computed again
+                    moved = line._replace(shard=f"{stem.name}.bin", offset=shard.tell())
+                    shard.write(rows)
+                    new_index.write(make_line(moved, directory.name))
+        index.unlink()  # from here on the new files count alone
+        for name in {line.shard for line in lines}:
+            (directory / name).unlink(missing_ok=True)
+
+
+def stored_size(identity: dict, line: Line) -> int:
+    """Bytes of an activation in its shard."""
+    scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
+    return (line.frames + scale_rows) * identity["width"] * getattr(torch, identity["dtype"]).itemsize
 
 
 def verify(directory: str | Path, repair: bool = False) -> list[str]:
     """Read every activation of a cache; the audio paths of those whose bytes are not what was written.
 
     What lies past the end of its shard counts only where no whole one took its place: reading passes it over too. A
-    damaged line of an index is told as it stands there. `repair` takes the lines of all that is damaged out of the
+    damaged line of an index is given as it stands there. `repair` takes the lines of all that is damaged out of the
     index, so that the next run computes it anew; no run may use the cache meanwhile.
     """
-    directory = Path(directory)
+    directory = Path(os.path.abspath(directory))
     identity = read_description(directory)
-    row_bytes = identity["width"] * getattr(torch, identity["dtype"]).itemsize
-    scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
     whole, cut, damaged = set(), [], []
     for index in sorted(directory.glob("*.index")):
         with open(index, "rb") as file:
-            lines, kept = file.readlines(), []
-        for number, line in enumerate(lines, 1):
-            entry, ended = read_line(line, directory_name(identity)), line.endswith(b"\n")
-            if entry is None or not ended:
-                if entry or ended:  # else torn, by a full disk or a process that was killed
-                    damaged.append(f"{index}, line {number}: {line.rstrip().decode('ascii', 'backslashreplace')}")
+            texts, kept = file.readlines(), []
+        for number, text in enumerate(texts, 1):
+            line, ended = read_line(text, directory.name), text.endswith(b"\n")
+            if line is None or not ended:
+                if line or ended:  # else torn, by a full disk or a process that was killed
+                    damaged.append(f"{index}, line {number}: {text.rstrip().decode('ascii', 'backslashreplace')}")
                 continue
-            crc, shard, offset, frames, _, _, path, *_ = entry
-            data = read_part(directory / shard, offset, (frames + scale_rows) * row_bytes)
-            if data is None:
-                cut.append(path)
-            elif zlib.crc32(data) != crc:
-                damaged.append(path)
+            rows = read_part(directory / line.shard, line.offset, stored_size(identity, line))
+            if rows is None:
+                cut.append(line.source)
+            elif zlib.crc32(rows) != line.crc32:
+                damaged.append(line.source)
             else:
-                whole.add(path)
-                kept.append(line)
-        if repair and len(kept) < len(lines):
+                whole.add(line.source)
+                kept.append(text)
+        if repair and len(kept) < len(texts):
             content = b"".join(kept)
             replace(index, lambda file, content=content: file.write_bytes(content))
     return damaged + [path for path in cut if path not in whole]
@@ -161,14 +198,6 @@ def files(directory: Path) -> list[Path]:
 
 def size(directory: Path) -> int:
     return sum(file_size(path) for path in files(directory))
-
-
-def read_index(directory: Path) -> Iterator[list]:
-    """What `read_line` gives of every whole line of every index."""
-    name = name_of(directory)
-    for index in sorted(directory.glob("*.index")):
-        with open(index, "rb") as file:
-            yield from filter(None, (read_line(line, name) for line in file if line.endswith(b"\n")))
 
 
 # ---------------------------------------------------------------- build
@@ -210,6 +239,10 @@ def build(words: Sequence[str]) -> dict[str, dict]:
         tf32 = config.tf32 and device.type == "cuda"
         how = {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype, "tf32": tf32}
         cache = open_cache(config.cache_dir, model, audio, **how)
+        if cache.missing and not cache.writable:
+            raise OSError(
+                f"cache {cache.directory}: is read-only and lacks {len(cache.missing):,} files; set cache_dir"
+            )
         cache.note_user(path, backbone["source"])
         kind = audio, backbone["sha256"], model.backbone.config.normalize_waveform, device, precision, tf32
         group = groups.setdefault(kind, [])
@@ -217,7 +250,10 @@ def build(words: Sequence[str]) -> dict[str, dict]:
         job = same[0] if same else Job(config, model, cache, prefix_depth(model))
         job.paths.append(path)
         group += [] if same else [job]
-    require_space(
+        for other in group:
+            if other is not max(group, key=lambda job: job.depth):
+                other.model.to("meta")  # the deepest computes for all
+    hardware.require_space(
         {
             job.cache.directory: job.cache.space(seconds[kind[0]], pooled_rows(job.model))
             for kind, group in groups.items()
@@ -231,20 +267,6 @@ def build(words: Sequence[str]) -> dict[str, dict]:
         path: {"directory": str(job.cache.directory), "seconds": job.seconds, "bytes": job.cache.stored_bytes()}
         for path, job in ((path, job_of[path]) for path in paths)
     }
-
-
-def require_space(needed: dict[Path, int]) -> None:
-    """Raise OSError if a disk has less room than its caches, by directory, need together."""
-    disks: dict[int, list[Path]] = {}
-    for directory in needed:
-        disks.setdefault(os.stat(directory).st_dev, []).append(directory)
-    for directories in disks.values():
-        total, free = sum(needed[directory] for directory in directories), shutil.disk_usage(directories[0]).free
-        if total > free:
-            raise OSError(
-                f"cache {', '.join(map(str, directories))}: needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} "
-                "GB; free space, or set cache_dir or cache: false"
-            )
 
 
 @torch.no_grad()
@@ -267,26 +289,30 @@ def fill(jobs: Sequence[Job], device: torch.device, precision: str, tf32: bool) 
         there = all(job.cache.has(batch) for job in jobs)  # by now
         return [] if there else [data.read_audio(deepest.cache.paths[number]) for number in batch]
 
-    bar = tqdm(missing, desc="cache", unit="batch", disable=parallel.rank() > 0 or None)
-    for numbers, waveforms in zip(bar, data.prefetch(load, missing), strict=True):
+    audio = data.prefetch(load, missing)
+    for numbers in tqdm(missing, desc="cache", unit="batch", disable=parallel.rank() > 0 or None):
+        begin = time.perf_counter()
+        waveforms = next(audio)
         wanted = [job for job in jobs if waveforms and not job.cache.has(numbers)]
         depths = sorted({depth for job in wanted for depth in job.model.sources(job.depth)})
         states = deepest.model.states([send(waveform, device) for waveform in waveforms], depths)
-        parts: dict[int, list[Tensor]] = {}
-        shared = 0.0  # seconds so far that every cache would have needed
+        parts: list[list[Tensor]] = [[] for _ in wanted]
+        shared = time.perf_counter() - begin  # seconds up to this depth, which each cache alone would need as well
         for depth in depths:
             begin = time.perf_counter()
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 x, lengths = next(states)
             hardware.synchronize(device)
             shared += time.perf_counter() - begin
-            for i, job in enumerate(wanted):
-                if depth in (sources := job.model.sources(job.depth)):
-                    begin = time.perf_counter()
-                    parts.setdefault(i, []).append(job.model.part(x, lengths, job.depth))
-                    if depth == sources[-1]:
-                        job.cache.write(numbers, *job.model.join(parts.pop(i), lengths))
-                        job.seconds = (job.seconds or 0.0) + shared + time.perf_counter() - begin
+            for job, own in zip(wanted, parts, strict=True):
+                begin, sources = time.perf_counter(), job.model.sources(job.depth)
+                if depth in sources:
+                    own.append(job.model.part(x, lengths, job.depth))
+                if depth == sources[-1]:
+                    job.cache.write(numbers, *job.model.join(own, lengths))
+                    job.seconds = (job.seconds or 0.0) + shared
+                if depth in sources:
+                    job.seconds = (job.seconds or 0.0) + time.perf_counter() - begin
     parallel.wait()
     for job in jobs:
         job.cache.close()
@@ -309,11 +335,15 @@ def main() -> None:
     listed.add_argument("directory", nargs="?", default="cache")
     cleared = commands.add_parser("clear", help="delete caches, without asking, and say what that freed")
     cleared.add_argument("names", nargs="+", metavar="directory", help="of a cache, or its name below ./cache")
+    lost = (
+        "keep the caches, and delete what they hold of files that are gone or have changed; an unmounted disk is gone"
+    )
+    cleared.add_argument("--gone", action="store_true", help=lost)
     arguments = parser.parse_args()
     if arguments.command == "list":
         print(list_caches(arguments.directory))
     elif arguments.command == "clear":
-        print(clear(arguments.names))
+        print(clear(arguments.names, only_lost=arguments.gone))
     elif arguments.command == "verify":
         damaged = verify(arguments.directory, arguments.repair)
         print("\n".join(damaged) or "every activation is as it was written")
