@@ -25,13 +25,15 @@ import torch.nn.attention.varlen as varlen
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import freeze
 import model as model_module
 import predict
 import run
-from cache import Prefix
+from cache import ActivationCache, Prefix
 from config import Config
 from machine import hardware
+from machine.tier import OnGPU, pick
 
 machine = SimpleNamespace(capabilities=[(8, 0)], flash=True, packed=0, built=["sm_70", "sm_75", "sm_80", "sm_90"])
 ARCHITECTURE = {"conv_channels": (32,) * 7, "width": 64, "heads": 4, "ffn": 128, "layers": 2}
@@ -209,7 +211,40 @@ def path_of_training(paths: list[str], device: str, precision: str, method: str)
     assert bool(machine.packed) == expected or method == "attention_dropout", (machine.packed, expected)
 
 
-def cases(paths: list[str]) -> Iterator[tuple[str, Callable[[], object]]]:
+def path_of_tier(paths: list[str], folder: Path, kind: str, tier: str) -> None:
+    """A cache that is whole, kept on the GPU: its second reading copies nothing."""
+    device = hardware.pick_device("auto")
+    cache = ActivationCache(folder, {"of": f"{kind} {tier}"}, paths, 64, getattr(torch, kind))
+    lengths = [49, 28, 71]
+    cache.write(range(3), torch.randn(sum(lengths), 64), lengths)
+    watch = Watch()
+    with FakeTensorMode(allow_non_fake_inputs=True), watch:
+        reader = pick(tier, cache, device)
+        assert isinstance(reader, OnGPU), "it fits into 8 GiB"
+        reader.held = reader.held.fill_(0)  # made by `torch.empty`, which the mode fakes too
+        for number in range(2):
+            watch.strict = number == 1
+            x, found = reader.read([2, 0], device)
+            watch.strict = False
+            expected = torch.float32 if kind == "int8" else getattr(torch, kind)
+            assert (x.device, x.dtype, tuple(x.shape), found) == (device, expected, (71 + 49, 64), [71, 49])
+        assert not watch.waits, watch.waits
+    cache.close()
+
+
+def path_of_bench(paths: list[str], folder: Path, precision: str, method: str) -> None:
+    """What a worker of bench.py answers to, in both phases."""
+    config = Config(device="auto", precision=precision, **METHODS[method])
+    bench.run.build_model = lambda config, label_range: (build(config, {}), {"sha256": "0"})
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch():
+        for phase, names in {"infer": ["infer"], "step": ["step", "read"]}.items():
+            actions, parameters = bench.ours(config, phase, folder, paths)
+            assert {parameter.device.type for parameter in parameters} == {"cuda"}
+            for name in names * 2:
+                actions[name]()
+
+
+def cases(paths: list[str], folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     def case(capabilities, flash, device, precision, method):
         machine.capabilities, machine.flash = capabilities, flash
         torch.cuda.set_device(0)
@@ -223,6 +258,12 @@ def cases(paths: list[str]) -> Iterator[tuple[str, Callable[[], object]]]:
                 f"two {device} {precision}",
                 lambda d=device, p=precision: case([(7, 0), (8, 0)], True, d, p, "partial"),
             )
+    for kind in ("float16", "float32", "int8"):
+        for tier in ("gpu", "auto"):
+            yield f"tier {tier} of {kind}", lambda k=kind, t=tier: path_of_tier(paths, folder, k, t)
+    for precision in ("fp32", "bf16", "fp16"):
+        for method in ("full", "lora"):
+            yield f"bench {precision} {method}", lambda p=precision, m=method: path_of_bench(paths, folder, p, m)
     for capability in ((7, 0), (7, 5), (8, 0), (9, 0)):
         for flash in (True, False):
             for precision in ("auto", "bf16", "fp16"):
@@ -237,7 +278,7 @@ def main() -> None:
         soundfile.write(paths[-1], 0.1 * np.random.default_rng(number).standard_normal(samples), 16_000)
     pretend()
     first, of = map(int, sys.argv[3:5])
-    for name, case in list(cases(paths))[first::of]:
+    for name, case in list(cases(paths, folder))[first::of]:
         error = None
         try:
             case()
