@@ -321,24 +321,21 @@ def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float
     The header is enough for integer PCM in WAV, which declares its length and cannot hold NaN. All else is decoded.
     """
     sources = list(dict.fromkeys(utterance.source for utterance in utterances))
-    problems: dict[str, str] = {}
 
-    def lengths(part: Sequence[str]) -> dict[str, float]:
-        found = dict.fromkeys(part, 0.0)
-        for source in part:
-            try:
-                _, samples, sample_rate = read_original(source, decode_pcm=False)
-                found[source] = samples / sample_rate
-            except (FileNotFoundError, ValueError) as problem:
-                problems[source] = str(problem)
-        return found
+    def length(source: str) -> float | str:
+        try:
+            _, samples, sample_rate = read_original(source, decode_pcm=False)
+            return samples / sample_rate
+        except (FileNotFoundError, ValueError) as problem:
+            return str(problem)
 
     # In parts, as a file's header takes less time than handing it to a thread.
     parts = [sources[start : start + 64] for start in range(0, len(sources), 64)]
     with ThreadPoolExecutor(threads) as pool:
-        seconds = {source: length for part in pool.map(lengths, parts) for source, length in part.items()}
+        found = [each for part in pool.map(lambda part: list(map(length, part)), parts) for each in part]
     # The limit is for a wrong folder, where each of 100,000 files is missing.
-    raise_listed("bad audio files", [problems[source] for source in sources if source in problems], limit=1000)
+    raise_listed("bad audio files", [each for each in found if isinstance(each, str)], limit=1000)
+    seconds = dict(zip(sources, map(float, found), strict=True))
     return [seconds[utterance.source] for utterance in utterances]
 
 

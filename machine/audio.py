@@ -225,7 +225,8 @@ def read_samples(sound: soundfile.SoundFile, first: int, last: int) -> np.ndarra
     """Samples `first` to `last` with the channels averaged: (S,) float32; block by block, for hours of stereo."""
     blocks, left = [np.empty(0, np.float32)], last - first
     try:
-        sound.seek(first)
+        if first:  # to where it stands already a FLAC file would search, which takes longer than to decode 20 s
+            sound.seek(first)
         while left and len(block := sound.read(min(left, max(1, BLOCK // sound.channels)), "float32", always_2d=True)):
             blocks.append(block.mean(axis=1))  # (S, channels) -> (S,)
             left -= len(block)
