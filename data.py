@@ -3,7 +3,7 @@
     utterances = load_corpus("manifest", manifest="my/manifest.csv")
     check_labels(utterances, ["activation", "valence"], label_range=(1, 7))
     seconds = check_audio(utterances)
-    waveform = read_audio(utterances[0].path)  # (S,) float32, 16 kHz
+    waveform = read_audio(utterances[0].source)  # (S,) float32, 16 kHz
 
 Nothing is padded, cropped or normalised here: an utterance is its samples, and its length is its own.
 """
@@ -13,9 +13,9 @@ import csv
 import math
 import os
 import sys
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -36,6 +36,7 @@ SYNONYMS = {"activation": "arousal", "arousal": "activation"}
 RANGES = [(0, 1), (-1, 1), (1, 5), (1, 7), (1, 9), (0, 10), (0, 100)]  # scales in use, the likely before the wide
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # at the start of a cell; the last are the wide = + - @
 
+Range = tuple[float, float]  # the lowest and the highest label of a corpus
 Notes = dict[str, list[str]]  # what was left out of a corpus or is odd, and the names of the files
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -72,11 +73,9 @@ class Problem(NamedTuple):
     detail: str
 
 
-def load_corpus(
-    name: str, root: str | None = None, manifest: str | None = None, fold: int | None = None, **keys: Any
-) -> list[Utterance]:
-    """The utterances of a corpus. What was left out of it or is odd is printed to stderr. See `read_corpus`."""
-    utterances, notes = read_corpus(name, root, manifest, fold=fold, **keys)
+def load_corpus(name: str, root: str | None = None, **keys: Any) -> list[Utterance]:
+    """The utterances of a corpus, as of `read_corpus`; what was left out or is odd is printed to stderr."""
+    utterances, notes = read_corpus(name, root, **keys)
     for note, files in notes.items():
         examples = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
         say_once(f"warning: {root}: {note}" + (f": {len(files):,} ({examples})" if files else ""))
@@ -84,11 +83,7 @@ def load_corpus(
 
 
 def read_corpus(
-    name: str,
-    root: str | None = None,
-    manifest: str | None = None,
-    targets: Sequence[str] | None = None,
-    **keys: str | int | None,
+    name: str, root: str | None = None, manifest: str | None = None, targets: Sequence[str] | None = None, **keys: Any
 ) -> tuple[list[Utterance], Notes]:
     """The utterances of a corpus, and what a user should know of them.
 
@@ -97,7 +92,7 @@ def read_corpus(
     FileNotFoundError or ValueError for an unknown name, a key that the corpus does not use, and files that are not as
     published.
     """
-    keys = {"data_root": root, "manifest": manifest, **keys}
+    keys |= {"data_root": root, "manifest": manifest}
     if name != "manifest":
         utterances, notes = extra("corpora.published", f"corpus: {name}").read(name, keys)
         for utterance in utterances if "arousal" in (targets or ()) else ():
@@ -118,20 +113,17 @@ def require_used(name: str, keys: dict[str, str | int | None], used: Sequence[st
 
 def find_label_range(
     name: str, label_range: Sequence[float] | None, utterances: Sequence[Utterance] = (), targets: Sequence[str] = ()
-) -> tuple[float, float]:
-    """The range as configured, else the one that the corpus was published with.
-
-    A manifest has none of its own: the ValueError proposes the range that the labels suggest.
-    """
+) -> Range:
+    """The range as configured, else that of the published corpus; a ValueError proposes one for a manifest."""
     if label_range is not None:
         return label_range[0], label_range[1]
     if name != "manifest":
         return extra("corpora.published", f"corpus: {name}").CORPORA[name].label_range
-    found = [utterance.labels[target] for utterance in utterances for target in targets if target in utterance.labels]
-    found = [label for label in found if math.isfinite(label)] or [1.0, 7.0]
+    labels = [utterance.labels.get(target, math.nan) for utterance in utterances for target in targets]
+    found = [label for label in labels if math.isfinite(label)] or [1.0, 7.0]
     low, high = min(found), max(found)
-    likely = [each for each in RANGES if each[0] <= low and high <= each[1]] + [(math.floor(low), math.ceil(high))]
-    advice = f"the labels, {low:g} to {high:g}, suggest this line:\nlabel_range: [{likely[0][0]}, {likely[0][1]}]"
+    likely = next((each for each in RANGES if each[0] <= low and high <= each[1]), (math.floor(low), math.ceil(high)))
+    advice = f"the labels, {low:g} to {high:g}, suggest this line:\nlabel_range: [{likely[0]}, {likely[1]}]"
     raise ValueError(f"label_range: corpus {name!r} has none of its own; {advice}")
 
 
@@ -153,61 +145,54 @@ def read_manifest(path: str | Path, targets: Sequence[str] | None = None) -> lis
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such manifest; check the key `manifest`")
-    with reading(path, "manifest") as file:
-        return parse_manifest(path, file, targets)
-
-
-def find_columns(path: str | Path, header: Sequence[str], targets: Sequence[str] | None) -> dict[str, int]:
-    """Where the columns of a manifest are; that of a label may be called by its other word, in capitals too."""
-    if not any(header):
-        raise ValueError(f"{path}: the manifest is empty, expected a header {','.join(REQUIRED_COLUMNS)}, and targets")
-    at, missing = {}, []
-    for name in (*REQUIRED_COLUMNS, "start", "end", *(LABEL_COLUMNS if targets is None else targets)):
-        words = (
-            [name] if name in (*REQUIRED_COLUMNS, "start", "end") else [name, SYNONYMS.get(name, name), name.lower()]
-        )
-        words += [SYNONYMS.get(name, name).capitalize(), name.capitalize()] if len(words) > 1 else []
-        if found := [word for word in words if word in header]:
-            at[name] = header.index(found[0])
-            if header.count(found[0]) > 1:
-                raise ValueError(f"{path}: column {found[0]} is there more than once; found {header}")
-        elif name in REQUIRED_COLUMNS or name in (targets or ()):
-            missing.append(name)
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; found {list(header)}, separated by commas")
-    return at
-
-
-def parse_manifest(path: str | Path, file: TextIO, targets: Sequence[str] | None = None) -> list[Utterance]:
-    """The rows of an open manifest; `path` is what relative audio paths are relative to."""
-    reader = csv.reader(file)
-    header = [cell.strip() for cell in next(reader, [])]
-    at = find_columns(path, header, targets)
-    times = [name for name in ("start", "end") if name in at]
-    labelled = [name for name in at if name not in (*REQUIRED_COLUMNS, "start", "end")]
     folder = os.path.dirname(os.path.abspath(path))
     utterances, problems = [], []
-    for row in reader:
-        if not any(map(str.strip, row)):  # a blank line
-            continue
-        try:
-            if len(row) != len(header):
-                raise ValueError(f"{len(row)} cells, expected {len(header)}")
-            audio, split, speaker = (row[at[column]].strip() for column in REQUIRED_COLUMNS)
-            if split not in SPLITS:
-                raise ValueError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
-            labels = {name: number(name, row[at[name]]) for name in labelled if row[at[name]].strip()}
-            part = {name: number(name, row[at[name]]) for name in times if row[at[name]].strip()}
-            start, end = part.get("start", 0.0), part.get("end")
-            if not 0 <= start < (math.inf if end is None else end):
-                raise ValueError(f"start {start:g} and end {end}, expected seconds, the end after the start")
-            utterances.append(Utterance(find_file(folder, audio), split, speaker, labels, start, end))
-        except ValueError as problem:
-            problems.append(f"line {reader.line_num}: {problem}")
+    with reading(path, "manifest") as file:
+        reader = csv.reader(file)
+        header = [cell.strip() for cell in next(reader, [])]
+        columns = find_columns(path, header, targets)
+        for row in reader:
+            if not any(map(str.strip, row)):  # a blank line
+                continue
+            try:
+                if len(row) != len(header):
+                    raise ValueError(f"{len(row)} cells, expected {len(header)}")
+                utterances.append(parse_row({name: row[at].strip() for name, at in columns.items()}, folder))
+            except ValueError as problem:
+                problems.append(f"line {reader.line_num}: {problem}")
     raise_listed(f"{path}: bad rows in the manifest", problems)
     if not utterances:
         raise ValueError(f"{path}: the manifest has a header but no rows, expected one for each audio file")
     return utterances
+
+
+def find_columns(path: str | Path, header: Sequence[str], targets: Sequence[str] | None) -> dict[str, int]:
+    """Where the columns of a manifest are; their names may begin with a capital, and a label have its other word."""
+    if not any(header):
+        raise ValueError(f"{path}: the manifest is empty, expected a header {','.join(REQUIRED_COLUMNS)}, and targets")
+    columns: dict[str, int] = {}
+    for name in (*REQUIRED_COLUMNS, "start", "end", *(targets or LABEL_COLUMNS)):
+        other = SYNONYMS.get(name, name)
+        for word in (name, other, name.lower(), name.capitalize(), other.capitalize()):
+            if header.count(word) > 1:
+                raise ValueError(f"{path}: column {word} is there more than once; found {header}")
+            if word in header:
+                columns.setdefault(name, header.index(word))
+    if missing := [name for name in (*REQUIRED_COLUMNS, *(targets or ())) if name not in columns]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; found {list(header)}, separated by commas")
+    return columns
+
+
+def parse_row(cells: dict[str, str], folder: str) -> Utterance:
+    """The utterance of a manifest's row; the path of its audio is relative to `folder`."""
+    audio, split, speaker = (cells.pop(column) for column in REQUIRED_COLUMNS)
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
+    values = {name: number(name, cell) for name, cell in cells.items() if cell}
+    start, end = values.pop("start", 0.0), values.pop("end", None)
+    if not 0 <= start < (math.inf if end is None else end):
+        raise ValueError(f"start {start:g} and end {end}, expected seconds, the end after the start")
+    return Utterance(find_file(folder, audio), split, speaker, values, start, end)
 
 
 def find_file(folder: str, name: str) -> str:
@@ -226,15 +211,14 @@ def find_file(folder: str, name: str) -> str:
 def reading(path: str | Path, what: str, errors: str = "strict") -> Iterator[TextIO]:
     """A text file, opened; what goes wrong while it is read is one error that names it."""
     try:
-        with open(path, "rb") as file:
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise ValueError(f"{path}: the {what} is UTF-16; save it as UTF-8")
         with open(path, encoding="utf-8-sig", errors=errors, newline="") as file:  # -sig: Excel writes a mark
             yield file
     except OSError as error:
         raise ValueError(f"{path}: the {what} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: the {what} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+        utf_16 = error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        found = "UTF-16" if utf_16 else f"not UTF-8 ({error.reason})"
+        raise ValueError(f"{path}: the {what} is {found}; save it as UTF-8") from None
     except csv.Error as error:
         raise ValueError(f"{path}: the {what} is not a CSV file: {error}") from None
 
@@ -271,81 +255,56 @@ def raise_listed(heading: str, problems: Sequence[str], limit: int = 20) -> None
 
 
 def check_labels(
-    utterances: Sequence[Utterance],
-    targets: Sequence[str],
-    label_range: tuple[float, float],
-    allow_speaker_overlap: bool = False,
+    utterances: Sequence[Utterance], targets: Sequence[str], label_range: Range, allow_speaker_overlap: bool = False
 ) -> None:
     """Raise one ValueError that lists all that `label_problems` finds."""
     problems = label_problems(utterances, targets, label_range, allow_speaker_overlap)
-    listed = [f"{file}: {detail}" if file else detail for _, file, detail in problems]
-    raise_listed("the corpus cannot be used", listed)
+    raise_listed("the corpus cannot be used", [f"{file}: {detail}" if file else detail for _, file, detail in problems])
 
 
 def label_problems(
-    utterances: Sequence[Utterance],
-    targets: Sequence[str],
-    label_range: tuple[float, float],
-    allow_speaker_overlap: bool = False,
-) -> list[Problem]:
+    utterances: Sequence[Utterance], targets: Sequence[str], label_range: Range, allow_speaker_overlap: bool = False
+) -> Iterator[Problem]:
     """All that is wrong with splits, labels and speakers.
 
     Right is: each utterance has a finite label within `label_range` (inclusive) for each target, each split has two
     that differ, no speaker and no part of a file is in two splits, and no part of a file has several labels.
     """
-    low, high = label_range
-    problems, splits_of, rows_of, values = [], defaultdict(set), defaultdict(list), defaultdict(set)
-    for utterance in utterances:
-        splits_of[utterance.speaker].add(utterance.split)
-        rows_of[os.path.normpath(utterance.path)].append(utterance)
-        for target in targets:
-            value = utterance.labels.get(target)
-            values[utterance.split, target].add(value)
-            if value is None:
-                found = ", ".join(utterance.labels) or "none"
-                problems.append(Problem("no label", utterance.path, f"no label for target {target!r}, found {found}"))
-            elif not math.isfinite(value):
-                problems.append(Problem("no label", utterance.path, f"{target} is {value}, expected a finite number"))
-            elif not low <= value <= high:
-                detail = f"{target} is {value:g}, outside `label_range` {low:g} to {high:g}"
-                problems.append(Problem("label outside the range", utterance.path, detail))
-    return [*split_problems(values, targets), *problems, *shared_problems(splits_of, rows_of, allow_speaker_overlap)]
-
-
-def split_problems(values: dict[tuple[str, str], set[float | None]], targets: Sequence[str]) -> list[Problem]:
-    """Splits that are empty, or of which no CCC exists."""
-    problems = []
+    (low, high), rows_of, splits_of = label_range, defaultdict(list), defaultdict(set)
     for split in SPLITS:
-        if not any((split, target) in values for target in targets):
-            problems.append(Problem("empty split", "", f"split {split!r} has no utterances"))
-            continue
+        labels = [row.labels for row in utterances if row.split == split]
+        if not labels:
+            yield Problem("empty split", "", f"split {split!r} has no utterances")
         for target in targets:
-            if len(values[split, target] - {None}) == 1:
-                detail = f"split {split!r} has no two different labels of {target}; its CCC would be 0/0"
-                problems.append(Problem("constant labels", "", detail))
-    return problems
-
-
-def shared_problems(
-    splits_of: dict[str, set[str]], rows_of: dict[str, list[Utterance]], allow_speaker_overlap: bool
-) -> list[Problem]:
-    """Speakers and files that are in two splits, and files with several labels."""
-    problems = []
+            if len({each[target] for each in labels if target in each}) == 1:
+                found = f"split {split!r} has no two different labels of {target}; its CCC would be 0/0"
+                yield Problem("constant labels", "", found)
+    for row in utterances:
+        rows_of[os.path.normpath(row.path)].append(row)
+        splits_of[row.speaker].add(row.split)
+        for target in targets:
+            if (value := row.labels.get(target)) is None:
+                found = f"no label for target {target!r}, found {', '.join(row.labels) or 'none'}"
+                yield Problem("no label", row.path, found)
+            elif not math.isfinite(value):
+                yield Problem("no label", row.path, f"{target} is {value}, expected a finite number")
+            elif not low <= value <= high:
+                found = f"{target} is {value:g}, outside `label_range` {low:g} to {high:g}"
+                yield Problem("label outside the range", row.path, found)
     for path, rows in rows_of.items():
         rows.sort(key=lambda row: (row.start, row.end or math.inf))
         for row, other in pairwise(rows):
             if row.split != other.split and other.start < (row.end or math.inf):
-                detail = f"is in {row.split} and in {other.split}; an utterance belongs to one split"
-                problems.append(Problem("file in two splits", path, detail))
+                found = f"is in {row.split} and in {other.split}; an utterance belongs to one split"
+                yield Problem("file in two splits", path, found)
             elif row.source == other.source and row.labels != other.labels:
-                detail = "has several rows with different labels; for parts of a file, give columns `start` and `end`"
-                problems.append(Problem("several labels", path, detail))
+                found = "has several rows with different labels; for parts of a file, give columns `start` and `end`"
+                yield Problem("several labels", path, found)
     for speaker, splits in splits_of.items():
         if len(splits) > 1 and not is_nobody(speaker) and not allow_speaker_overlap:
             shared = " and ".join(split for split in SPLITS if split in splits)
-            detail = f"speaker {speaker!r} is in {shared}; part them, or set `allow_speaker_overlap: true`"
-            problems.append(Problem("speaker overlap", "", detail))
-    return problems
+            found = f"speaker {speaker!r} is in {shared}; part them, or set `allow_speaker_overlap: true`"
+            yield Problem("speaker overlap", "", found)
 
 
 def is_nobody(speaker: str) -> bool:
@@ -373,10 +332,10 @@ def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float
     # In parts, as a file's header takes less time than handing it to a thread.
     parts = [sources[start : start + 64] for start in range(0, len(sources), 64)]
     with ThreadPoolExecutor(threads) as pool:
-        checked = [each for part in pool.map(lambda part: [length(source) for source in part], parts) for each in part]
+        found = [each for part in pool.map(lambda part: list(map(length, part)), parts) for each in part]
     # The limit is for a wrong folder, where each of 100,000 files is missing.
-    raise_listed("bad audio files", [problem for problem in checked if isinstance(problem, str)], limit=1000)
-    seconds = dict(zip(sources, (each for each in checked if not isinstance(each, str)), strict=True))
+    raise_listed("bad audio files", [each for each in found if isinstance(each, str)], limit=1000)
+    seconds = dict(zip(sources, map(float, found), strict=True))
     return [seconds[utterance.source] for utterance in utterances]
 
 
@@ -398,13 +357,13 @@ def read_audio(source: str | Path, silent: list[str] | None = None) -> Tensor:
 # ---------------------------------------------------------------- scales and batches
 
 
-def scale_labels(labels: Tensor, label_range: tuple[float, float]) -> Tensor:
+def scale_labels(labels: Tensor, label_range: Range) -> Tensor:
     """Corpus scale -> 0..1, any shape."""
     low, high = label_range
     return (labels - low) / (high - low)
 
 
-def unscale_labels(labels: Tensor, label_range: tuple[float, float]) -> Tensor:
+def unscale_labels(labels: Tensor, label_range: Range) -> Tensor:
     """0..1 -> corpus scale, any shape; not clipped."""
     low, high = label_range
     return labels * (high - low) + low
@@ -431,10 +390,10 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     An exception surfaces where its result is due. Closing the generator early leaves no thread running.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
-        ahead = None
+        ahead: deque[Future[Result]] = deque()
         for item in items:
-            due, ahead = ahead, thread.submit(function, item)
-            if due is not None:
-                yield due.result()
-        if ahead is not None:
-            yield ahead.result()
+            ahead.append(thread.submit(function, item))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        for last in ahead:
+            yield last.result()

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -52,7 +52,10 @@ layers.{i}.feed_forward_norm.{p}  LAYER.{i}.final_layer_norm.{p}               L
 """.replace("CONV", "feature_extractor.conv_layers").replace("LAYER", "encoder.layers")  # noqa: E501
 KEYS = [row.split() for row in TABLE.strip().splitlines()]
 OURS, HUGGING_FACE, FAIRSEQ = range(3)
-HOLES = {"{i}": r"(\d+)", "{p}": "(weight|bias)", "{x}": "([qkv])"}
+HOLES = {"i": r"(?P<i>\d+)", "p": "(?P<p>weight|bias)", "x": "(?P<x>[qkv])"}
+CONVOLUTIONS = [f"feature_encoder.convs.{i}.weight" for i in range(len(Wav2Vec2Config.conv_kernels))]
+POSITION, FC1 = "position.conv.weight", "layers.0.feed_forward.fc1.weight"
+SIZES = dict.fromkeys([*CONVOLUTIONS, POSITION], (None,) * 3) | {FC1: (None,) * 2}  # of which all others follow
 PREFIX = re.compile(r"^(wav2vec2|hubert|wavlm|w2v_encoder\.w2v_model)\.")
 ROOT = re.compile(r"(|.*\.)(encoder\.(?:transformer\.)?layers|feature_extractor\.conv_layers)\.\d+\.")
 OWN = re.compile(  # what a backbone's keys begin with; what begins otherwise belongs to a head
@@ -65,16 +68,15 @@ HEADS = re.compile(  # parts of published models that are known, and no part of 
 )
 KNOWN = ("wav2vec2", "hubert", "wavlm")
 ATTENTION_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # by width, in everything published of the three families
-WHOLE = ("model.safetensors", "pytorch_model.bin")
-WEIGHT_FILES = tuple(f"{name}{end}" for name in WHOLE for end in ("", ".index.json"))
+WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json"]  # an index names the files that hold the tensors
+WEIGHT_FILES += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 MAX_LAYERS = 1000  # of a checkpoint; the largest published has 48
 MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
 PROCESSOR = "processor_config.json"  # transformers 5 writes the preprocessor's settings into this file alone
 SETTINGS_FILES = ("config.json", "preprocessor_config.json", PROCESSOR)  # a later one overrides
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
-MOVED = dict.fromkeys(("save_backbone", "settings_of"), "formats.huggingface")
-MOVED |= dict.fromkeys(("random_backbone", "sha256_of"), "formats.random_weights")
-MOVED["load_emotion_model"] = "formats.emotion"
+MOVED = {"save_backbone": "huggingface", "random_backbone": "random_weights", "sha256_of": "random_weights"}
+MOVED |= {"load_emotion_model": "emotion"}
 
 
 class UnavailableError(FileNotFoundError):
@@ -84,7 +86,7 @@ class UnavailableError(FileNotFoundError):
 def __getattr__(name: str) -> Any:
     """Functions that have moved to formats/ are still found here."""
     if name in MOVED:
-        return getattr(extra(MOVED[name], f"weights.{name}"), name)
+        return getattr(extra(f"formats.{MOVED[name]}", f"weights.{name}"), name)
     raise AttributeError(f"module 'weights' has no attribute {name!r}")
 
 
@@ -103,14 +105,14 @@ def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, 
     """The backbone of these tensors and settings, which come from `path`."""
     state, sources = rename(tensors, path)
     fold_weight_norm(state, sources, path)
-    require_sizes(state, sources, path)
+    require_shapes(state, SIZES, sources, path)
     config = replace(describe(state, settings, path), **regularisation)
-    for name, tensor in state.items():
-        if name.endswith(".gate_scale"):
-            state[name] = tensor.flatten()  # (1, H, 1, 1)
     with torch.device("meta"):
         backbone = Wav2Vec2(config)
-    check(state, sources, backbone, path)
+    expected = {name: parameter.shape for name, parameter in backbone.named_parameters()}
+    state.setdefault("projection.mask_embedding", torch.zeros(config.width))  # left out where unused
+    refuse([f"{sources[name]} has no place" for name in state if name not in expected], path)
+    require_shapes(state, expected, sources, path)
     backbone.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return backbone.eval()
 
@@ -128,31 +130,22 @@ def hub_id(source: object) -> tuple[str, str | None] | None:
 
 
 def locate(source: str | Path) -> list[Path]:
-    """The files of a checkpoint, weights first: a path, else the Hugging Face cache, else a download."""
+    """The files of a checkpoint, weights first: of a path, else of the Hugging Face cache, else downloaded."""
     path = Path(source).expanduser()
     path = SMALL if source == "small" and not path.exists() else path
-    if path.is_dir():
-        return list_directory(path)
     if path.is_file():
         return [path, *(list_settings(path.parent) if path.suffix != ".pt" else [])]
-    if (found := hub_id(str(source))) is None:
-        raise FileNotFoundError(f"backbone: {source} is neither a file, a directory nor a hub id; {WAYS_OUT}")
-    return list_directory(extra("formats.hub", f"backbone: {source}").fetch(*found))
-
-
-def list_directory(path: Path) -> list[Path]:
-    """The files of a checkpoint in a Hugging Face directory, weights first. Raises FileNotFoundError."""
-    for name in WEIGHT_FILES:
-        weights = path / name
-        if not weights.is_file():
-            continue
-        shards = list_shards(weights) if weights.suffix == ".json" else [name]
-        files = [path / Path(shard).name for shard in shards]
+    if not path.is_dir():
+        if (found := hub_id(str(source))) is None:
+            raise FileNotFoundError(f"backbone: {source} is neither a file, a directory nor a hub id; {WAYS_OUT}")
+        path = extra("formats.hub", f"backbone: {source}").fetch(*found)
+    for weights in (path / name for name in WEIGHT_FILES if (path / name).is_file()):
+        files = [path / Path(shard).name for shard in list_shards(weights)]
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{weights}: names {', '.join(missing)}, which {path} does not hold")
         return files + list_settings(path)
-    found = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
-    raise FileNotFoundError(f"{path}: expected {', '.join(WEIGHT_FILES)}; found {found}")
+    there = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
+    raise FileNotFoundError(f"{path}: expected {', '.join(WEIGHT_FILES)}; found {there}")
 
 
 def list_settings(path: Path) -> list[Path]:
@@ -161,11 +154,13 @@ def list_settings(path: Path) -> list[Path]:
     return [file for file in files if file.name != PROCESSOR or "feature_extractor" in read_json(file)]
 
 
-def list_shards(index: Path) -> list[str]:
-    """The names of the files that an index lists."""
-    names = read_json(index).get("weight_map")
+def list_shards(weights: Path) -> list[str]:
+    """The names of the files that hold the tensors: the file itself, or those that it lists if it is an index."""
+    if weights.suffix != ".json":
+        return [weights.name]
+    names = read_json(weights).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index}: expected a `weight_map` of names to files")
+        raise ValueError(f"{weights}: expected a `weight_map` of names to files")
     return sorted(set(names.values()))
 
 
@@ -180,6 +175,7 @@ def sha256(files: Iterable[Path]) -> str:
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -197,7 +193,7 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
         if path.name in SETTINGS_FILES:
             content = read_json(path)
             nested = content.get("feature_extractor")
-            settings |= content if path.name != PROCESSOR else nested if isinstance(nested, dict) else {}
+            settings |= nested if isinstance(nested, dict) else content
         elif path.suffix == ".safetensors":
             try:
                 tensors |= load_file(path)
@@ -207,9 +203,8 @@ def read(files: list[Path]) -> tuple[dict[str, Tensor], dict]:
             content, beside = extra("formats.pickled", f"{path}").read_pickle(path)
             tensors |= stored_tensors(content, path)
             settings |= beside
-    model_type = settings.get("model_type", "wav2vec2")
-    if model_type not in KNOWN:
-        raise ValueError(f"{files[0]}: is a {model_type} checkpoint; expected {', '.join(KNOWN)}")
+    if (kind := settings.get("model_type", "wav2vec2")) not in KNOWN:
+        raise ValueError(f"{files[0]}: is a {kind} checkpoint; expected {', '.join(KNOWN)}")
     return tensors, settings
 
 
@@ -218,16 +213,15 @@ def require_plain(path: Path) -> None:
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":  # the format before PyTorch 1.6
             return
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-            if not stored or sum(member.file_size for member in members) > path.stat().st_size:
-                raise ValueError("it has compressed members, or members that share their bytes")
-            for member in members:
-                pickled = member.filename.endswith(".pkl")
-                # a pickle can make an object of every byte
-                if pickled and (member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member)):
-                    raise ValueError("it holds more than tensors and plain values")
+        archive = zipfile.ZipFile(file)
+        members = archive.infolist()
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("it has compressed members, or members that share their bytes")
+        for member in (member for member in members if member.filename.endswith(".pkl")):
+            # a pickle can make an object of every byte
+            if member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member):
+                raise ValueError("it holds more than tensors and plain values")
 
 
 def stored_tensors(content: Mapping, path: Path) -> dict[str, Tensor]:
@@ -252,23 +246,25 @@ def unusable(tensor: Tensor) -> str | None:
 def require_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise ValueError if a tensor of `source` that is in memory holds NaN or infinite values."""
     if damaged := [key for key, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]:
-        more = f" and {len(damaged) - 8} more" if len(damaged) > 8 else ""
-        raise ValueError(f"{source}: NaN or infinite values in {', '.join(damaged[:8])}{more}; fetch or train it anew")
+        raise ValueError(f"{source}: NaN or infinite values in {first(damaged, 8)}; fetch or train it anew")
+
+
+def first(items: Iterable[str], most: int, between: str = ", ") -> str:
+    """The first few of many, and how many more there are."""
+    items = list(items)
+    return between.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 @cache
-def pattern(template: str) -> re.Pattern:
-    """The regular expression of a cell of KEYS."""
-    return re.compile("".join(HOLES.get(part, re.escape(part)) for part in re.split(r"(\{\w\})", template)))
+def pattern(cell: str) -> re.Pattern:
+    """What the keys of a cell of TABLE look like."""
+    return re.compile(re.sub(r"\\{(\w)\\}", lambda hole: HOLES[hole[1]], re.escape(cell)))
 
 
 def translate(key: str, source: int, target: int) -> list[str]:
-    """A key in one column of KEYS in the words of another, every way that it is written there."""
-    found = []
-    for row in KEYS:
-        if row[target] != "-" and (match := pattern(row[source]).fullmatch(key)):
-            found.append(re.sub(r"\{\w\}", "{}", row[target]).format(*match.groups()))
-    return found
+    """A key in one column of TABLE in the words of another, every way that it is written there."""
+    found = [(row[target], pattern(row[source]).fullmatch(key)) for row in KEYS if row[target] != "-"]
+    return [cell.format(**match.groupdict()) for cell, match in found if match]
 
 
 @cache
@@ -281,20 +277,17 @@ def our_name(key: str) -> str | None:
 
 def spell(name: str, sources: Mapping[str, str]) -> str:
     """The key that a parameter of ours has, or would have, in the file of which `sources` holds the keys."""
-    keys = set(sources.values())
-    root = find_roots(keys)[0]
+    keys = sources.values()
     column = FAIRSEQ if any(re.search(r"\.(self_attn|fc1)\.", key) for key in keys) else HUGGING_FACE
-    spelled = [root + key for key in translate(name, OURS, column)] or [name]
-    sibling = {"weight": "bias", "bias": "weight"}
-    return next((key for key in spelled if re.sub("weight$|bias$", lambda m: sibling[m[0]], key) in keys), spelled[0])
+    spelled = [find_roots(keys)[0] + key for key in translate(name, OURS, column)] or [name]
+    stem = partial(re.sub, "weight$|bias$|[gv01]$", "")  # what a key shares with that of the other half
+    return next((key for key in spelled if stem(key) in map(stem, keys)), spelled[0])
 
 
 def find_roots(keys: Iterable[str]) -> list[str]:
-    """What stands before the keys of each backbone among `keys`: both convolutions and layers follow it."""
-    found: dict[str, set[str]] = {}
-    for match in filter(None, map(ROOT.match, keys)):
-        found.setdefault(match[1], set()).add(match[2])
-    return sorted(root for root, parts in found.items() if len(parts) == 2)
+    """What stands before the keys of each backbone among `keys`."""
+    found = map(re.compile(r"(|.*\.)feature_extractor\.conv_layers\.\d+\.(conv|0)\.weight").fullmatch, keys)
+    return sorted({match[1] for match in found if match})
 
 
 def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -307,41 +300,37 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
     root, state, unknown, beside = "".join(roots), {}, [], []
     for key, tensor in tensors.items():
         inner = key.removeprefix(root)
-        name = our_name(inner) if key.startswith(root) else None
-        if name is not None:
+        if key.startswith(root) and (name := our_name(inner)) is not None:
             if name in state:
                 raise ValueError(f"{path}: holds {name} twice, as {sources[name]} and as {key}")
             if problem := unusable(tensor):
                 raise ValueError(f"{path}: {key} {problem}")
-            state[name], sources[name] = tensor, key
+            state[name] = tensor.flatten() if name.endswith(".gate_scale") else tensor  # (1, H, 1, 1)
+            sources[name] = key
         elif key.startswith(root) and OWN.match(inner):
             unknown.append(key)
         elif not HEADS.fullmatch(PREFIX.sub("", inner)):
             beside.append(key)
-    if unknown or not roots or re.search(r"\bunispeech(_sat)?\.", root):  # the same architecture, taught otherwise
-        found = f"found {len(tensors)} tensors{': ' if tensors else ''}{', '.join(list(tensors)[:8])}"
-        what = f"{len(unknown)} tensors of no known place: {', '.join(unknown[:8])}"
-        what = what if roots else f"holds no encoder of Wav2Vec 2.0, HuBERT or WavLM; {found}"
-        raise extra("formats.others", f"{path}: {what}").refusal([*unknown, root] if roots else tensors, path, what)
+    if unknown or not roots or "unispeech" in root:  # UniSpeech is the same architecture, taught otherwise
+        what = f"holds no encoder of Wav2Vec 2.0, HuBERT or WavLM; found {len(tensors)} tensors: {first(tensors, 8)}"
+        what = f"{len(unknown)} tensors of no known place: {first(unknown, 8)}" if roots else what
+        raise extra("formats.others", f"{path}: {what}").refusal(tensors, path, what)
     if beside:
-        more = f" and {len(beside) - 4} more" if len(beside) > 4 else ""
-        note(f"{path}: what lies beside the backbone is left out: {', '.join(beside[:4])}{more}")
+        note(f"{path}: what lies beside the backbone is left out: {first(beside, 4)}")
     return state, sources
 
 
 def fold_weight_norm(state: dict[str, Tensor], sources: dict[str, str], path: Path) -> None:
     """Replace g and v of the positional convolution by its weight `g v / |v|`, one norm for each tap."""
-    halves = [name for name in ("position.g", "position.v") if name in state]
-    if not halves:
+    halves = ("position.g", "position.v")
+    if not any(half in state for half in halves):
         return
-    if len(halves) == 1:  # weight_g and weight_v, or original0 and original1
-        stem, last = sources[halves[0]][:-1], sources[halves[0]][-1]
-        refuse([f"{stem}{dict(zip('gv01', 'vg10', strict=True))[last]} is missing"], path)
-    v, g = state.pop("position.v").float(), state.pop("position.g").float()
+    refuse([f"{spell(half, sources)} is missing" for half in halves if half not in state], path)
+    g, v = (state.pop(half).float() for half in halves)
     if v.ndim != 3 or g.shape != (1, 1, v.shape[2]):
         raise ValueError(f"{path}: {sources['position.g']} {tuple(g.shape)} does not fit {tuple(v.shape)}")
-    state["position.conv.weight"] = v * (g / tap_norms(v))
-    sources["position.conv.weight"] = sources["position.v"]
+    state[POSITION] = v * (g / tap_norms(v))
+    sources[POSITION] = sources["position.v"]
 
 
 def tap_norms(v: Tensor) -> Tensor:
@@ -349,19 +338,20 @@ def tap_norms(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=(0, 1), keepdim=True, dtype=torch.float64).float()
 
 
-def require_sizes(state: Mapping[str, Tensor], sources: Mapping[str, str], path: Path) -> None:
-    """Raise ValueError unless the tensors are there, and of a possible shape, of which the others' sizes follow."""
-    convs = [f"feature_encoder.convs.{i}.weight" for i in range(len(Wav2Vec2Config.conv_kernels))]
-    dimensions = dict.fromkeys([*convs, "position.conv.weight"], 3) | {"layers.0.feed_forward.fc1.weight": 2}
+def require_shapes(
+    state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int | None]], sources: Mapping[str, str], path: Path
+) -> None:
+    """Raise ValueError for tensors that are missing or of another shape. None is any size above 0."""
     problems = []
-    for name, ndim in dimensions.items():
+    for name, sizes in expected.items():
+        found = tuple(state[name].shape) if name in state else ()
         if name not in state:
             problems.append(f"{spell(name, sources)} is missing")
-        elif state[name].ndim != ndim or 0 in state[name].shape:
-            problems.append(f"{sources[name]} is {tuple(state[name].shape)}, expected {ndim} dimensions")
+        elif (
+            len(found) != len(sizes) or 0 in found or any(a not in (b, None) for a, b in zip(sizes, found, strict=True))
+        ):
+            problems.append(f"{sources[name]} is {found}, expected {str(tuple(sizes)).replace('None', 'any')}")
     refuse(problems, path)
-    width, per_group, _ = state["position.conv.weight"].shape
-    refuse([f"{sources['position.conv.weight']} cannot be cut into groups"] if width % per_group else [], path)
 
 
 def setting(settings: Mapping, path: Path, *names: str, default: Any, guess: bool = False) -> Any:
@@ -371,9 +361,7 @@ def setting(settings: Mapping, path: Path, *names: str, default: Any, guess: boo
     if name is None and guess:
         file = SETTINGS_FILES[names[0] == "do_normalize"]
         more = " and rename the weights to .bin" if path.suffix == ".pt" else ""
-        note(
-            f"{path}: no settings give {names[0]}; assumed {json.dumps(default)}. Put it into a {file} beside it{more}"
-        )
+        note(f"{path}: no settings give {names[0]}; assumed {json.dumps(value)}. Put it into a {file} beside it{more}")
     if type(value) is not type(default) or (not isinstance(value, bool | list) and not 0 < value < 2**31):
         raise ValueError(f"{path}: {name} is {value!r} in its settings; expected a value such as {default!r}")
     return value
@@ -382,32 +370,31 @@ def setting(settings: Mapping, path: Path, *names: str, default: Any, guess: boo
 def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2Vec2Config:
     """The architecture: sizes from the tensors, the rest from the settings, else from what is published."""
     get = partial(setting, settings, path)
-    convs = [state[f"feature_encoder.convs.{i}.weight"].shape for i in range(len(Wav2Vec2Config.conv_kernels))]
-    channels, kernels = tuple(shape[0] for shape in convs), tuple(shape[2] for shape in convs)
-    width, per_group, kernel = state["position.conv.weight"].shape
-    layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-    buckets = len(state.get("relative_bias.weight", ()))
-    if settings.get("model_type") == "wavlm" and not buckets:
-        raise ValueError(f"{path}: is a wavlm checkpoint by its settings, but has no relative position bias")
-    large = "feature_encoder.norms.1.weight" in state  # the kind of layer-normed convolutions; all these are pre-norm
     expected: dict[str, object] = dict.fromkeys(("hidden_act", "feat_extract_activation", "activation_fn"), "gelu")
     expected |= {"add_adapter": False, "adapter_attn_dim": None, "conv_pos_batch_norm": False, "sampling_rate": 16_000}
     for name, value in expected.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {settings[name]!r} in its settings; only {value!r} is known here")
+    channels, _, kernels = zip(*(state[name].shape for name in CONVOLUTIONS), strict=True)
     strides = tuple(get("conv_stride", default=list(Wav2Vec2Config.conv_strides)))
     if (kernels, strides) != (Wav2Vec2Config.conv_kernels, Wav2Vec2Config.conv_strides):
         raise ValueError(f"{path}: convolutions have kernels {kernels} and strides {strides}; only the usual are known")
-    names, published = ("num_attention_heads", "encoder_attention_heads"), ATTENTION_HEADS.get(width)
-    heads = get(*names, default=published or max(1, min(width // 64, 16)), guess=published is None)
-    layers = get("num_hidden_layers", "encoder_layers", default=layers)
-    if layers > MAX_LAYERS:
-        raise ValueError(f"{path}: has {layers} layers, expected at most {MAX_LAYERS}")
+    width, per_group, kernel = state[POSITION].shape
+    if width % per_group:
+        raise ValueError(f"{path}: a positional convolution of {width} by {per_group} cannot be cut into groups")
+    usual = ATTENTION_HEADS.get(width, max(1, min(width // 64, 16)))
+    heads = get("num_attention_heads", "encoder_attention_heads", default=usual, guess=width not in ATTENTION_HEADS)
     if width % heads:
         raise ValueError(f"{path}: {heads} attention heads in its settings do not divide its width {width}")
+    found = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+    if (layers := get("num_hidden_layers", "encoder_layers", default=found)) > MAX_LAYERS:
+        raise ValueError(f"{path}: has {layers} layers, expected at most {MAX_LAYERS}")
+    buckets = len(state.get("relative_bias.weight", ()))
+    if settings.get("model_type") == "wavlm" and not buckets:
+        raise ValueError(f"{path}: is a wavlm checkpoint by its settings, but has no relative position bias")
+    large = "feature_encoder.norms.1.weight" in state  # the kind of layer-normed convolutions; all these are pre-norm
     # Published: yes for every large one, no for WavLM-base. Of the others the hub's files say yes, their authors no.
     yes = large or ("architectures" in settings and not buckets)
-    normalized = get("do_normalize", "normalize", default=yes, guess=not (large or buckets))
     # DistilHuBERT (arXiv 2110.01900) has two layers and no norm before its projection.
     distilled = layers == 2 and not any(name.startswith("projection.norm.") for name in state)
     return Wav2Vec2Config(
@@ -418,32 +405,18 @@ def describe(state: Mapping[str, Tensor], settings: Mapping, path: Path) -> Wav2
         width=width,
         layers=layers,
         heads=heads,
-        ffn=state["layers.0.feed_forward.fc1.weight"].shape[0],
+        ffn=state[FC1].shape[0],
         pre_norm=get("do_stable_layer_norm", "layer_norm_first", default=large),
         position_kernel=kernel,
         position_groups=width // per_group,
         norm_eps=get("layer_norm_eps", default=1e-5),
         relative_buckets=buckets,
         relative_distance=get("max_bucket_distance", "max_distance", default=800),
-        normalize_waveform=bool(normalized),
+        normalize_waveform=get("do_normalize", "normalize", default=yes, guess=not (large or buckets)),
     )
 
 
-def check(state: dict[str, Tensor], sources: Mapping[str, str], backbone: Wav2Vec2, path: Path) -> None:
-    """Every parameter is there in its shape and every tensor has its place, else ValueError."""
-    expected = {name: parameter.shape for name, parameter in backbone.named_parameters()}
-    state.setdefault("projection.mask_embedding", torch.zeros(backbone.config.width))  # left out where unused
-    problems = [f"{spell(name, sources)} is missing" for name in expected if name not in state]
-    for name, tensor in state.items():
-        if name not in expected:
-            problems.append(f"{sources[name]} has no place")
-        elif tensor.shape != expected[name]:
-            problems.append(f"{sources[name]} is {tuple(tensor.shape)}, expected {tuple(expected[name])}")
-    refuse(problems, path)
-
-
-def refuse(problems: list[str], path: Path) -> None:
-    """Raise ValueError if there are problems, the first eight by name."""
+def refuse(problems: Sequence[str], path: Path) -> None:
+    """Raise ValueError if there are problems."""
     if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{path}: does not fit its own architecture: {'; '.join(problems[:8])}{more}")
+        raise ValueError(f"{path}: does not fit its own architecture: {first(problems, 8, '; ')}")

@@ -283,7 +283,7 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     config = load_config(path, overrides)
     utterances, notes = data.read_corpus(**run.corpus_keys(config))
     label_range = data.find_label_range(config.corpus, config.label_range, utterances, config.targets)
-    problems = data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap)
+    problems = list(data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap))
     problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
     chosen = {"fold": config.fold, "test_set": config.test_set, "dev_set": config.dev_set}
     words = [config.corpus, *(f"{key}={value}" for key, value in chosen.items() if value is not None)]

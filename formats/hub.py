@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub as hub
 from huggingface_hub import constants, errors
 
+from machine.hardware import first_line
 from weights import PROCESSOR, SETTINGS_FILES, WAYS_OUT, WEIGHT_FILES, UnavailableError, list_shards, note, sha256
 
 TIMEOUT = 5  # seconds, for the one look whether there is a network: the library itself would try half a minute
@@ -47,8 +48,8 @@ def fetch(repository: str, revision: str | None = None) -> Path:
             raise
         if directory is None:
             raise failure from None
-        lacking = ", ".join(needed)
-        note(f"{repository}: the Hugging Face cache lacks {lacking}, which could not be fetched: {first_line(error)}")
+        lacking = f"lacks {', '.join(needed)}, which could not be fetched: {first_line(error)[:200]}"
+        note(f"{repository}: the Hugging Face cache {lacking}")
     if directory is None:
         raise FileNotFoundError(f"backbone: the hub's {repository} holds none of {', '.join(WEIGHT_FILES)}")
     return directory
@@ -58,7 +59,7 @@ def find_weights(find: Callable[[str], Path | None], whole: bool) -> Path | None
     """The directory of the first weights that `find` finds, with every shard if they must be whole."""
     for name in WEIGHT_FILES:
         if weights := find(name):
-            shards = [find(shard) for shard in list_shards(weights)] if weights.suffix == ".json" else []
+            shards = [find(shard) for shard in list_shards(weights) if shard != name]
             if all(shards) or not whole:
                 return weights.parent
     return None
@@ -68,9 +69,9 @@ def get(repository: str, name: str, revision: str | None) -> Path | None:
     """A file of a repository, downloaded if the cache has it not; None if the hub does not have it."""
     try:
         file = Path(hub.hf_hub_download(repository, name, revision=revision))
-    except errors.EntryNotFoundError as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):  # the network was lost on the way
-            raise
+    except errors.LocalEntryNotFoundError:  # the network was lost on the way
+        raise
+    except errors.EntryNotFoundError:
         return None
     check_download(file)
     return file
@@ -78,28 +79,20 @@ def get(repository: str, name: str, revision: str | None) -> Path | None:
 
 def explain(error: Exception, repository: str, revision: str | None) -> Exception:
     """The error to raise for one of the hub's, and to say in one line; the same if it is not about the hub."""
+    what = f"backbone: {repository} is neither a path here nor"
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{repository}"
-        return FileNotFoundError(
-            f"backbone: {repository} is gated: accept its terms on {page}, then log in with `hf auth login`"
-        )
+        what = f"backbone: {repository} is gated: accept its terms on {page}, then log in with `hf auth login`"
+        return FileNotFoundError(what)
     if isinstance(error, errors.RevisionNotFoundError):
         return FileNotFoundError(f"backbone: {repository} has no revision {revision!r} on the hub")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return FileNotFoundError(
-            f"backbone: {repository} is neither a path here nor a repository that the hub shows to you (private ones "
-            f"need `hf auth login`); {WAYS_OUT}"
-        )
+        shown = "a repository that the hub shows to you (private ones need `hf auth login`)"
+        return FileNotFoundError(f"{what} {shown}; {WAYS_OUT}")
     if isinstance(error, ValueError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         return error
-    return UnavailableError(
-        f"backbone: {repository} is neither a path here nor in the Hugging Face cache, and cannot be downloaded "
-        f"({first_line(error)}); {WAYS_OUT}"
-    )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = first_line(error)[:200]
+    return UnavailableError(f"{what} in the Hugging Face cache, and cannot be downloaded ({reason}); {WAYS_OUT}")
 
 
 def check_download(file: Path) -> None:

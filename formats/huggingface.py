@@ -1,12 +1,12 @@
 """Write a backbone as a Hugging Face directory."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from machine.hardware import replace
 from model import Wav2Vec2, Wav2Vec2Config
 from weights import HUGGING_FACE, OURS, SETTINGS_FILES, WEIGHT_FILES, tap_norms, translate
 
@@ -35,9 +35,8 @@ def save_backbone(backbone: Wav2Vec2, directory: str | Path, family: str = "wav2
         tensors[key] = tensor.to("cpu", torch.float32).contiguous()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    beside = directory / f".{WEIGHT_FILES[0]}.tmp"  # the backbone may be mapped from the very file that it replaces
-    save_file(tensors, beside, {"format": "pt"})
-    os.replace(beside, directory / WEIGHT_FILES[0])
+    # The backbone may be mapped from the very file that is replaced.
+    replace(directory / WEIGHT_FILES[0], lambda path: save_file(tensors, path, {"format": "pt"}))
     for name, settings in zip(SETTINGS_FILES, settings_of(backbone.config, family), strict=False):
         (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -50,30 +49,22 @@ def hugging_face_key(name: str) -> str | None:
 def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict, dict]:
     """An architecture as `config.json` and `preprocessor_config.json` say it."""
     family = "wavlm" if config.relative_buckets else family if config.projection_norm else "hubert"
-    architecture = {
-        "model_type": family,
-        "architectures": [FAMILIES[family]],
+    settings: dict[str, object] = {"model_type": family, "architectures": [FAMILIES[family]], "hidden_act": "gelu"}
+    settings |= {
         "conv_dim": config.conv_channels,
         "conv_kernel": config.conv_kernels,
         "conv_stride": config.conv_strides,
-        "conv_bias": config.conv_bias,
-        "feat_extract_norm": config.conv_norm,
-        "feat_extract_activation": "gelu",
-        "num_feat_extract_layers": len(config.conv_channels),
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.ffn,
-        "hidden_act": "gelu",
-        "do_stable_layer_norm": config.pre_norm,
-        "num_conv_pos_embeddings": config.position_kernel,
-        "num_conv_pos_embedding_groups": config.position_groups,
-        "layer_norm_eps": config.norm_eps,
     }
+    settings |= {"conv_bias": config.conv_bias, "num_feat_extract_layers": len(config.conv_channels)}
+    settings |= {"feat_extract_norm": config.conv_norm, "feat_extract_activation": "gelu"}
+    settings |= {"hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads}
+    settings |= {"intermediate_size": config.ffn, "do_stable_layer_norm": config.pre_norm}
+    settings |= {"num_conv_pos_embeddings": config.position_kernel, "layer_norm_eps": config.norm_eps}
+    settings |= {"num_conv_pos_embedding_groups": config.position_groups}
     if config.relative_buckets:
-        architecture |= {"num_buckets": config.relative_buckets, "max_bucket_distance": config.relative_distance}
+        settings |= {"num_buckets": config.relative_buckets, "max_bucket_distance": config.relative_distance}
     if not config.projection_norm:  # only HuBERT's classes can leave it out
-        architecture["feat_proj_layer_norm"] = False
+        settings["feat_proj_layer_norm"] = False
     preprocessing = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "do_normalize": config.normalize_waveform,
@@ -83,4 +74,4 @@ def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict,
         "padding_value": 0.0,
         "return_attention_mask": config.conv_norm == "layer",  # the group kind was trained without, says its publisher
     }
-    return architecture, preprocessing
+    return settings, preprocessing

@@ -3,19 +3,18 @@
     waveform, sample_rate = decode("interview.m4a")  # (S,) float32 at the file's own rate, channels averaged
 
 What is decoded is all that the file holds, or there is an error. FFmpeg itself stops without a word where a file was
-cut. Therefore the declared length, the times of packets and the last page of an Ogg file are compared with the result.
+cut. Therefore the declared length, the times and sizes of packets and the end of the file are compared with the result.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
+from itertools import chain, groupby
 from typing import BinaryIO
 
 import av
 import numpy as np
 
 from data import say_once
-from machine.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_length, resample
+from machine.audio import BLOCK, MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_length, resample
 
 LOSSLESS = {"aiff", "au", "caf", "w64", "flac", "avr", "epaf", "iff", "ircam", "pvf"}  # declare samples
 LOSSY = {"mov", "matroska", "asf", "avi"}  # declare a time, to which codecs round and pad
@@ -23,22 +22,16 @@ JOINED = {"mp3", "aac", "amr"}  # files without a container: between two that we
 LOST = 4  # packets in a row that may be such tags and headers
 SEEKABLE = {"mov", "matroska", "ogg"}  # each packet has its time, so that a part of the file can be found
 SLACK = 0.15  # seconds
-SOUND = "3ga aac ac3 adts aif aifc aiff alac amr ape au avr awb caf dts eac3 flac gsm htk ircam m4a m4b m4p mat mka mp1"
-SOUND += (
-    " mp2 mp3 mpc nist oga ogg opus paf pvf qcp ra rf64 sd2 sds snd sph spx svx tta voc w64 wav wave weba wma wv wve xi"
+LEAD = 0.5  # seconds decoded before a part, so that the decoder has settled
+OGG_PAGE = 65_307  # bytes of the largest page there can be
+MPEG_1 = [0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]  # kbit/s of MP3, by a frame's header
+MPEG_2 = [0, *range(8, 65, 8), *range(80, 161, 16)]
+SOUND = (
+    "3ga aac ac3 adts aif aifc aiff alac amr ape au avr awb caf dts eac3 flac gsm htk ircam m4a m4b m4p mat mka mp1 mp2"
+    " mp3 mpc nist oga ogg opus paf pvf qcp ra rf64 sd2 sds snd sph spx svx tta voc w64 wav wave weba wma wv wve xi"
 )
 FILM = "3g2 3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts ogm ogv rm ts vob webm wmv"
 SUFFIXES = {f".{name}" for name in f"{SOUND} {FILM}".split()}  # of files that are sound or film
-LEAD = 0.5  # seconds decoded before a part, so that the decoder has settled
-OGG_PAGE = 65_307  # bytes of the largest page there can be
-
-
-@dataclass
-class Progress:
-    """How far a file was read."""
-
-    seconds: float = 0.0
-    first_byte: int | None = None  # where the first packet is in the file
 
 
 def decode(path: str, start: float = 0.0, end: float | None = None) -> tuple[np.ndarray, int]:
@@ -48,28 +41,30 @@ def decode(path: str, start: float = 0.0, end: float | None = None) -> tuple[np.
     to the rate it begins with. Raises ValueError, without the path, for what is no sound, encrypted, empty, cut or
     damaged.
     """
-    done = Progress()
     try:
         # An open file and no protocols: a playlist cannot make FFmpeg read other files or the network.
         with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": ""}) as container:
-            kind = container.format.name.partition(",")[0]
-            stream = first_track(container, path)
-            bit_rate = stream.codec_context.bit_rate or 1  # before decoding, which changes it
-            waveform, rate, offset = collect(pieces(container, stream, kind, start, end, done), end, done)
+            kind, stream = container.format.name.partition(",")[0], first_track(container, path)
+            begin = float((stream.start_time or 0) * (stream.time_base or 0))
+            if sought := start > 2 * LEAD and kind in SEEKABLE:
+                container.seek(int((start - LEAD + begin) / stream.time_base), stream=stream)
+            packets = container.demux(stream)
+            packet = next(packets)
+            declared = declared_seconds(container, stream, kind, packet.pos or 0)  # before decoding, which changes it
+            found = frames(chain([packet], packets), kind, begin, end, sought)
+            waveform, rate, offset = collect(found)
             waveform = without_padding(waveform, stream)
             if end is None:
-                declared = declared_seconds(container, stream, kind, bit_rate, done.first_byte)
-                require_whole((offset + len(waveform)) / rate, declared, 0.5 / rate if kind in LOSSLESS else SLACK)
-                if kind == "ogg":
-                    require_last_page(file)
+                require_whole(file, kind, (offset + len(waveform) + 0.5) / rate, declared)
     except (av.FFmpegError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it cannot be decoded"
-        if not done.seconds:
-            raise ValueError(f"not audio that can be read ({reason}); convert it to WAV or FLAC") from None
-        raise ValueError(
-            f"truncated or damaged after {done.seconds:.2f} s ({reason}); copy or convert it again"
-        ) from None
-    return waveform[max(0, round(start * rate) - offset) :], rate
+        raise ValueError(f"not audio that can be read ({reason(error)}); convert it to WAV or FLAC") from None
+    last = None if end is None else max(0, round(end * rate) - offset)
+    return waveform[max(0, round(start * rate) - offset) : last], rate
+
+
+def reason(error: Exception) -> str:
+    """What FFmpeg says of an error."""
+    return getattr(error, "strerror", None) or "it cannot be decoded"
 
 
 def first_track(container: av.container.InputContainer, path: str) -> av.AudioStream:
@@ -90,76 +85,81 @@ def first_track(container: av.container.InputContainer, path: str) -> av.AudioSt
     return stream
 
 
-def pieces(
-    container: av.container.InputContainer,
-    stream: av.AudioStream,
-    kind: str,
-    start: float,
-    end: float | None,
-    done: Progress,
-) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Decoded parts in order: mono samples, their rate, and where the part begins as a sample of the track."""
-    base, at, failed = (stream.start_time or 0) * (stream.time_base or 0), 0, 0
-    if sought := start > 2 * LEAD and kind in SEEKABLE:
-        container.seek(int((start - LEAD + float(base)) / stream.time_base), stream=stream)
-    for packet in container.demux(stream):
-        done.first_byte = packet.pos if done.first_byte is None else done.first_byte
-        if packet.is_corrupt and kind != "wav":  # which sets it at the end of a pipe; its length is known before
-            raise av.InvalidDataError(0, "a packet is cut")
-        try:
-            frames = packet.decode()
-        except av.InvalidDataError:
-            failed += 1
-            if kind not in JOINED or failed > LOST:
-                raise
-            continue
-        for frame in frames:
-            if frame.is_corrupt:
-                raise av.InvalidDataError(0, "a frame is cut")
-            failed, rate = 0, frame.sample_rate
-            told = round(float(frame.pts * frame.time_base - base) * rate) if frame.pts is not None else None
-            if sought:
-                at, sought = max(0, told or 0), False
-            elif kind == "ogg" and told is not None and told - at > SLACK * rate:
-                raise av.InvalidDataError(0, f"{(told - at) / rate:.2f} s are missing")
-            elif kind == "ogg" and told is not None and told < at - SLACK * rate:  # another stream begins
-                base = frame.pts * frame.time_base - Fraction(at, rate)
-            yield mono(frame), rate, at
-            at += frame.samples
-            if end is not None and at >= end * rate:
-                return
-    if failed:
-        raise av.InvalidDataError(0, "the last packet is cut")
+def frames(
+    packets: Iterator[av.Packet], kind: str, begin: float, end: float | None, sought: bool
+) -> Iterator[tuple[av.AudioFrame, float]]:
+    """Decoded frames in order, each with its time in the track, in seconds."""
+    at, failed, last, rate = 0.0, 0, None, 0
+    try:
+        for packet in packets:
+            if packet.is_corrupt and kind != "wav":  # which sets it at the end of a pipe; its length is known before
+                raise av.InvalidDataError(0, "a packet is cut")
+            try:
+                decoded = packet.decode()
+            except av.InvalidDataError:
+                failed += 1
+                if kind not in JOINED or failed > LOST:
+                    raise
+                continue
+            for frame in decoded:
+                if frame.is_corrupt:
+                    raise av.InvalidDataError(0, "a frame is cut")
+                failed, last, rate = 0, packet, frame.sample_rate
+                if kind in SEEKABLE and frame.time is not None:
+                    ahead = frame.time - begin - at
+                    if sought:
+                        at, sought = max(0.0, ahead), False
+                    elif kind == "ogg" and ahead > SLACK:
+                        raise av.InvalidDataError(0, f"{ahead:.2f} s are missing")
+                    elif kind == "ogg" and ahead < -SLACK:  # another stream begins
+                        begin = frame.time - at
+                yield frame, at
+                at += frame.samples / rate
+                if end is not None and at >= end:
+                    return
+        if failed or (kind == "mp3" and last and is_cut(bytes(last), rate)):
+            raise av.InvalidDataError(0, "the last packet is cut")
+    except av.FFmpegError as error:
+        if not at:
+            raise
+        found = f"truncated or damaged after {at:.2f} s ({reason(error)})"
+        raise ValueError(f"{found}; copy or convert it again") from None
 
 
-def collect(
-    parts: Iterator[tuple[np.ndarray, int, int]], end: float | None, done: Progress
-) -> tuple[np.ndarray, int, int]:
-    """All parts at the rate of the first, up to `end`; that rate; and the sample at which the first begins.
+def is_cut(frame: bytes, rate: int) -> bool:
+    """Whether a frame of MP3 has fewer bytes than its header says: FFmpeg decodes it all the same."""
+    first, layer, index = frame[1] >> 3 & 3 == 3, frame[1] >> 1 & 3, frame[2] >> 4
+    if layer != 1 or index == 15:  # layer III alone; 15 is no rate
+        return False
+    size = 144_000 * MPEG_1[index] if first else 72_000 * MPEG_2[index]
+    return len(frame) < size // rate + (frame[2] >> 1 & 1)
 
-    `done.seconds` is what there is so far, for a message if the next part cannot be decoded.
+
+def collect(found: Iterator[tuple[av.AudioFrame, float]]) -> tuple[np.ndarray, int, int]:
+    """All frames as one channel (S,) at the rate of the first; that rate; and the sample at which the first begins.
+
+    FFmpeg's queue joins the frames, as NumPy takes longer for one than FFmpeg to decode it.
     """
-    runs: list[tuple[list[np.ndarray], int]] = []  # stretches of one rate
-    count, rate, offset = 0, 0, 0
-    for samples, own, at in parts:
-        if not runs:
-            rate, offset = own, at
+    stretches, rate, offset = [], 0, 0
+    kinds = groupby(found, lambda each: (each[0].sample_rate, each[0].format.name, each[0].layout.name))
+    for (own, *_), stretch in kinds:
         if not MIN_SAMPLE_RATE <= own <= MAX_SAMPLE_RATE:
             raise ValueError(f"declares a sample rate of {own} Hz; convert it again")
-        if not runs or runs[-1][1] != own:
-            runs.append(([], own))
-        runs[-1][0].append(samples)
-        count += len(samples)
-        require_length(count, min(own, rate))
-        done.seconds += len(samples) / own
-    if not runs:
+        queue, blocks = av.AudioFifo(), [np.empty(0, np.float32)]
+        for frame, at in stretch:
+            if not rate:
+                rate, offset = own, round(at * own)
+            frame.pts = None  # else the queue compares the times
+            queue.write(frame)
+            if queue.samples >= BLOCK:
+                blocks.append(mono(queue.read()))
+                require_length(sum(map(len, stretches + blocks)), min(own, rate))
+        if queue.samples:
+            blocks.append(mono(queue.read()))
+        stretches.append(resample(np.concatenate(blocks), own, rate).numpy())
+    if not stretches:
         raise ValueError("holds no sound; leave it out")
-    joined = [
-        np.concatenate(stretch) if own == rate else resample(np.concatenate(stretch), own, rate).numpy()
-        for stretch, own in runs
-    ]
-    waveform = np.concatenate(joined)
-    return (waveform if end is None else waveform[: max(0, round(end * rate) - offset)]), rate, offset
+    return np.concatenate(stretches), rate, offset
 
 
 def without_padding(waveform: np.ndarray, stream: av.AudioStream) -> np.ndarray:
@@ -181,7 +181,7 @@ def mono(frame: av.AudioFrame) -> np.ndarray:
 
 
 def declared_seconds(
-    container: av.container.InputContainer, stream: av.AudioStream, kind: str, bit_rate: int, first_byte: int | None
+    container: av.container.InputContainer, stream: av.AudioStream, kind: str, first_byte: int
 ) -> float:
     """The length that the file declares; 0 where it does not, or where FFmpeg's is an estimate."""
     declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
@@ -189,20 +189,23 @@ def declared_seconds(
         alone = kind == "matroska" and len(container.streams) == 1
         return container.duration / av.time_base if alone and container.duration else declared
     if kind == "mp3":  # a Xing header, unless it is what follows from the number of bytes and the bit rate
-        estimate = 8 * (container.size - (first_byte or 0)) / bit_rate
+        estimate = 8 * (container.size - first_byte) / (stream.codec_context.bit_rate or 1)
         return declared if abs(declared - estimate) > SLACK + 0.005 * declared else 0.0
     return 0.0
 
 
-def require_whole(seconds: float, declared: float, slack: float) -> None:
-    if seconds < declared - slack:
+def require_whole(file: BinaryIO, kind: str, seconds: float, declared: float) -> None:
+    """Raise ValueError for what was cut: less sound than declared, or a part of the file that FFmpeg leaves out."""
+    if seconds < declared - (0 if kind in LOSSLESS else SLACK):
         raise ValueError(f"truncated: {seconds:.2f} of {declared:.2f} s; copy it again")
-
-
-def require_last_page(file: BinaryIO) -> None:
-    """Raise ValueError if an Ogg file ends inside a page, which FFmpeg leaves out without a word."""
-    file.seek(max(0, file.seek(0, 2) - OGG_PAGE))
-    tail = file.read()
-    page = tail[max(0, tail.rfind(b"OggS")) :]
-    if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
-        raise ValueError("truncated: its last Ogg page is cut; copy it again")
+    size = file.seek(0, 2)
+    if kind == "ogg":
+        file.seek(max(0, size - OGG_PAGE))
+        tail = file.read()
+        page = tail[max(0, tail.rfind(b"OggS")) :]
+        if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+            raise ValueError("truncated: its last Ogg page is cut; copy it again")
+    if kind == "avi":
+        file.seek(4)
+        if size < (declared_size := int.from_bytes(file.read(4), "little")):
+            raise ValueError(f"truncated: {size:,} of {declared_size:,} bytes; copy it again")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from machine.hardware import first_line
 from weights import require_plain
 
 
@@ -24,22 +25,20 @@ class StandIn(dict):
         self.update(state if isinstance(state, dict) else {})
 
 
-STAND_INS = (  # settings, then what stands beside them: vocabulary, scores, random states, hyper-parameters, paths
-    "argparse.Namespace",
-    *(f"omegaconf.{name}Config" for name in ("dictconfig.Dict", "listconfig.List")),
-    *(f"omegaconf.nodes.{name}Node" for name in ("Any", "String", "Integer", "Float", "Boolean")),
-    *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata")),
-    *("typing.Any", "builtins.dict", "builtins.list", "builtins.int", "builtins.str", "collections.defaultdict"),
-    "fairseq.data.dictionary.Dictionary",
-    *("numpy.dtype", "numpy.ndarray"),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"pathlib.{system}Path" for system in ("Posix", "Windows", "PurePosix", "PureWindows")),
-)
-
-DICTIONARIES = (  # Lightning's, of hyper-parameters; the unpickler fills nothing but real dictionaries
-    *(f"{name}.utilities.parsing.AttributeDict" for name in ("pytorch_lightning", "lightning.pytorch")),
-    *(f"{name}.utilities.data.AttributeDict" for name in ("lightning_fabric", "lightning.fabric")),
-)
+# Settings, then what stands beside them: vocabulary, scores, random states, hyper-parameters, paths.
+STAND_INS = """
+argparse.Namespace omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig omegaconf.nodes.AnyNode
+omegaconf.nodes.StringNode omegaconf.nodes.IntegerNode omegaconf.nodes.FloatNode omegaconf.nodes.BooleanNode
+omegaconf.base.Metadata omegaconf.base.ContainerMetadata typing.Any builtins.dict builtins.list builtins.int
+builtins.str collections.defaultdict fairseq.data.dictionary.Dictionary numpy.dtype numpy.ndarray
+numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct numpy._core.multiarray.scalar
+numpy._core.multiarray._reconstruct pathlib.PosixPath pathlib.WindowsPath pathlib.PurePosixPath pathlib.PureWindowsPath
+"""
+# Lightning's, of hyper-parameters; the unpickler fills nothing but real dictionaries.
+DICTIONARIES = """
+pytorch_lightning.utilities.parsing.AttributeDict lightning.pytorch.utilities.parsing.AttributeDict
+lightning_fabric.utilities.data.AttributeDict lightning.fabric.utilities.data.AttributeDict
+"""
 
 
 def read_pickle(path: Path) -> tuple[dict[str, object], dict]:
@@ -47,7 +46,7 @@ def read_pickle(path: Path) -> tuple[dict[str, object], dict]:
 
     By PyTorch's restricted unpickler: tensors, containers and stand-ins, nothing else. Raises ValueError.
     """
-    harmless = [(StandIn, name) for name in STAND_INS] + [(OrderedDict, name) for name in DICTIONARIES]
+    harmless = [(StandIn, name) for name in STAND_INS.split()] + [(OrderedDict, name) for name in DICTIONARIES.split()]
     with torch.serialization.safe_globals(harmless):
         try:
             require_plain(path)
@@ -60,8 +59,7 @@ def read_pickle(path: Path) -> tuple[dict[str, object], dict]:
             what = f"names {found[1] or found[2]}, which could run code" if found else "is not a PyTorch file"
             raise ValueError(f"{path}: {what}; expected tensors alone. Ask for a .safetensors file") from None
         except Exception as error:  # damage can surface as nearly any of them
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path}: is not a whole PyTorch file ({reason})") from None
+            raise ValueError(f"{path}: is not a whole PyTorch file ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
     settings = fairseq_settings(content)

@@ -1,4 +1,4 @@
-"""An audio file as samples: WAV and FLAC with soundfile, everything else through `formats.media`; resampling.
+"""An audio file as samples: WAV, AIFF and FLAC with soundfile, everything else through `formats.media`; resampling.
 
 waveform, samples, sample_rate = read_original("talk.wav#t=2.5,4")  # (S,) float32 at the file's own rate
 waveform = resample(waveform, sample_rate)  # at 16 kHz
@@ -11,8 +11,8 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,11 +29,11 @@ BLOCK = 1 << 20  # samples decoded at once
 MIN_SAMPLE_RATE = 1000  # Hz; less is a damaged header, and a second becomes hours at 16 kHz
 MAX_SAMPLE_RATE = 1_000_000  # Hz; more is a damaged header, and a resampling filter that fills the memory
 MAX_SAMPLES = 1 << 30  # of a file, at its rate and at 16 kHz: 6 hours at 48 kHz, 4 GB; FLAC packs silence to nothing
-
 CLOCK_STEP = 2_000_000_000  # ns; times of change advance in steps of up to 2 s (FAT), 24 ms in virtual machines
-
 SILENT = 1e-3  # of full scale: no sample is farther from the mean; -60 dB
-BY_SOUNDFILE = {"WAV", "WAVEX", "RF64", "FLAC", "HTK", "MAT4", "MAT5", "MPC2K", "SD2", "SDS", "WVE", "XI"}
+BY_SOUNDFILE = {"WAV", "WAVEX", "RF64", "AIFF", "FLAC", "HTK", "MAT4", "MAT5", "MPC2K", "SD2", "SDS", "WVE", "XI"}
+KINDS = {b"RIFFWAV": "WAV", b"RF64WAV": "RF64", b"FORMAIF": "AIFF"}  # by the bytes that a file begins with
+FLAC = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")  # how a file begins: with a STREAMINFO of 34 bytes
 PART = re.compile(r"(.+)#t=(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)?", re.DOTALL)  # W3C Media Fragments
 
 
@@ -44,28 +44,25 @@ class TooShortError(ValueError):
 def resample(waveform: Tensor | np.ndarray, sample_rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:
     """(S,) floats at any integer rate in Hz -> (ceil(S * new_rate / rate),) float32 at 16 kHz or another new rate."""
     if not isinstance(sample_rate, numbers.Integral) or not 0 < sample_rate <= MAX_SAMPLE_RATE:
-        expected = f"an integer from 1 to {MAX_SAMPLE_RATE} Hz"
-        raise ValueError(f"sample_rate: found {sample_rate!r}, expected {expected}")
+        raise ValueError(f"sample_rate: found {sample_rate!r}, expected an integer from 1 to {MAX_SAMPLE_RATE} Hz")
     waveform = torch.as_tensor(waveform)
     if waveform.ndim != 1 or not waveform.is_floating_point():
         found = f"{tuple(waveform.shape)} {waveform.dtype}"
         raise ValueError(f"waveform: found {found}, expected one channel (S,) of floats in -1..1")
-    waveform = waveform.float()
     if sample_rate == new_rate:
-        return waveform
+        return waveform.float()
     from scipy.signal import resample_poly  # here, since it takes a second and 70 MB to import
 
     common = math.gcd(new_rate, int(sample_rate))
     # scipy, not torchaudio, so that the numbers do not depend on what else is installed.
-    resampled = resample_poly(waveform.cpu().numpy(), new_rate // common, int(sample_rate) // common)
+    resampled = resample_poly(waveform.float().cpu().numpy(), new_rate // common, int(sample_rate) // common)
     return torch.from_numpy(resampled.astype(np.float32))
 
 
-def silence(waveform: np.ndarray | Tensor) -> str:
+def silence(waveform: np.ndarray) -> str:
     """What is wrong with a sound (S,) in which nothing can be heard; else an empty text."""
     middle = float(waveform.mean())
-    centered: Any = waveform - middle  # of either kind
-    level = float(abs(centered).max())
+    level = float(np.abs(waveform - middle).max())
     if level >= SILENT:
         return ""
     if abs(middle) >= SILENT:
@@ -88,7 +85,7 @@ def path_finder() -> Callable[[str], str]:
 
     It remembers the folders that it has seen: four times as fast for a large corpus.
     """
-    real_folder = lru_cache(maxsize=None)(os.path.realpath)
+    real_folder = cache(os.path.realpath)
 
     def real_path(source: str) -> str:
         path = split_source(source)[0]
@@ -125,7 +122,7 @@ def settled_states(sources: Sequence[str]) -> list[tuple[int, int]]:
     return [(size, -now if 0 <= now - mtime < CLOCK_STEP else mtime) for size, mtime in states]
 
 
-def read_original(source: str, decode_pcm: bool = True) -> tuple[np.ndarray | None, int, int]:
+def read_original(source: str, decode_pcm: bool = True) -> tuple[Any, int, int]:
     """The mono waveform (S,) at the file's own rate, S, and the rate; raises as `read_audio` does.
 
     Without `decode_pcm` the waveform of integer PCM in WAV is left out: None.
@@ -152,8 +149,8 @@ def read_original(source: str, decode_pcm: bool = True) -> tuple[np.ndarray | No
 
 
 def decode_file(path: str, start: float, end: float | None, decode_pcm: bool) -> tuple[np.ndarray | None, int, int]:
-    """As `read_original`: WAV and FLAC with soundfile, everything else and what has no known length with PyAV."""
-    known = has_known_length(path)
+    """As `read_original`: with soundfile where its length is exact, with PyAV everything else."""
+    known = has_known_length(path, end is None)
     try:
         sound = soundfile.SoundFile(os.fsencode(path)) if known else None
     except (RuntimeError, TypeError):  # TypeError: a headerless .raw file
@@ -172,47 +169,54 @@ def decode_file(path: str, start: float, end: float | None, decode_pcm: bool) ->
         return waveform, last - first, sound.samplerate
 
 
-def has_known_length(path: str) -> bool:
-    """False for a WAV file that a program wrote into a pipe. Raises ValueError for what no decoder should be given.
+def has_known_length(path: str, whole: bool) -> bool:
+    """False for WAV and AIFF that a program wrote into a pipe: their headers do not tell the length.
 
-    libsndfile reads a WAV file that was cut short, or one of two that were joined, without a word.
+    Raises ValueError for what libsndfile would read in part without a word: a file that was cut, and files that were
+    joined. FLAC is searched for a second file only where the `whole` of it is to be read.
     """
-    if stat.S_ISFIFO(os.stat(path).st_mode):  # to open it would wait for whoever writes into it
+    status = os.stat(path)
+    if stat.S_ISFIFO(status.st_mode):  # to open it would wait for whoever writes into it
         raise ValueError("is no file but a pipe; leave it out")
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        header = file.read(28)
-        if size == 0:
+        header = file.read(36)
+        if not header:
             raise ValueError("empty file (0 bytes); copy it again or leave it out")
-        if header[:4] != b"RIFF" or header[8:12] != b"WAVE":
+        if header[:4] == b"fLaC" and whole and FLAC.search(file.read()):
+            raise ValueError("a second FLAC file is joined to its end; split them")
+        if (kind := KINDS.get(header[:4] + header[8:11])) is None:
             return True
         if header[12:16] == b"fmt " and header[24:28] == bytes(4):
             raise ValueError("its header declares a sample rate of 0 Hz; convert it again")
-        start, declared = wav_samples(file)
-        found = size - start
-        if declared >= 0x7FFFF000 or (declared == 0 < found and int.from_bytes(header[4:8], "little") + 8 != size):
+        order = ">" if kind == "AIFF" else "<"
+        samples = next((chunk for chunk in chunks(file, 12, order) if chunk[0] in (b"data", b"SSND")), None)
+        if samples is None:
+            raise ValueError(f"truncated: a {kind} header without samples; copy it again")
+        _, begin, declared = samples
+        found, (total,) = status.st_size - begin, struct.unpack(f"{order}I", header[4:8])
+        if kind == "RF64":
+            declared = int.from_bytes(header[28:36], "little")
+        elif declared >= 0x7FFFF000 or (declared == 0 < found and total + 8 != status.st_size):
             return False  # placeholders of programs that do not know the length when they write the header
         if found < declared:
             raise ValueError(f"truncated: {found} of {declared} bytes of samples; copy it again")
-        file.seek(start + declared)
-        if file.read(4) == b"RIFF":
-            raise ValueError("a second WAV file is joined to its end; split them")
+        if any(name in (b"RIFF", b"FORM") for name, _, _ in chunks(file, begin + declared + declared % 2, order)):
+            raise ValueError(f"a second {kind} file is joined to its end; split them")
     return True
 
 
-def wav_samples(file: BinaryIO) -> tuple[int, int]:
-    """Where the samples of a WAV file begin and how many bytes of them its header declares."""
-    file.seek(12)
-    while len(chunk := file.read(8)) == 8:
-        name, length = struct.unpack("<4sI", chunk)
-        if name == b"data":
-            return file.tell(), length
-        file.seek(length + length % 2, os.SEEK_CUR)
-    raise ValueError("truncated: a WAV header without samples; copy it again")
+def chunks(file: BinaryIO, start: int, order: str) -> Iterator[tuple[bytes, int, int]]:
+    """The chunks of a RIFF (order "<") or AIFF file (">") from `start` on: name, first byte, declared bytes."""
+    file.seek(start)
+    while len(head := file.read(8)) == 8 and 0 not in head[:4]:
+        name, size = struct.unpack(f"{order}4sI", head)
+        yield name, start + 8, size
+        start += 8 + size + size % 2
+        file.seek(start)
 
 
 def require_length(samples: int, sample_rate: int) -> None:
+    """Raise ValueError for a sound that would fill the memory."""
     if samples * max(1, SAMPLE_RATE / sample_rate) > MAX_SAMPLES:
         raise ValueError(f"is longer than {MAX_SAMPLES} samples; cut it into several files")
 
@@ -221,7 +225,8 @@ def read_samples(sound: soundfile.SoundFile, first: int, last: int) -> np.ndarra
     """Samples `first` to `last` with the channels averaged: (S,) float32; block by block, for hours of stereo."""
     blocks, left = [np.empty(0, np.float32)], last - first
     try:
-        sound.seek(first)
+        if first:  # to where it stands already a FLAC file would search, which takes longer than to decode 20 s
+            sound.seek(first)
         while left and len(block := sound.read(min(left, max(1, BLOCK // sound.channels)), "float32", always_2d=True)):
             blocks.append(block.mean(axis=1))  # (S, channels) -> (S,)
             left -= len(block)

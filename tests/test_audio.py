@@ -318,9 +318,7 @@ def test_a_playlist_opens_no_other_file(tmp_path):
             data.read_audio(tmp_path / name)
 
 
-CUTS = [
-    (suffix, codec, rate, mux) for suffix, codec, rate, channels, mux in FORMATS if channels == 1 and suffix != "avi"
-]
+CUTS = [(suffix, codec, rate, mux) for suffix, codec, rate, channels, mux in FORMATS if channels == 1]
 
 
 @pytest.mark.parametrize(("suffix", "codec", "rate", "mux"), CUTS)
@@ -347,6 +345,42 @@ def test_a_stream_that_stops_inside_a_packet_says_where(tmp_path, suffix, codec,
     put(path, content[:-5])
     with pytest.raises(ValueError, match=r"truncated or damaged after [78]\.\d\d s \(.*\); copy"):
         data.read_audio(path)
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050, 44_100])
+@pytest.mark.parametrize("mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("header", [True, False])
+def test_an_mp3_that_stops_inside_a_frame_is_an_error(tmp_path, rate, mode, header):
+    """FFmpeg decodes the rest of a frame as a whole one; the bytes are fewer than its header says."""
+    mp3 = by_soundfile(voice(rate), rate, "MP3", "MPEG_LAYER_III", bitrate_mode=mode, compression_level=0.5)
+    mp3 = mp3 if header else mp3[first_mp3_frame(mp3) :]
+    for lost in (1, 20, 40):
+        with pytest.raises(ValueError, match=r"truncated or damaged after [34]\.\d\d s \(the last packet is cut\)"):
+            data.read_audio(put(tmp_path / "a.mp3", mp3[:-lost]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"), [("WAV", "PCM_16"), ("AIFF", "PCM_16"), ("AIFF", "FLOAT"), ("FLAC", "PCM_16")]
+)
+def test_a_file_joined_to_another_is_refused_where_only_the_first_would_be_read(tmp_path, kind, subtype):
+    """WAV, AIFF and FLAC have one length, so two of them are no file; with a part of the first nothing is wrong."""
+    one, other = (by_soundfile(voice(seed=seed), RATE, kind, subtype) for seed in (0, 1))
+    path = put(tmp_path / f"a.{kind.lower()}", one + other)
+    with pytest.raises(ValueError, match=f"a second {kind} file is joined to its end; split them"):
+        data.read_audio(path)
+    whole = data.read_audio(put(tmp_path / "b", one))
+    if kind == "FLAC":  # it is not searched for the sake of each of its parts
+        assert data.read_audio(f"{path}#t=1,2").equal(whole[RATE : 2 * RATE])
+
+
+def test_frames_are_joined_in_blocks(tmp_path, monkeypatch):
+    """Hours are not kept twice: the queue is emptied as it fills, and nothing is lost between two blocks."""
+    from formats import media
+
+    encode(tmp_path / "a.ogg", "vorbis", voice(), RATE, 2)
+    whole = data.read_audio(tmp_path / "a.ogg")
+    monkeypatch.setattr(media, "BLOCK", 5000)
+    assert data.read_audio(tmp_path / "a.ogg").equal(whole)
 
 
 # ---------------------------------------------------------------- parts of files
