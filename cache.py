@@ -14,7 +14,6 @@ import errno
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import threading
 import time
@@ -22,8 +21,10 @@ import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -37,22 +38,14 @@ from machine.fast import send
 from machine.hardware import parallel, replace
 from model import EmotionModel
 
-SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 FORMAT = 3  # raise it when the same identity would mean other numbers, or the same numbers other files
+SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 SHARD_BYTES = 1 << 31
 LINE_BYTES = 100  # of an index, beside the path
 FULL_DISK = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
 CPU = torch.device("cpu")
 TIER = "machine.tier"  # optional
-
-
-class Missing(NamedTuple):
-    """A file whose activation is not there, by its place in `entries`, and its state before it was read."""
-
-    place: int
-    size: int
-    mtime_ns: int
 
 
 class Line(NamedTuple):
@@ -74,27 +67,32 @@ class ActivationCache:
     float32 are stored as they are, int8 as `to_int8` says.
     """
 
-    def __init__(self, root: str | Path, identity: dict, paths: Sequence[str], width: int, dtype: torch.dtype):
+    def __init__(
+        self, root: str | Path, identity: dict, paths: Sequence[str], width: int, dtype: torch.dtype, rows: int = 0
+    ):
         """Open or create the cache for `identity`, a description that JSON can hold; `paths` are the audio files.
 
-        Where a file has just changed this waits for up to 2 s, until a further change would get another time.
+        `rows` is the number that each has, 0 for one a frame. Where a file has just changed this waits for up to 2 s,
+        until a further change would get another time.
         """
         identity = {"format": FORMAT, **identity, "width": width, "dtype": str(dtype).removeprefix("torch.")}
         self.directory = Path(root) / directory_name(identity)
-        self.paths, self.width, self.dtype = paths, width, dtype
+        self.paths, self.width, self.dtype, self.rows = paths, width, dtype, rows
         self.row_bytes = width * dtype.itemsize
         self.scale_rows = SCALE_ROWS if dtype == torch.int8 else 0
         assert width % 4 == 0 or not self.scale_rows, "scales in fp32 lie at multiples of 4 bytes"
-        places: dict[str, int] = {}  # by real path: a file may be in the corpus twice
-        self.place_of = np.array([places.setdefault(path, len(places)) for path in map(path_finder(), paths)], "i4")
-        self.entries = np.zeros(len(places), ENTRY)  # frames 0: not there
-        states = zip(places.items(), settled_states(list(places)), strict=True)
-        self.missing = {path: Missing(place, *state) for (path, place), state in states}
+        self.real_path = path_finder()
+        # Real paths without an activation; a file may be in the corpus twice. Numbered, as entries and states are.
+        self.missing: dict[str, int] = {}
+        places = (self.missing.setdefault(path, len(self.missing)) for path in map(self.real_path, paths))
+        self.place_of = np.fromiter(places, "i4", len(paths))  # of each utterance
+        self.entries = np.zeros(len(self.missing), ENTRY)  # frames 0: not there
+        self.states = settled_states(list(self.missing))  # sizes and times of change before the files were read
         self.lock = threading.RLock()
         self.seen: dict[str, int] = {}  # bytes of each index that have been read
-        self.shards: list[str] = []
+        self.shards: dict[str, int] = {}  # numbers by name
         self.readers: dict[int, Any] = {}
-        self.writer: tuple = ()  # shard and index of this process, once it has written
+        self.writer: tuple[BinaryIO, ...] = ()  # shard and index of this process, once it has written
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             read_description(self.directory)
@@ -106,44 +104,27 @@ class ActivationCache:
     def load_index(self) -> None:
         """Find what is missing among the lines not yet read; one past the end of its shard is passed over."""
         with self.lock:
-            real_path, sizes = path_finder(), {}
-            for line in self.new_lines() if self.missing else ():
-                path = line.source if line.source in self.missing else real_path(line.source)
-                if self.missing.get(path, ())[1:] != (line.size, line.mtime_ns):
+            shard_size = lru_cache(lambda shard: file_size(self.directory / shard))
+            for line in read_index(self.directory, self.seen) if self.missing else ():
+                path = line.source if line.source in self.missing else self.real_path(line.source)
+                if path not in self.missing or self.states[self.missing[path]] != (line.size, line.mtime_ns):
                     continue
-                if line.shard not in sizes:
-                    sizes[line.shard] = file_size(self.directory / line.shard)
-                if line.offset + (line.frames + self.scale_rows) * self.row_bytes <= sizes[line.shard]:
+                if line.offset + (line.frames + self.scale_rows) * self.row_bytes <= shard_size(line.shard):
                     self.note(path, line, checked=False)
-
-    def new_lines(self) -> Iterator[Line]:
-        """The whole lines of all indexes that have not been read yet."""
-        for index in sorted(self.directory.glob("*.index")):
-            if file_size(index) == self.seen.get(index.name, 0):
-                continue
-            with suppress(FileNotFoundError), open(index, "rb") as file:  # deleted meanwhile
-                file.seek(self.seen.get(index.name, 0))
-                for text in file:
-                    if not text.endswith(b"\n"):  # torn, or not yet whole
-                        break
-                    self.seen[index.name] = self.seen.get(index.name, 0) + len(text)
-                    if line := read_line(text, self.directory.name):
-                        yield line
 
     def note(self, path: str, line: Line, checked: bool) -> None:
         """From here on the activation of this file is there."""
-        if line.shard not in self.shards:
-            self.shards.append(line.shard)
-        entry = line.crc32, self.shards.index(line.shard), line.offset, line.frames, checked
-        self.entries[self.missing.pop(path).place] = np.array(entry, ENTRY)
-        self.missing = self.missing or {}  # a new one: an emptied one keeps its memory
+        shard = self.shards.setdefault(line.shard, len(self.shards))
+        self.entries[self.missing.pop(path)] = line.crc32, shard, line.offset, line.frames, checked
+        if not self.missing:
+            self.missing, self.states = {}, []  # an emptied dictionary keeps its memory
 
     def note_user(self, path: str | Path, backbone: str) -> None:
         """Leave the path of a run or config that uses this cache, and its backbone's name, for `tools.caches list`."""
-        note = {"path": os.path.abspath(path), "backbone": backbone}
+        path = os.path.abspath(path)
+        note = self.directory / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}.user"
         with suppress(OSError):  # a cache that others may only read
-            name = hashlib.sha256(note["path"].encode("utf-8", "surrogateescape")).hexdigest()[:12]
-            (self.directory / f"{name}.user").write_text(json.dumps(note), encoding="utf-8")
+            note.write_text(json.dumps({"path": path, "backbone": backbone}), encoding="utf-8")
 
     def has(self, numbers: Sequence[int]) -> bool:
         """Whether all of these utterances are there by now."""
@@ -174,21 +155,22 @@ class ActivationCache:
         try:
             with self.lock:  # a file has one position
                 if shard not in self.readers:
-                    self.readers[shard] = (self.directory / self.shards[shard]).open("rb", buffering=0)
+                    self.readers[shard] = (self.directory / list(self.shards)[shard]).open("rb", buffering=0)
                 self.readers[shard].seek(entry["offset"])
                 whole = self.readers[shard].readinto(out.data.cast("B")) == out.nbytes
         except OSError as error:
             whole, problem = False, f"cannot be read ({error.strerror or error})"
         if not whole or not (entry["checked"] or zlib.crc32(out.data) == entry["crc32"]):
             raise ValueError(
-                f"{self.directory / self.shards[shard]}: the activation of {self.paths[number]} {problem}; python -m "
-                f"tools.caches verify --repair {self.directory} forgets it, and the next run computes only that again"
+                f"{self.directory / list(self.shards)[shard]}: the activation of {self.paths[number]} {problem}; "
+                f"python -m tools.caches verify --repair {self.directory} forgets it, and the next run computes only "
+                "that again"
             )
         entry["checked"] = True
 
     def decode(self, stored: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed activations `(N, width)` of stored rows, on any device: as they are, or fp32 from int8."""
-        if self.dtype != torch.int8:
+        if not self.scale_rows:
             return stored
         return torch.cat([from_int8(rows) for rows in stored.split([length + SCALE_ROWS for length in lengths])])
 
@@ -199,36 +181,33 @@ class ActivationCache:
         another process computed where it has written first. Nothing is stored in a directory that is read-only.
         """
         self.load_index()
-        rounded = packed.to("cpu", torch.float32 if self.dtype == torch.int8 else self.dtype)
-        stored = []
+        rounded, stored = packed.to("cpu", torch.float32 if self.scale_rows else self.dtype), []
         for number, part, computed in zip(numbers, rounded.split(lengths), packed.split(lengths), strict=True):
             with self.lock:
                 if self.entries["frames"][self.place_of[number]]:
                     stored.append(self.read_stored([number])[0])
                     continue
                 if not part.isfinite().all():
-                    largest, why = computed.abs().max().item(), "the model yields no numbers for it"
-                    why = "set cache_dtype: float32" if math.isfinite(largest) else why
-                    what = f"the activation of {self.paths[number]} does not fit {self.dtype}"
-                    raise ValueError(f"{what} (largest {largest:.3g}); {why}")
-                stored.append((to_int8(part) if self.dtype == torch.int8 else part).contiguous())
+                    largest, what = computed.abs().max().item(), f"the activation of {self.paths[number]} does not fit"
+                    why = "set cache_dtype: float32" if largest < torch.inf else "the model yields no numbers for it"
+                    raise ValueError(f"{what} {self.dtype} (largest {largest:.3g}); {why}")
+                stored.append(to_int8(part) if self.scale_rows else part.contiguous())
                 if self.writable:
                     self.append(number, stored[-1], len(part))
         return self.decode(torch.cat(stored), lengths)
 
     def append(self, number: int, stored: Tensor, frames: int) -> None:
         """Add the rows of one activation. Raises OSError if they cannot be written; what was written before stays."""
-        path = path_finder()(self.paths[number])
-        if not (missing := self.missing.get(path)):
-            return  # a link has changed under this run
-        content = stored.view(torch.uint8).numpy().tobytes()
+        path, content = self.real_path(self.paths[number]), stored.view(torch.uint8).numpy().tobytes()
+        if path not in self.missing:  # a link has changed under this run
+            return
         try:
             if not self.writer:  # two new files, which stay open until `close_writer`
                 stem = self.directory / uuid.uuid4().hex[:12]
                 self.writer = stem.with_suffix(".bin").open("xb"), stem.with_suffix(".index").open("xb")
             shard, index = self.writer
             where = zlib.crc32(content), Path(shard.name).name, shard.tell(), frames
-            line = Line(*where, missing.size, missing.mtime_ns, path)
+            line = Line(*where, *self.states[self.missing[path]], path)
             shard.write(content)
             shard.flush()
             index.write(make_line(line, self.directory.name))
@@ -237,9 +216,8 @@ class ActivationCache:
             self.close_writer()  # half of what failed is in its files: nothing may follow it
             remedy = f"{'free space, or ' if error.errno in FULL_DISK else ''}set cache_dir or cache: false"
             raise OSError(f"cache {self.directory}: {error.strerror or error}; {remedy}") from None
-        self.seen[Path(index.name).name] = index.tell()  # our own lines need no second look
         self.note(path, line, checked=True)
-        if line.offset + len(content) > SHARD_BYTES:
+        if shard.tell() > SHARD_BYTES:
             self.close_writer()
 
     def close_writer(self) -> None:
@@ -256,25 +234,16 @@ class ActivationCache:
             file.close()
         self.readers = {}
 
-    def space(self, seconds: float, rows_each: int | None = None) -> int:
-        """Bytes on the disk of what is missing of `seconds` of audio, or of so many rows each, with its index."""
-        missing = len(self.missing)
-        rows = missing * rows_each if rows_each else seconds * 50 * missing / max(len(self.entries), 1)
+    def space(self, seconds: float) -> int:
+        """Bytes on the disk, with the index, of what is missing of `seconds` of audio; 0 where nothing is stored."""
+        rows = (self.rows or 50 * seconds / max(len(self.entries), 1)) + self.scale_rows  # of each file
         lines = sum(LINE_BYTES + len(path) for path in self.missing)
-        return int((rows + missing * self.scale_rows) * self.row_bytes) + lines if self.writable else 0
+        return int(len(self.missing) * rows * self.row_bytes) + lines if self.writable else 0
 
     def stored_bytes(self) -> int:
         """Bytes of the activations that are there."""
         frames = self.entries["frames"]
         return (int(frames.sum(dtype=np.int64)) + int(np.count_nonzero(frames)) * self.scale_rows) * self.row_bytes
-
-
-def elsewhere(cache: ActivationCache) -> list[tuple[str, str]]:
-    """Old and new path of each missing file that the cache knows by another path: same name, size and time."""
-    missing = {(os.path.basename(path), *state): path for path, (_, *state) in cache.missing.items()}
-    lines = read_index(cache.directory) if missing else ()
-    keys = ((line.source, (os.path.basename(line.source), line.size, line.mtime_ns)) for line in lines)
-    return [(source, missing[key]) for source, key in keys if key in missing and missing[key] != source]
 
 
 def directory_name(identity: dict) -> str:
@@ -309,11 +278,20 @@ def read_line(text: bytes, name: str) -> Line | None:
     return None
 
 
-def read_index(directory: Path) -> Iterator[Line]:
-    """Every whole line of every index of a cache."""
+def read_index(directory: Path, seen: dict[str, int] | None = None) -> Iterator[Line]:
+    """Every whole line of every index of a cache, beyond the bytes of each that were `seen` before; adds to these."""
+    seen = {} if seen is None else seen
     for index in sorted(directory.glob("*.index")):
-        with open(index, "rb") as file:
-            yield from filter(None, (read_line(text, directory.name) for text in file if text.endswith(b"\n")))
+        if file_size(index) == seen.get(index.name):
+            continue
+        with suppress(FileNotFoundError), open(index, "rb") as file:  # deleted meanwhile
+            file.seek(seen.get(index.name, 0))
+            for text in file:
+                if not text.endswith(b"\n"):  # torn, or not yet whole
+                    break
+                seen[index.name] = seen.get(index.name, 0) + len(text)
+                if line := read_line(text, directory.name):
+                    yield line
 
 
 def read_description(directory: Path) -> dict:
@@ -321,14 +299,11 @@ def read_description(directory: Path) -> dict:
     path = directory / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: is no cache, it has no cache.json")
-    known = False
-    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    with suppress(ValueError, RecursionError):
         identity = json.loads(content := path.read_bytes())
-        known = type(width := identity["width"]) is int and width > 0 and getattr(torch, identity["dtype"]).itemsize
-        known = known and to_json(identity) == content and directory_name(identity) == directory.name
-    if not known:
-        raise ValueError(f"{path}: does not describe a cache of this name; a run that uses it writes it anew")
-    return identity
+        if to_json(identity) == content and directory_name(identity) == directory.name:
+            return identity
+    raise ValueError(f"{path}: does not describe a cache of this name; a run that uses it writes it anew")
 
 
 def to_int8(activation: Tensor) -> Tensor:
@@ -360,51 +335,50 @@ def open_cache(
     dtype: str,
     tf32: bool = False,
 ) -> ActivationCache:
-    """The cache for a model's frozen prefix over these files; `backbone` is a SHA-256. Prints what stops its use."""
-    config, depth = model.backbone.config, prefix_depth(model)
-    identity = {"backbone": backbone, "depth": depth, "precision": precision}
+    """The cache for a model's frozen prefix over these files; `backbone` is a SHA-256. Says what stops its use."""
+    config, depth, rows = model.backbone.config, prefix_depth(model), 0
+    identity: dict[str, Any] = {"backbone": backbone, "depth": depth, "precision": precision}
     identity["normalize_waveform"] = config.normalize_waveform
-    identity |= {"pooling": model.pooling} if depth > config.layers else {}
-    identity |= {"tf32": True} if tf32 else {}  # products with 10 bits of mantissa are other numbers
+    if depth > config.layers:
+        identity["pooling"], rows = model.pooling, len(model.sources(depth)) * (1 + (model.pooling == "mean_std"))
+    if tf32:  # products with 10 bits of mantissa are other numbers
+        identity["tf32"] = True
     width = config.conv_channels[-1] if depth < 0 else config.width
-    cache = ActivationCache(root, identity, paths, width, getattr(torch, dtype))
+    cache = ActivationCache(root, identity, paths, width, getattr(torch, dtype), rows)
     if cache.missing and parallel.rank() == 0:
-        count = f"note: cache {cache.directory} lacks {len(cache.missing):,} files"
-        if not cache.writable:
-            data.say_once(f"{count} and is read-only: they are computed in every epoch; set cache_dir to keep them")
-        if moved := elsewhere(cache):
-            old, new = moved[0]
-            advice = "to use that, stop and put a link from each old folder to the new one"
-            data.say_once(f"{count} and has {len(moved):,} of them under another path, {old} for {new}; {advice}")
+        say_what_is_missing(cache)
     return cache
 
 
-def pooled_rows(model: EmotionModel) -> int | None:
-    """Rows that a cache holds of each utterance where the whole backbone is frozen; else None: one a frame."""
-    if prefix_depth(model) <= model.backbone.config.layers:
-        return None
-    return len(model.sources(prefix_depth(model))) * (2 if model.pooling == "mean_std" else 1)
+def say_what_is_missing(cache: ActivationCache) -> None:
+    """A note where it will not be stored, and where the cache has it under another path: same name, size and time."""
+    lacks = f"note: cache {cache.directory} lacks {len(cache.missing):,} files"
+    if not cache.writable:
+        data.say_once(f"{lacks} and is read-only: they are computed in every epoch; set cache_dir to keep them")
+    missing = {(os.path.basename(path), *cache.states[place]): path for path, place in cache.missing.items()}
+    lines = read_index(cache.directory)
+    known = ((line.source, missing.get((os.path.basename(line.source), line.size, line.mtime_ns))) for line in lines)
+    if moved := [(old, new) for old, new in known if new and new != old]:
+        count, (old, new) = f"{lacks} and has {len(moved):,} of them under another path", moved[0]
+        data.say_once(f"{count}, {old} for {new}; to use that, stop and put a link from each old folder to the new one")
 
 
+@dataclass
 class Prefix:
     """The frozen prefix's output for numbered utterances: computed, or read from a cache that it fills as it goes."""
 
-    def __init__(
-        self,
-        model: EmotionModel,
-        paths: Sequence[str],
-        device: torch.device,
-        dtype: torch.dtype,
-        cache: ActivationCache | None = None,
-        at_once: int | None = None,
-    ):
-        """`at_once` bounds how many utterances are computed together; `dtype` is that of autocast, or fp32."""
-        self.model, self.paths, self.device, self.dtype = model, paths, device, dtype
-        self.cache, self.at_once = cache, at_once
-        self.reader: Any = cache  # or `machine.tier.OnGPU`
-        self.depth = prefix_depth(model)
-        self.complete = False  # then the prefix's weights are gone
-        self.seconds = 0.0  # spent on computing and writing what the cache lacked
+    model: EmotionModel
+    paths: Sequence[str]
+    device: torch.device
+    dtype: torch.dtype  # of autocast, or fp32
+    cache: ActivationCache | None = None
+    at_once: int | None = None  # utterances that are computed together at most
+    complete: bool = False  # then the cache has everything, and the prefix's weights are gone
+    seconds: float = 0.0  # spent on computing and writing what the cache lacked
+
+    def __post_init__(self) -> None:
+        self.depth = prefix_depth(self.model)
+        self.reader: Any = self.cache  # or `machine.tier.OnGPU`
 
     def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[int]]]:
         """Packed activations `(N, width)` in fp32 on the device, and lengths, of each batch; one is read ahead."""

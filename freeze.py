@@ -5,6 +5,7 @@ output is cached or not, so both are the same experiment. The feature encoder be
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -105,27 +106,16 @@ def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def table(model: EmotionModel) -> str:
-    """What trains and how many parameters, one line a part."""
-    backbone = model.backbone
-    parts = [(PARTS[name], count(part)) for name, part in backbone.named_children() if name in PARTS]
-    parts += [(f"layer {i}", count(layer)) for i, layer in enumerate(backbone.layers)]
-    (total, trainable), (below, trained) = count(model), count(backbone)
-    parts.append(("head", (total - below, trainable - trained)))
-    rows: list[list] = []
-    for name, (total, trainable) in parts:
-        alike = rows and name.startswith("layer ") and rows[-1][0].startswith("layer ")
-        if alike and rows[-1][1:3] == [total, trainable]:  # one line for a run of layers alike
-            rows[-1][3:] = [rows[-1][3] + 1]
-        else:
-            rows.append([name, total, trainable, 1])
-    lines = [f"{'':24}{'parameters':>14}{'trainable':>14}"]
-    for name, total, trainable, repeated in rows:
-        first = int(name.split()[1]) if repeated > 1 else 0
-        label = f"layers {first} to {first + repeated - 1}" if repeated > 1 else name
-        lines.append(f"{label:24}{total * repeated:>14,}{trainable * repeated:>14,}")
-    total, trainable = count(model)
-    lines.append(f"{'all':24}{total:>14,}{trainable:>14,}  ({trainable / total:.2%})")
-    return "\n".join(lines)
+    """What trains and how many parameters, one line a part; one for a run of layers that are alike."""
+    (total, trainable), (below, trained) = count(model), count(model.backbone)
+    rows = [(PARTS[name], *count(part)) for name, part in model.backbone.named_children() if name in PARTS]
+    for (size, training), alike in groupby(enumerate(model.backbone.layers), lambda layer: count(layer[1])):
+        first, *more = (number for number, _ in alike)
+        name = f"layers {first} to {more[-1]}" if more else f"layer {first}"
+        rows.append((name, size * (1 + len(more)), training * (1 + len(more))))
+    rows += [("head", total - below, trainable - trained), ("all", total, trainable)]
+    lines = [f"{name:24}{size:>14,}{training:>14,}" for name, size, training in rows]
+    return "\n".join([f"{'':24}{'parameters':>14}{'trainable':>14}", *lines]) + f"  ({trainable / total:.2%})"
 
 
 def count(module: nn.Module) -> tuple[int, int]:

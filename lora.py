@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freeze import layer_numbers
 from machine.fast import linear
 
 PARENTS = {"q": "attention", "k": "attention", "v": "attention", "o": "attention"}
@@ -73,14 +74,12 @@ def inject(
     """
     backbone: Any = getattr(module, "backbone", module)
     blocks: nn.ModuleList = backbone.layers
-    numbers = range(len(blocks)) if layers is None else layers
+    numbers = layer_numbers("all" if layers is None else layers, len(blocks), "lora_layers")
     if rank < 1:
         raise ValueError(f"lora_rank: expected at least 1, found {rank}")
     if unknown := [target for target in targets if target not in PARENTS]:
         raise ValueError(f"lora_targets: no {', '.join(unknown)}; expected some of {', '.join(TARGETS)}")
-    if outside := [number for number in numbers if not 0 <= number < len(blocks)]:
-        raise ValueError(f"lora_layers: no layer {outside[0]}; expected numbers from 0 to {len(blocks) - 1}")
-    if not targets or not len(numbers):
+    if not targets or not numbers:
         raise ValueError("lora_targets and lora_layers: nothing to wrap; expected at least one of each")
     places = {f"layers.{i}.{PARENTS[t]}.{t}": (getattr(blocks[i], PARENTS[t]), t) for i in numbers for t in targets}
     if wrapped := [name for name, (parent, t) in places.items() if isinstance(getattr(parent, t), LoRALinear)]:

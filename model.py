@@ -179,8 +179,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, frames: Frames, bias: Tensor | None = None) -> Tensor:
         """`(N, D)` -> `(N, D)`. WavLM adds a bias `(H, T, T)` to the scores, times a gate for each frame and head."""
         q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q, self.k, self.v))  # (N, H, D/H)
-        gates = None if bias is None else self.gates(x)
-        return self.o(fast.attend(q, k, v, frames, self.dropout if self.training else 0.0, gates, bias).flatten(1))
+        gated = None if bias is None else (self.gates(x), bias)
+        return self.o(fast.attend(q, k, v, frames, self.dropout if self.training else 0.0, gated).flatten(1))
 
     def gates(self, x: Tensor) -> Tensor:
         """`a (b s - 1) + 2` from two sigmoids a and b and the scale s of each head: `(N, D)` -> `(N, H)`."""
@@ -348,8 +348,7 @@ class EmotionModel(nn.Module):
         At depth L+1 the result is the pooled utterances, packed too: a row `(D,)` each, two with "mean_std", one for
         each hidden state with "layers".
         """
-        states = list(self.states(waveforms, self.sources(depth)))
-        return self.join([self.part(x, lengths, depth) for x, lengths in states], states[0][1])
+        return self.join(list(self.states(waveforms, self.sources(depth))), depth)
 
     def sources(self, depth: int) -> list[int]:
         """The hidden states of which `encode` makes its result."""
@@ -366,16 +365,12 @@ class EmotionModel(nn.Module):
             x = self.backbone(x, lengths, first, last)
             yield x, lengths
 
-    def part(self, x: Tensor, lengths: Sequence[int], depth: int) -> Tensor:
-        """What one source gives to `encode` at this depth: its frames `(N, D)`, or rows `(B, R, D)`."""
-        return x if depth <= self.backbone.config.layers else self.statistics(x, lengths)
-
-    def join(self, parts: list[Tensor], lengths: list[int]) -> tuple[Tensor, list[int]]:
-        """The result of `encode` from the parts of all its sources."""
-        if parts[0].ndim == 2:
-            return parts[0], lengths
-        rows = torch.cat(parts, 1)
-        return rows.flatten(0, 1), [rows.shape[1]] * len(lengths)
+    def join(self, states: Sequence[tuple[Tensor, list[int]]], depth: int) -> tuple[Tensor, list[int]]:
+        """What `encode` makes of the hidden states and lengths in `sources(depth)`."""
+        if depth <= self.backbone.config.layers:
+            return states[0]
+        rows = torch.cat([self.statistics(x, lengths) for x, lengths in states], 1)  # (B, R, D)
+        return rows.flatten(0, 1), [rows.shape[1]] * len(rows)
 
     def statistics(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed frames `(N, D)` -> `(B, R, D)` in fp32, R rows for each utterance."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import run
-from cache import Prefix, open_cache, pooled_rows
+from cache import Prefix, open_cache
 from config import Config, load_config
 from freeze import count, load_trained, table, train_mode, trained_state
 from machine import fast, hardware
@@ -153,7 +153,7 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
     cache, how = None, {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
     if config.cache:
         cache = open_cache(config.cache_dir, model, paths, tf32=config.tf32 and device.type == "cuda", **how)
-        hardware.require_space({cache.directory: cache.space(sum(seconds), pooled_rows(model))})
+        hardware.require_space({cache.directory: cache.space(sum(seconds))})
         cache.note_user(directory, backbone["source"])
     prefix = Prefix(model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
     parallel.wait()

@@ -92,7 +92,8 @@ def path_finder() -> Callable[[str], str]:
         folder, name = os.path.split(path)
         try:
             found = os.path.join(real_folder(folder), name)
-            return (os.path.realpath(found) if os.path.islink(found) else found) + source[len(path) :]
+            found = (os.path.realpath(found) if os.path.islink(found) else found) + source[len(path) :]
+            return source if found == source else found  # of a large corpus a copy of each takes tens of MB
         except ValueError:  # no path: it holds a null character
             return source
 

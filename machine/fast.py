@@ -153,11 +153,10 @@ def checkpoint(function: Callable, x: Tensor, *arguments: object) -> Tensor:
         yield
         device.set_rng_state(now)
 
-    again: dict[str, Any] = {
-        "preserve_rng_state": x.device.type != "cpu",
-        "context_fn": lambda: (nullcontext(), repeat()),
-    }
-    return torch.utils.checkpoint.checkpoint(function, x, *arguments, use_reentrant=False, **again)
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": x.device.type != "cpu"}
+    return torch.utils.checkpoint.checkpoint(
+        function, x, *arguments, context_fn=lambda: (nullcontext(), repeat()), **how
+    )
 
 
 # ---------------------------------------------------------------- packed frames
@@ -168,12 +167,9 @@ class Frames(tuple[int, ...]):
 
     def places(self, device: torch.device) -> Tensor:
         """Where the packed frames lie in a padded batch whose utterances lie one after the other: int64 `(N,)`."""
-
-        def compute() -> Tensor:
-            longest = max(self)
-            return torch.cat([torch.arange(n) + number * longest for number, n in enumerate(self)])
-
-        return self.once("_places", compute, device)
+        starts = range(0, len(self) * max(self), max(self))
+        places = (torch.arange(start, start + n) for start, n in zip(starts, self, strict=True))
+        return self.once("_places", lambda: torch.cat(list(places)), device)
 
     def offsets(self, device: torch.device) -> Tensor:
         """Where utterances begin and end among the packed frames: int32 `(B + 1,)`."""
@@ -270,65 +266,39 @@ def has_flash(device: torch.device) -> bool:
     return built and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    frames: Frames,
-    dropout: float = 0.0,
-    gates: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention of packed `(N, H, D/H)` within each utterance.
+Bias = tuple[Tensor, Tensor]  # gates `(N, H)`, and what they multiply `(H, T, T)`, T frames of the longest or more
 
-    `gates` `(N, H)` times `bias` `(H, T, T)`, T frames of the longest utterance or more, is added to the scores. On a
-    GPU in one call: FlashAttention over packed sequences, which knows no dropout and no bias, or padded and masked.
+
+def attend(q: Tensor, k: Tensor, v: Tensor, frames: Frames, dropout: float = 0.0, bias: Bias | None = None) -> Tensor:
+    """Softmax attention of packed `(N, H, D/H)` within each utterance; the product of the bias is added to the scores.
+
+    On a GPU in one call: FlashAttention over packed sequences, which has no dropout and no bias, or padded and masked.
     """
     if q.is_cuda and q.dtype != torch.float32 and dropout == 0 and bias is None and has_flash(q.device):
         from torch.nn.attention.varlen import varlen_attn
 
         offsets, longest = frames.offsets(q.device), max(frames)
         return cast(Tensor, varlen_attn(q, k, v, offsets, offsets, longest, longest))  # no tuple unless asked for one
-    if q.device.type != "cpu":
-        return attend_padded(q, k, v, frames, dropout, gates, bias)
-    return attend_each(q, k, v, frames, dropout, gates, bias)
+    return (attend_each if q.device.type == "cpu" else attend_padded)(q, k, v, frames, dropout, bias)
 
 
-def attend_each(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    frames: Sequence[int],
-    dropout: float = 0.0,
-    gates: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def attend_each(q: Tensor, k: Tensor, v: Tensor, frames: Frames, dropout: float, bias: Bias | None) -> Tensor:
     """`attend`, utterance by utterance: the clear form, and on a CPU the fast one."""
-    out, lengths = [], list(frames)
+    lengths, out = list(frames), []
     masks: Iterable[Tensor | None] = [None] * len(lengths)
     if bias is not None:
-        assert gates is not None, "gates and bias come together"
-        masks = (gated(gate[None], bias) for gate in gates.split(lengths))
+        masks = (gated(gate[None], bias[1]) for gate in bias[0].split(lengths))
     for *parts, mask in zip(*(x.split(lengths) for x in (q, k, v)), masks, strict=True):
         one_q, one_k, one_v = (part.transpose(0, 1)[None] for part in parts)  # (T, H, D/H) -> (1, H, T, D/H)
         out.append(F.scaled_dot_product_attention(one_q, one_k, one_v, mask, dropout)[0].transpose(0, 1))
     return torch.cat(out)
 
 
-def attend_padded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    frames: Frames,
-    dropout: float = 0.0,
-    gates: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, frames: Frames, dropout: float, bias: Bias | None) -> Tensor:
     """`attend` by one call for the padded batch; no frame attends to padding."""
     mask = pad(q.new_ones(len(q), 1), frames)[:, None, None, :, 0] > 0  # (B, 1, 1, T)
     if bias is not None:
-        assert gates is not None, "gates and bias come together"
-        mask = gated(pad(gates, frames), bias).masked_fill(~mask, -torch.inf)
+        mask = gated(pad(bias[0], frames), bias[1]).masked_fill(~mask, -torch.inf)
     q, k, v = (pad(x, frames).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
     return unpad(F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2), frames)
 

@@ -38,8 +38,6 @@ class OnGPU:
 
 
 def pick(tier: str, cache: ActivationCache, device: torch.device) -> ActivationCache | OnGPU:
-    """What to read from: "gpu" the device; "auto" the device if the cache fits into half of its free memory."""
-    if tier == "gpu":
-        return OnGPU(cache, device)
-    fits = device.type == "cuda" and cache.stored_bytes() <= torch.cuda.mem_get_info(device)[0] / 2
+    """What to read from: for "gpu" the GPU; for "auto" the GPU if the cache fits into half of its free memory."""
+    fits = tier == "gpu" or cache.stored_bytes() <= torch.cuda.mem_get_info(device)[0] / 2
     return OnGPU(cache, device) if fits else cache

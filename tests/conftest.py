@@ -163,6 +163,12 @@ def tiny_large_checkpoint(tmp_path_factory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny_large"), large=True)
 
 
+def write_old_wav(path: Path, waveform: np.ndarray) -> None:
+    """At 16 kHz, last changed in 2001: opening a cache waits where a file has only just changed."""
+    soundfile.write(path, waveform, 16_000)
+    os.utime(path, (1e9, 1e9))
+
+
 @pytest.fixture(scope="session")
 def tiny_manifest(tmp_path_factory) -> Path:
     """A corpus of 12, 4 and 4 recordings of 0.3 to 0.6 s by 4, 2 and 2 speakers; labels from 1 to 7."""
@@ -173,7 +179,7 @@ def tiny_manifest(tmp_path_factory) -> Path:
             activation, valence = rng.uniform(1, 7, 2).round(3)
             waveform = speech_like(int(rng.integers(4800, 9600)), number).numpy()
             waveform += 0.03 * activation * rng.standard_normal(len(waveform))  # something to be learnt
-            soundfile.write(folder / f"{split}{number}.wav", waveform / 4, 16_000)
+            write_old_wav(folder / f"{split}{number}.wav", waveform / 4)
             speaker = f"{split}-{number % max(2, count // 3)}"
             rows.append(f"{split}{number}.wav,{split},{speaker},{activation},{valence}")
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")

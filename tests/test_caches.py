@@ -87,7 +87,7 @@ def test_list_tells_size_content_and_users_of_each_cache(tmp_path, monkeypatch, 
     assert rest[0].startswith(f"{small}: ") and "2 utterances" in rest[0]
     assert rest[1:3] == ["  SHA-256 abc..., hidden state 2, 8 of int8", "  used by nothing that still exists"]
     assert rest[3].startswith(f"{tmp_path / 'cache'}: 2 caches, ")
-    monkeypatch.setattr(caches, "FORMAT", cache_module.FORMAT + 1)
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
     assert caches.describe(small).splitlines()[-1] == "  written by another version; no longer used"
     (small / "cache.json").write_text("{")
     assert command_line(monkeypatch, "list", tmp_path / "cache") is None

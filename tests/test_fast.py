@@ -48,7 +48,8 @@ def test_attention_is_softmax_attention_of_each_utterance(attention, biased):
     shapes = [(sum(lengths), 4, 16)] * 3 + ([(sum(lengths), 4), (4, 66, 66)] if biased else [])
     ours = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     theirs = [x.detach().double().requires_grad_() for x in ours]
-    out, expected = attention(*ours[:3], lengths, 0.0, *ours[3:]), explicit_attention(*theirs[:3], lengths, *theirs[3:])
+    out = attention(*ours[:3], lengths, 0.0, tuple(ours[3:]) or None)
+    expected = explicit_attention(*theirs[:3], lengths, *theirs[3:])
     assert torch.allclose(out.double(), expected, rtol=0, atol=1e-6)
     out.square().sum().backward()
     expected.square().sum().backward()

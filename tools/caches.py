@@ -17,38 +17,25 @@ import uuid
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import cache
 import data
 import run
-from cache import (
-    FORMAT,
-    SCALE_ROWS,
-    ActivationCache,
-    Line,
-    file_size,
-    make_line,
-    open_cache,
-    pooled_rows,
-    read_description,
-    read_index,
-    read_line,
-)
-from config import Config, load_config, split_words
-from freeze import prefix_depth
+from cache import Prefix, file_size, read_description, read_index, read_line
+from config import load_config, split_words
 from machine import hardware
 from machine.audio import file_state
 from machine.fast import send
 from machine.hardware import parallel, replace
-from model import EmotionModel
 
-PARTS = (".bin", ".index", ".user", ".tmp")  # what a cache is made of, beside cache.json
-PARTS += (".csv",)  # the index until format 2
+PARTS = (".bin", ".index", ".user", ".tmp", ".csv")  # of a cache, beside cache.json; .csv: the index until format 2
+DEPTH = attrgetter("depth")
 
 
 def list_caches(root: str | Path) -> str:
@@ -63,34 +50,43 @@ def list_caches(root: str | Path) -> str:
 
 def describe(directory: Path) -> str:
     """Size, content, age and users of a cache; users are those runs and configs that are still there."""
+    text = f"{directory}: {size(directory) / 1e6:,.1f} MB, "
     try:
         identity = read_description(directory)
     except ValueError as error:
-        return f"{directory}: {size(directory) / 1e6:,.1f} MB, cannot be told: {error}"
+        return f"{text}cannot be told: {error}"
     recorded = {line.source: is_current(line) for line in read_index(directory)}  # of several lines the last counts
-    lost, notes = len(recorded) - sum(recorded.values()), []
+    lost, users, sources = len(recorded) - sum(recorded.values()), set(), set()
     for path in directory.glob("*.user"):
         with suppress(OSError, ValueError):  # torn, by a process that was killed
             match json.loads(path.read_text(encoding="utf-8")):
                 case {"path": str(user), "backbone": str(source)}:
-                    notes.append((user, source))
-    users = sorted(user for user, _ in notes if os.path.exists(user))
-    sources = sorted({source for _, source in notes}) or [f"SHA-256 {str(identity.get('backbone'))[:12]}..."]
-    changed = max(path.stat().st_mtime_ns for path in files(directory)) / 1e9
-    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
-    lines = [
-        f"{directory}: {size(directory) / 1e6:,.1f} MB, {len(recorded):,} utterances"
-        f"{f' ({lost:,} of files that are gone or have changed)' if lost else ''}, last used {used}",
-        f"  {', '.join(sources)}, hidden state {identity.get('depth')}, {identity['width']} of {identity['dtype']}",
-    ]
-    lines += [f"  used by {user}" for user in users or ["nothing that still exists"]]
-    lines += ["  written by another version; no longer used"] if identity.get("format") != FORMAT else []
-    return "\n".join(lines)
+                    sources.add(source)
+                    users |= {user} if os.path.exists(user) else set()
+    used = time.localtime(max(path.stat().st_mtime for path in files(directory)))
+    text += f"{len(recorded):,} utterances{f' ({lost:,} of files that are gone or have changed)' if lost else ''}, "
+    text += time.strftime("last used %Y-%m-%d %H:%M\n  ", used)
+    text += ", ".join(sorted(sources)) or f"SHA-256 {str(identity.get('backbone'))[:12]}..."
+    text += f", hidden state {identity.get('depth')}, {identity['width']} of {identity['dtype']}"
+    for user in sorted(users) or ["nothing that still exists"]:
+        text += f"\n  used by {user}"
+    return text + "\n  written by another version; no longer used" * (identity.get("format") != cache.FORMAT)
 
 
-def is_current(line: Line) -> bool:
+def is_current(line: cache.Line) -> bool:
     """Whether the audio file of an entry is there, and is what it was."""
     return file_state(line.source) == (line.size, line.mtime_ns)
+
+
+def files(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.name == "cache.json" or path.suffix in PARTS]
+
+
+def size(directory: Path) -> int:
+    return sum(map(file_size, files(directory))) if directory.is_dir() else 0
+
+
+# ---------------------------------------------------------------- clear and verify
 
 
 def clear(names: list[str], root: str | Path = "cache", only_lost: bool = False) -> str:
@@ -99,17 +95,15 @@ def clear(names: list[str], root: str | Path = "cache", only_lost: bool = False)
     With `only_lost` each remains, without what it holds of files that are gone or have changed. Raises ValueError or
     FileNotFoundError, before anything is deleted, for what is no cache. Files of others stay.
     """
-    chosen = [Path(name) if Path(name).is_dir() else Path(root) / name for name in names]
-    for directory in chosen:
-        read_description(Path(os.path.abspath(directory)))
-    lines, total = [], 0
-    for directory in dict.fromkeys(chosen):
+    chosen = dict.fromkeys(Path(name) if Path(name).is_dir() else Path(root) / name for name in names)
+    identities = [read_description(Path(os.path.abspath(directory))) for directory in chosen]
+    freed = {}  # MB
+    for directory, identity in zip(chosen, identities, strict=True):
         before = size(directory)
-        drop_lost(Path(os.path.abspath(directory))) if only_lost else delete(directory)
-        freed = before - (size(directory) if directory.is_dir() else 0)
-        lines.append(f"{directory}: freed {freed / 1e6:,.1f} MB")
-        total += freed
-    return "\n".join([*lines, f"freed {total / 1e6:,.1f} MB in all"])
+        drop_lost(Path(os.path.abspath(directory)), identity) if only_lost else delete(directory)
+        freed[directory] = (before - size(directory)) / 1e6
+    lines = [f"{directory}: freed {amount:,.1f} MB" for directory, amount in freed.items()]
+    return "\n".join([*lines, f"freed {sum(freed.values()):,.1f} MB in all"])
 
 
 def delete(directory: Path) -> None:
@@ -120,31 +114,23 @@ def delete(directory: Path) -> None:
         directory.rmdir()
 
 
-def drop_lost(directory: Path) -> None:
+def drop_lost(directory: Path, identity: dict) -> None:
     """Copy what is current into new files and delete the old ones; no run may use the cache meanwhile."""
-    identity = read_description(directory)
     for index in sorted(directory.glob("*.index")):
-        lines = [line for text in index.read_bytes().splitlines(True) if (line := read_line(text, directory.name))]
+        lines = [line for _, line in read_lines(index) if line]
         current = [line for line in lines if is_current(line)]
         if len(current) == len(lines):
             continue
         stem = directory / uuid.uuid4().hex[:12]
         with stem.with_suffix(".bin").open("xb") as shard, stem.with_suffix(".index").open("xb") as new_index:
             for line in current:
-                rows = read_part(directory / line.shard, line.offset, stored_size(identity, line))
-                if rows is not None:  # else it is computed again
+                if rows := read_rows(directory, line, identity):  # else it is computed again
                     moved = line._replace(shard=f"{stem.name}.bin", offset=shard.tell())
                     shard.write(rows)
-                    new_index.write(make_line(moved, directory.name))
+                    new_index.write(cache.make_line(moved, directory.name))
         index.unlink()  # from here on the new files count alone
         for name in {line.shard for line in lines}:
             (directory / name).unlink(missing_ok=True)
-
-
-def stored_size(identity: dict, line: Line) -> int:
-    """Bytes of an activation in its shard."""
-    scale_rows = SCALE_ROWS if identity["dtype"] == "int8" else 0
-    return (line.frames + scale_rows) * identity["width"] * getattr(torch, identity["dtype"]).itemsize
 
 
 def verify(directory: str | Path, repair: bool = False) -> list[str]:
@@ -155,64 +141,44 @@ def verify(directory: str | Path, repair: bool = False) -> list[str]:
     index, so that the next run computes it anew; no run may use the cache meanwhile.
     """
     directory = Path(os.path.abspath(directory))
-    identity = read_description(directory)
-    whole, cut, damaged = set(), [], []
+    identity, whole, cut, damaged = read_description(directory), set(), [], []
     for index in sorted(directory.glob("*.index")):
-        with open(index, "rb") as file:
-            texts, kept = file.readlines(), []
-        for number, text in enumerate(texts, 1):
-            line, ended = read_line(text, directory.name), text.endswith(b"\n")
+        lines, kept = read_lines(index), []
+        for number, (text, line) in enumerate(lines, 1):
+            ended = text.endswith(b"\n")
             if line is None or not ended:
                 if line or ended:  # else torn, by a full disk or a process that was killed
                     damaged.append(f"{index}, line {number}: {text.rstrip().decode('ascii', 'backslashreplace')}")
-                continue
-            rows = read_part(directory / line.shard, line.offset, stored_size(identity, line))
-            if rows is None:
+            elif (rows := read_rows(directory, line, identity)) is None:
                 cut.append(line.source)
             elif zlib.crc32(rows) != line.crc32:
                 damaged.append(line.source)
             else:
                 whole.add(line.source)
                 kept.append(text)
-        if repair and len(kept) < len(texts):
+        if repair and len(kept) < len(lines):
             content = b"".join(kept)
             replace(index, lambda file, content=content: file.write_bytes(content))
     return damaged + [path for path in cut if path not in whole]
 
 
-def read_part(path: Path, offset: int, size: int) -> bytes | None:
-    """Bytes of a file, None if it has not so many."""
-    if offset + size > file_size(path):
-        return None
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError:  # a disk that is broken there
-        return None
+def read_lines(index: Path) -> list[tuple[bytes, cache.Line | None]]:
+    """Each line as it stands in an index, and what it says, None if it is damaged."""
+    return [(text, read_line(text, index.parent.name)) for text in index.read_bytes().splitlines(True)]
 
 
-def files(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if path.name == "cache.json" or path.suffix in PARTS]
-
-
-def size(directory: Path) -> int:
-    return sum(file_size(path) for path in files(directory))
+def read_rows(directory: Path, line: cache.Line, identity: dict) -> bytes | None:
+    """The bytes of an activation; None if they go past the end of its shard, or the disk is broken there."""
+    path, kind = directory / line.shard, getattr(torch, identity["dtype"])
+    count = (line.frames + (cache.SCALE_ROWS if kind == torch.int8 else 0)) * identity["width"] * kind.itemsize
+    if line.offset + count <= file_size(path):
+        with suppress(OSError), open(path, "rb", buffering=0) as file:
+            file.seek(line.offset)
+            return file.read(count)
+    return None
 
 
 # ---------------------------------------------------------------- build
-
-
-@dataclass
-class Job:
-    """A cache to fill, for the configs of these paths."""
-
-    config: Config
-    model: EmotionModel  # its prefix computes; on the meta device where another job of its group computes for it
-    cache: ActivationCache
-    depth: int
-    paths: list[str] = field(default_factory=list)
-    seconds: float | None = None  # that filling it alone would have taken; None: it was complete
 
 
 def build(words: Sequence[str]) -> dict[str, dict]:
@@ -224,8 +190,10 @@ def build(words: Sequence[str]) -> dict[str, dict]:
     paths, overrides = split_words(words)
     if not paths:
         raise ValueError("build: expected at least one config")
-    groups: dict[tuple, list[Job]] = {}  # by all that must be alike
-    seconds: dict[tuple, float] = {}  # of audio, by files
+    groups: dict[tuple, dict[Path, Prefix]] = {}  # by all that must be alike, then by directory
+    length: dict[tuple, float] = {}  # seconds of audio, by files
+    needed: dict[Path, int] = {}  # bytes, by directory
+    caches: dict[str, cache.ActivationCache] = {}  # by config
     for path in paths:
         config = load_config(path, overrides)
         device = hardware.pick_device(config.device, parallel.local_rank())
@@ -233,90 +201,72 @@ def build(words: Sequence[str]) -> dict[str, dict]:
         with parallel.first_alone():  # it writes the demo corpus
             utterances, label_range = run.load_utterances(config)
         audio = tuple(utterance.source for utterance in utterances)
-        seconds[audio] = seconds.get(audio) or sum(data.check_audio(utterances))
+        length[audio] = length.get(audio) or sum(data.check_audio(utterances))
         with parallel.first_alone():  # it downloads
             model, backbone = run.build_model(config, label_range)
         tf32 = config.tf32 and device.type == "cuda"
         how = {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype, "tf32": tf32}
-        cache = open_cache(config.cache_dir, model, audio, **how)
-        if cache.missing and not cache.writable:
-            raise OSError(
-                f"cache {cache.directory}: is read-only and lacks {len(cache.missing):,} files; set cache_dir"
-            )
-        cache.note_user(path, backbone["source"])
+        opened = cache.open_cache(config.cache_dir, model, audio, **how)
+        if opened.missing and not opened.writable:
+            lacks = f"is read-only and lacks {len(opened.missing):,} files"
+            raise OSError(f"cache {opened.directory}: {lacks}; set cache_dir")
+        opened.note_user(path, backbone["source"])
+        needed[opened.directory] = opened.space(length[audio])
         kind = audio, backbone["sha256"], model.backbone.config.normalize_waveform, device, precision, tf32
-        group = groups.setdefault(kind, [])
-        same = [job for job in group if job.cache.directory == cache.directory]
-        job = same[0] if same else Job(config, model, cache, prefix_depth(model))
-        job.paths.append(path)
-        group += [] if same else [job]
-        for other in group:
-            if other is not max(group, key=lambda job: job.depth):
-                other.model.to("meta")  # the deepest computes for all
-    hardware.require_space(
-        {
-            job.cache.directory: job.cache.space(seconds[kind[0]], pooled_rows(job.model))
-            for kind, group in groups.items()
-            for job in group
-        }
-    )
-    for (*_, device, precision, tf32), group in groups.items():
-        fill(group, device, precision, tf32)
-    job_of = {path: job for group in groups.values() for job in group for path in job.paths}
+        group, size = groups.setdefault(kind, {}), config.micro_batch_size or config.batch_size
+        prefix = Prefix(model, audio, device, hardware.DTYPES[precision], opened, size)
+        caches[path] = group.setdefault(opened.directory, prefix).cache
+        for other in sorted(group.values(), key=DEPTH)[:-1]:
+            other.model.to("meta")  # the deepest computes for all
+    hardware.require_space(needed)
+    seconds: dict[Path, float] = {}
+    for (*_, precision, tf32), group in groups.items():
+        seconds |= fill(list(group.values()), precision, tf32)
     return {
-        path: {"directory": str(job.cache.directory), "seconds": job.seconds, "bytes": job.cache.stored_bytes()}
-        for path, job in ((path, job_of[path]) for path in paths)
+        path: {"directory": str(one.directory), "seconds": seconds.get(one.directory), "bytes": one.stored_bytes()}
+        for path, one in caches.items()
     }
 
 
 @torch.no_grad()
-def fill(jobs: Sequence[Job], device: torch.device, precision: str, tf32: bool) -> None:
-    """Complete caches that share backbone and audio: no hidden state is computed twice for a batch.
+def fill(prefixes: Sequence[Prefix], precision: str, tf32: bool) -> dict[Path, float]:
+    """Complete caches that share backbone and audio: of a batch every hidden state is computed once.
 
-    Several commands may do so at once, each in an order of its own and without what another has done by then. The
+    Returns the seconds that filling each alone would have taken, by the directories of those that were not complete.
+    Several commands may do this at once, each in an order of its own and without what another has done by then. The
     processes of one command share the work.
     """
-    deepest = max(jobs, key=lambda job: job.depth)
-    hardware.prepare(deepest.model, device, precision, tf32)
-    dtype = hardware.DTYPES[precision]
-    size = min(job.config.micro_batch_size or job.config.batch_size for job in jobs)
-    everything = range(len(deepest.cache.paths))
-    batches = parallel.share([list(everything[i : i + size]) for i in range(0, len(everything), size)])
-    missing = [batch for batch in batches if not all(job.cache.has(batch) for job in jobs)]
+    first, seconds = sorted(prefixes, key=DEPTH)[-1], {}
+    hardware.prepare(first.model, first.device, precision, tf32)
+    size, count = min(prefix.at_once for prefix in prefixes), len(first.paths)
+    batches = parallel.share([range(i, min(i + size, count)) for i in range(0, count, size)])
+    missing = [batch for batch in batches if not all(prefix.cache.has(batch) for prefix in prefixes)]
     random.shuffle(missing)
 
     def load(batch: Sequence[int]) -> list[Tensor]:
-        there = all(job.cache.has(batch) for job in jobs)  # by now
-        return [] if there else [data.read_audio(deepest.cache.paths[number]) for number in batch]
+        there = all(prefix.cache.has(batch) for prefix in prefixes)  # by now
+        return [] if there else [data.read_audio(first.paths[number]) for number in batch]
 
     audio = data.prefetch(load, missing)
-    for numbers in tqdm(missing, desc="cache", unit="batch", disable=parallel.rank() > 0 or None):
-        begin = time.perf_counter()
-        waveforms = next(audio)
-        wanted = [job for job in jobs if waveforms and not job.cache.has(numbers)]
-        depths = sorted({depth for job in wanted for depth in job.model.sources(job.depth)})
-        states = deepest.model.states([send(waveform, device) for waveform in waveforms], depths)
-        parts: list[list[Tensor]] = [[] for _ in wanted]
-        shared = time.perf_counter() - begin  # seconds up to this depth, which each cache alone would need as well
-        for depth in depths:
-            begin = time.perf_counter()
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                x, lengths = next(states)
-            hardware.synchronize(device)
-            shared += time.perf_counter() - begin
-            for job, own in zip(wanted, parts, strict=True):
-                begin, sources = time.perf_counter(), job.model.sources(job.depth)
-                if depth in sources:
-                    own.append(job.model.part(x, lengths, job.depth))
-                if depth == sources[-1]:
-                    job.cache.write(numbers, *job.model.join(own, lengths))
-                    job.seconds = (job.seconds or 0.0) + shared
-                if depth in sources:
-                    job.seconds = (job.seconds or 0.0) + time.perf_counter() - begin
+    for batch in tqdm(missing, desc="cache", unit="batch", disable=parallel.rank() > 0 or None):
+        begin, waveforms = time.perf_counter(), [send(waveform, first.device) for waveform in next(audio)]
+        wanted = [prefix for prefix in prefixes if waveforms and not prefix.cache.has(batch)]
+        depths = sorted({depth for prefix in wanted for depth in prefix.model.sources(prefix.depth)})
+        states, reached = {}, {}  # by depth: hidden states, and the seconds until each was there
+        with torch.autocast(first.device.type, first.dtype, enabled=first.dtype != torch.float32):
+            for depth, state in zip(depths, first.model.states(waveforms, depths), strict=False):
+                hardware.synchronize(first.device)
+                states[depth], reached[depth] = state, time.perf_counter() - begin
+        for prefix in wanted:
+            begin, sources = time.perf_counter(), prefix.model.sources(prefix.depth)
+            prefix.cache.write(batch, *prefix.model.join([states[depth] for depth in sources], prefix.depth))
+            taken = reached[sources[-1]] + time.perf_counter() - begin
+            seconds[prefix.cache.directory] = seconds.get(prefix.cache.directory, 0.0) + taken
     parallel.wait()
-    for job in jobs:
-        job.cache.close()
-        job.cache.load_index()  # with what other processes have written
+    for prefix in prefixes:
+        prefix.cache.close()
+        prefix.cache.load_index()  # with what other processes have written
+    return seconds
 
 
 # ---------------------------------------------------------------- the command
@@ -335,9 +285,7 @@ def main() -> None:
     listed.add_argument("directory", nargs="?", default="cache")
     cleared = commands.add_parser("clear", help="delete caches, without asking, and say what that freed")
     cleared.add_argument("names", nargs="+", metavar="directory", help="of a cache, or its name below ./cache")
-    lost = (
-        "keep the caches, and delete what they hold of files that are gone or have changed; an unmounted disk is gone"
-    )
+    lost = "delete only what they hold of files that are gone or have changed; an unmounted disk is gone"
     cleared.add_argument("--gone", action="store_true", help=lost)
     arguments = parser.parse_args()
     if arguments.command == "list":
