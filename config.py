@@ -226,10 +226,15 @@ def make_config(values: dict, where: str) -> Config:
     try:
         typed = {key: coerce(value, TYPES[key], key) for key, value in values.items()}
         for key in PATHS & typed.keys():
-            typed[key] = typed[key] and os.path.expandvars(os.path.expanduser(typed[key]))
+            typed[key] = typed[key] and expand(typed[key])
         return Config(**typed)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def expand(path: str) -> str:
+    """A path with `~` and `$VAR` replaced, unless there is a file of just this name."""
+    return path if os.path.lexists(path) else os.path.expandvars(os.path.expanduser(path))
 
 
 def coerce(value: object, kind: object, key: str) -> Any:

@@ -10,21 +10,20 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 import run
 import weights
-from config import Config
+from config import Config, expand
 from formats.adapter import save_adapter
 from formats.card import card
 from formats.huggingface import save_backbone, settings_of
 from formats.onnx import save_onnx
+from machine.programs import command
 from model import EmotionModel
 
 RANDOM = "random, as "  # begins the source of a backbone of the demo that has no checkpoint
@@ -41,8 +40,12 @@ def export(directory: str | Path, out: str | Path, form: str, backbone: str | No
     directory, out = Path(directory), Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already, and not empty; expected a new directory")
-    result, config, source = read_run(directory)
-    config = replace(config, backbone=backbone or config.backbone)
+    best, config = run.load_best(directory)
+    config, source = replace(config, backbone=backbone or config.backbone), best["backbone"]["source"]
+    if not (directory / "result.json").is_file():
+        raise ValueError(f"{directory}: has no result.json, so this run is not finished; train.py continues it")
+    if config.backbone == "logmel":
+        raise ValueError(f"{directory}: has backbone: logmel, which other programs do not know; there is but a head")
     if form == "peft":
         require_adapter(directory, config, source)
     model = run.load_run(directory, merged=form != "peft", backbone=backbone)
@@ -57,9 +60,12 @@ def export(directory: str | Path, out: str | Path, form: str, backbone: str | No
             save_backbone(model.backbone, beside, family(source, config.backbone))
         if form == "peft":
             save_adapter(model.backbone, beside, config.backbone)
-            write_json(beside / "preprocessor_config.json", settings_of(model.backbone.config)[1])
+            settings = json.dumps(settings_of(model.backbone.config)[1], indent=2)
+            (beside / "preprocessor_config.json").write_text(settings + "\n", encoding="utf-8")
+        result, plain, default = weights.read_json(directory / "result.json"), run.plain(config), run.plain(Config())
+        changed = {key: value for key, value in plain.items() if key not in PLACES and value != default[key]}
         base = source if source.startswith(RANDOM) else config.backbone
-        text = card(result, run.plain(config), changes(config), base, form, model.targets, model.label_range)
+        text = card(result, plain, changed, base, form, model.targets, model.label_range)
         (beside / "README.md").write_text(text, encoding="utf-8")
         if out.exists():
             out.rmdir()
@@ -71,35 +77,19 @@ def export(directory: str | Path, out: str | Path, form: str, backbone: str | No
     return out
 
 
-def read_run(directory: Path) -> tuple[dict, Config, str]:
-    """What `result.json` holds, the configuration, and the backbone's source. Raises where there is no finished run."""
-    best, config = run.load_best(directory)
-    if not (directory / "result.json").is_file():
-        raise ValueError(f"{directory}: has no result.json, so this run is not finished; train.py continues it")
-    if config.backbone == "logmel":
-        raise ValueError(f"{directory}: has backbone: logmel, which other programs do not know; there is but a head")
-    return weights.read_json(directory / "result.json"), config, best["backbone"]["source"]
-
-
 def require_adapter(directory: Path, config: Config, source: str) -> None:
     """Raise ValueError unless an adapter, its head and the named base model are the whole model."""
-    reason = None
-    if config.lora_rank == 0:
-        reason = "it has no LoRA (lora_rank is 0)"
-    elif config.trainable_layers not in (0, []):
-        reason = f"layers of the backbone train besides (trainable_layers is {config.trainable_layers!r})"
-    elif config.adapter is not None:
-        reason = f"its base is no checkpoint but {source}"
-    elif source.startswith(RANDOM):
-        reason = "its backbone was random weights, which nobody else has"
-    elif Path(config.backbone).is_file():
-        reason = (
-            f"its backbone is a file, {config.backbone}; transformers and PEFT load directories and names of the hub"
-        )
-    if reason:
-        raise ValueError(
-            f"{directory}: cannot be a PEFT adapter: {reason}; expected a LoRA run, or --format transformers"
-        )
+    layers, file = config.trainable_layers, Path(config.backbone).is_file()
+    reasons = {
+        "it has no LoRA (lora_rank is 0)": config.lora_rank == 0,
+        f"layers of the backbone train besides (trainable_layers is {layers!r})": layers not in (0, []),
+        f"its base is no checkpoint but {source}": config.adapter is not None,
+        "its backbone was random weights, which nobody else has": source.startswith(RANDOM),
+        f"its backbone is a file, {config.backbone}, and PEFT loads directories and names of the hub": file,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"{directory}: cannot be a PEFT adapter: {reason}; export it with --format transformers")
 
 
 def family(source: str, backbone: str) -> str:
@@ -109,35 +99,22 @@ def family(source: str, backbone: str) -> str:
     return settings[0].get("model_type", "wav2vec2") if settings else "wav2vec2"
 
 
-def changes(config: Config) -> dict:
-    """The settings that differ from the defaults, but for the places of one machine."""
-    default = run.plain(Config())
-    return {key: value for key, value in run.plain(config).items() if key not in PLACES and value != default[key]}
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def save_head(model: EmotionModel, path: Path) -> None:
     """Pooling and head: `output.*`, `hidden.*` for one with a hidden layer, `score.weight` or `layer_weights`."""
-    linears = [layer for layer in model.head if isinstance(layer, nn.Linear)]
-    layers = dict(zip(("output", "hidden"), reversed(linears), strict=False))
-    tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.named_parameters()}
-    if model.pooling == "attentive":
-        tensors["score.weight"] = model.score.weight
-    if model.pooling == "layers":
-        tensors["layer_weights"] = model.layer_weights
+    tensors, last = {}, f"head.{len(model.head) - 1}."
+    for name, parameter in model.named_parameters():
+        if not name.startswith("backbone."):
+            ours = name.replace(last, "output.").replace("head.0.", "hidden.")
+            tensors[ours] = parameter.detach().contiguous()
     about = {"targets": json.dumps(model.targets), "label_range": json.dumps(model.label_range)}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, {"format": "pt", "pooling": model.pooling, **about})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a finished run for other programs, with a model card.")
-    parser.add_argument("run", help="the directory of a run of train.py")
-    parser.add_argument("out", help="a new directory")
-    parser.add_argument("--backbone", help="where the run's backbone is now, if it has moved: a path or a hub id")
+    parser.add_argument("run", type=expand, help="the directory of a run of train.py")
+    parser.add_argument("out", type=expand, help="a new directory")
+    parser.add_argument("--backbone", type=expand, help="where the backbone of the run is now, if it has moved")
     parser.add_argument("--format", choices=FORMATS, default="transformers")
     arguments = parser.parse_args()
     out = export(arguments.run, arguments.out, arguments.format, arguments.backbone)
@@ -145,9 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; nothing is written")
+    command(main, "stopped; nothing is written")

@@ -8,21 +8,23 @@
 Folders are searched for audio, patterns work in quotes as well, and - is a list of paths on standard input, one a line.
 An input listed twice is predicted once; rows have the order of the inputs. A file longer than the window becomes equal
 windows, a row each; with --hop windows slide, and the last one ends with the file. Files that cannot be read are named
-at the end and do not stop the others.
+at the end and do not stop the others; the exit status is then 1.
 """
 
 import argparse
+import codecs
 import csv
 import glob
 import json
+import mimetypes
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import islice, pairwise, repeat, takewhile
+from itertools import chain, count, islice, pairwise, repeat, takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import TextIO
 
 import numpy as np
@@ -32,13 +34,19 @@ from tqdm import tqdm
 
 import data
 import run
-from config import load_config
-from corpora.tree import files_below
+from config import expand, extra, load_config
+from corpora.tree import folders_below
 from formats.media import SUFFIXES
 from machine import hardware
+from machine.programs import command
 from model import EmotionModel
 
-FORMATS = ("csv", "jsonl")
+KINDS = mimetypes.MimeTypes()  # as Python knows them, whatever this machine has installed
+RARE = (".pcm", ".raw", ".sln", ".vox", ".ds2", ".dss", ".dvf", ".msv")  # without a header, or of dictating machines
+MAGIC = re.compile(  # how sound and film begin; the pictures of phones have `ftyp` too
+    rb"(?s)RIFF....(WAVE|AVI )|RF64|fLaC|OggS|ID3|\xff[\xfb\xf3\xf2]|FORM....AIF|caff|#!AMR|\x1aE\xdf\xa3|0&\xb2u|"
+    rb"....ftyp(?!hei|mif|msf|avi|crx)"
+)
 Row = dict[str, str | float]
 
 
@@ -74,31 +82,63 @@ def find_audio(words: Sequence[str]) -> list[Path]:
 
 def listed() -> list[str]:
     """The paths on standard input, one a line; those in another encoding too."""
-    sys.stdin.reconfigure(errors="surrogateescape")
-    lines = [line.rstrip("\r\n") for line in sys.stdin]
-    if not any(lines):
+    text = sys.stdin.buffer.read()
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("-: the list is UTF-16; save it as UTF-8")
+    encoding = "utf-8-sig" if text.startswith(codecs.BOM_UTF8) else sys.stdin.encoding
+    lines = [line.rstrip("\r") for line in text.decode(encoding, "surrogateescape").split("\n") if line.strip()]
+    if not lines:
         raise FileNotFoundError("-: no path on standard input")
-    return [line for line in lines if line]
+    return lines
 
 
 def expanded(word: str) -> list[str]:
     """What a pattern matches, `**` being any number of folders. Any other word, and what exists, is itself."""
+    word = expand(word)
     if os.path.exists(word) or not set(word) & set("*?["):
         return [word]
-    matches = sorted(glob.glob(word, recursive=True))
+    matches = sorted(set(matching(word)))
     if not matches:
         raise FileNotFoundError(f"{word}: nothing matches this pattern")
     return matches
 
 
+def matching(pattern: str) -> list[str]:
+    """As `glob.glob(recursive=True)`, but links may go round in a circle."""
+    recursive = re.fullmatch(r"(|.*?/)\*\*/(.*)", pattern.replace(os.sep, "/"), re.DOTALL)
+    if not recursive:
+        return glob.glob(pattern)
+    head, rest = recursive.groups()
+    found: list[str] = []
+    for place in glob.glob(head) if head else [""]:
+        for folder, _ in folders_below(place or os.curdir, unread=found):
+            below = Path(os.path.relpath(folder, place or os.curdir))
+            if not any(part.startswith(".") for part in below.parts):
+                found += matching(os.path.join(glob.escape(os.path.join(place, *below.parts)), rest))
+    return found
+
+
 def searched(folder: Path) -> list[Path]:
-    """The files in a folder and below it, also behind links, that are sound or film by their suffix."""
-    files = [Path(path, name) for path, name in files_below(folder)]
-    audio = [file for file in files if file.suffix.lower() in SUFFIXES]
+    """What looks like sound or film in a folder and below it, also behind links; and folders that cannot be read."""
+    unread: list[str] = []
+    files = [Path(path, name) for path, names in folders_below(folder, unread) for name in names]
+    audio = [*filter(is_audio, files), *map(Path, unread)]
     if not audio:
         found = ", ".join(sorted({f"*{file.suffix}" for file in files})) or "nothing"
         raise FileNotFoundError(f"{folder}: no audio file in this folder, found {found}")
     return sorted(audio)
+
+
+def is_audio(file: Path) -> bool:
+    """Whether a file looks like sound or film: by its suffix, or by its first bytes."""
+    suffix, kind = file.suffix.lower(), KINDS.guess_type(file.name, strict=False)[0] or ""
+    if suffix in SUFFIXES or suffix in RARE or kind.startswith(("audio/", "video/")):
+        return True
+    with suppress(OSError):
+        if file.is_file():  # and no pipe, which would wait for whoever writes into it
+            with open(file, "rb") as stream:
+                return MAGIC.match(stream.read(16)) is not None
+    return False
 
 
 def spans(samples: int, window: float, hop: float | None = None) -> Iterator[tuple[int, int]]:
@@ -109,12 +149,11 @@ def spans(samples: int, window: float, hop: float | None = None) -> Iterator[tup
     """
     size = round(min(window * data.SAMPLE_RATE, samples))
     if hop is None:
-        count = -(-samples // size)
-        yield from pairwise(round(i * samples / count) for i in range(count + 1))
+        parts = -(-samples // size)
+        yield from pairwise(round(i * samples / parts) for i in range(parts + 1))
     else:
         step = max(1, round(min(hop * data.SAMPLE_RATE, samples)))
-        for start in range(0, samples - size, step):
-            yield start, start + size
+        yield from ((start, start + size) for start in range(0, samples - size, step))
         yield samples - size, samples
 
 
@@ -127,12 +166,11 @@ def windows(
     """
     for number, path in enumerate(paths):
         try:
-            waveform = data.read_audio(path, silent)
+            waveform = data.read_audio(data.find_file("", str(path)), silent)
         except (OSError, ValueError) as error:
             failed.append(str(error))
-            continue
-        for start, stop in spans(len(waveform), window, hop):
-            yield Window(number, path, waveform, start, stop)
+        else:
+            yield from (Window(number, path, waveform, *span) for span in spans(len(waveform), window, hop))
 
 
 # ---------------------------------------------------------------- predictions
@@ -170,30 +208,19 @@ def row_writer(stream: TextIO, kind: str, targets: Sequence[str]) -> Callable[[l
 # ---------------------------------------------------------------- pictures
 
 
-def import_plots() -> ModuleType:
-    try:
-        import report.plots as plots
-    except ImportError:
-        raise ValueError("--plot: found no matplotlib, expected it; `pip install matplotlib`") from None
-    return plots
-
-
 def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Results:
     """Pass results on, and draw a file when its last window is through; of two a.wav the second becomes a_2."""
-    plots, taken, shown = import_plots(), set(), []
+    plots, taken, shown = extra("report.plots", "--plot"), set(), []
     for group, predictions in results:
         yield group, predictions
         for window, values in zip(group, predictions, strict=True):
             shown.append((window.start / data.SAMPLE_RATE, window.stop / data.SAMPLE_RATE, *values))
             if window.stop == len(window.waveform):
-                name, number = window.path.stem, 1
-                while name.lower() in taken:  # some systems do not tell capitals from small letters
-                    number += 1
-                    name = f"{window.path.stem}_{number}"
-                taken.add(name.lower())
-                curve, waveform = np.array(shown), window.waveform.numpy()
-                shape = curve[:, :2], curve[:, 2:], model.targets, model.label_range
-                plots.timeline(waveform, *shape, window.path.name, note, folder / name)
+                numbered = (f"{window.path.stem}_{number}" for number in count(2))
+                name = next(name for name in chain([window.path.stem], numbered) if name.lower() not in taken)
+                taken.add(name.lower())  # some systems do not tell capitals from small letters
+                shape = model.targets, model.label_range, window.path.name, note, folder / name
+                plots.timeline(window.waveform.numpy(), np.array(shown)[:, :2], np.array(shown)[:, 2:], *shape)
                 shown = []
 
 
@@ -203,17 +230,17 @@ def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Resu
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked before anything is read."""
     parser = argparse.ArgumentParser(description="Predict activation and valence of audio files.")
-    parser.add_argument("model", help="the directory of a run of train.py, or a published emotion model")
+    parser.add_argument("model", type=expand, help="the directory of a run of train.py, or a published emotion model")
     parser.add_argument("audio", nargs="+", help="files, folders, patterns, or - for a list on standard input")
-    parser.add_argument("--out", help="file to write; otherwise the rows are printed")
-    parser.add_argument("--format", help="csv or jsonl; otherwise jsonl if that is the suffix of --out, else csv")
+    parser.add_argument("--out", type=expand, help="file to write; otherwise the rows are printed")
+    parser.add_argument("--format", choices=("csv", "jsonl"), help="otherwise by the suffix of --out, else csv")
     parser.add_argument("--window", type=float, default=20.0, help="longest stretch in seconds that gets one row")
     parser.add_argument("--hop", type=float, help="seconds from one window to the next; otherwise they do not overlap")
-    parser.add_argument("--plot", metavar="DIR", help="directory for a picture of each file: predictions over time")
+    parser.add_argument("--plot", type=expand, metavar="DIR", help="directory for a picture of each file over time")
     parser.add_argument("--batch", type=int, default=8, help="windows in memory at once")
-    parser.add_argument("--precision", default="fp32", help="fp32; bf16 and fp16 are faster on a GPU, and round")
+    parser.add_argument("--precision", choices=hardware.DTYPES, default="fp32", help="16 bits are faster on a GPU")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--backbone", help="where the backbone of the run is now, if it has moved")
+    parser.add_argument("--backbone", type=expand, help="where the backbone of the run is now, if it has moved")
     arguments = parser.parse_args()
     window, hop = arguments.window, arguments.hop
     arguments.format = arguments.format or ("jsonl" if str(arguments.out).lower().endswith(".jsonl") else "csv")
@@ -221,23 +248,14 @@ def parse_arguments() -> argparse.Namespace:
         ("window", window >= 0.1, "at least 0.1 seconds"),
         ("hop", hop is None or 0 < hop <= window, f"above 0 and at most the window, {window:g} seconds"),
         ("batch", arguments.batch >= 1, "at least 1"),
-        ("format", arguments.format in FORMATS, " or ".join(FORMATS)),
-        ("precision", arguments.precision in hardware.DTYPES, ", ".join(hardware.DTYPES)),
+        ("plot", not os.path.isfile(arguments.plot or ""), "a directory"),
     ):
         if not fulfilled:
-            raise ValueError(f"--{name}: expected {expected}, found {getattr(arguments, name)}")
+            parser.error(f"--{name}: expected {expected}, found {getattr(arguments, name)}")
     if arguments.plot:
-        import_plots()
-        if Path(arguments.plot).is_file():
-            raise ValueError(f"--plot: {arguments.plot} is a file, expected a directory")
-        Path(arguments.plot).mkdir(parents=True, exist_ok=True)
+        extra("report.plots", "--plot")  # before anything is computed
+        os.makedirs(arguments.plot, exist_ok=True)
     return arguments
-
-
-def demo_note(model: str) -> str:
-    """What is to be said of a run that was trained on the demo corpus."""
-    config = Path(model) / "config.yaml"
-    return run.DEMO_NOTE if config.is_file() and load_config(config).corpus == "demo" else ""
 
 
 def main() -> None:
@@ -246,15 +264,16 @@ def main() -> None:
     device = hardware.pick_device(arguments.device)
     model = run.load_run(arguments.model, backbone=arguments.backbone)
     hardware.prepare(model, device, arguments.precision)
-    if note := demo_note(arguments.model):
+    config = Path(arguments.model) / "config.yaml"
+    note = run.DEMO_NOTE if config.is_file() and load_config(config).corpus == "demo" else ""
+    if note:
         print(note, file=sys.stderr)
     stream = windows(files, arguments.window, arguments.hop, failed, silent)
     results = predict(model, stream, arguments.batch, arguments.precision)
     if arguments.plot:
         results = draw(results, Path(arguments.plot), model, note)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a Windows pipe cannot carry every file's name
     bar = tqdm(total=len(files), unit="file", unit_scale=True, disable=None if out else True)
-    form = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    form = {"newline": "", "encoding": "utf-8", "errors": "as_named"}
     try:
         with bar, open(out, "w", **form) if out else nullcontext(sys.stdout) as file:
             write = row_writer(file, arguments.format, model.targets)
@@ -269,15 +288,10 @@ def main() -> None:
             raise
         raise OSError(f"{out or 'stdout'}: cannot be written ({error.strerror})") from None
     if silent:
-        print("\n".join([f"warning: nothing can be heard in {len(silent)} files:", *silent]), file=sys.stderr)
+        print("\n".join([f"warning: nothing can be heard in {len(silent)} of the files:", *silent]), file=sys.stderr)
     if failed:
         sys.exit("\n".join([f"error: {len(failed)} of {len(files)} files have no prediction:", *failed]))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; every row that is written is whole")
+    command(main, "stopped; every row that is written is whole")

@@ -4,7 +4,6 @@ It is at https://github.com/snehadas/EmoTale, without a licence: ask its authors
 and cite them. Its readme tells of two raters; `annotations.csv` holds the ratings of three.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,12 @@ from statistics import fmean
 
 import torch
 
-from corpora.tree import Row, find, join, numbers, read_table
+from corpora.tree import find, join, numbers, read_table
 from data import LABEL_COLUMNS, Notes, Utterance
 from metrics import ccc
 
 FOLDS, SPEAKERS = 6, 18
+SCALE = [half / 2 for half in range(2, 11)]  # 1 to 5 in halves
 RATERS = ("a1", "a2", "a3")
 COLUMNS = [f"{rater}_{letter}" for rater in RATERS for letter in "AVD"]  # activation, valence, dominance
 CLIP = re.compile(r"(?:DK|EN)_(\d{3})_[A-Z]_\d+\.wav")  # language, speaker, emotion, sentence
@@ -33,15 +33,14 @@ def read_emotale(folder: Path, fold: int) -> tuple[list[Utterance], Notes]:
     speakers = sorted({speaker_of(file) for file in clips})
     if len(speakers) != SPEAKERS:
         raise ValueError(f"{folder}: annotations of {len(speakers)} speakers, expected {SPEAKERS}: an unknown version")
-    size = SPEAKERS // FOLDS
-    splits = {speaker: number // size + 1 for number, speaker in enumerate(speakers)}
-    names = {fold: "test", fold % FOLDS + 1: "dev"}
+    fold_of = {speaker: number * FOLDS // SPEAKERS + 1 for number, speaker in enumerate(speakers)}
+    splits = {fold: "test", fold % FOLDS + 1: "dev"}
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[Utterance]:
         for file, ratings in clips.items():
             given = {target: [rater[target] for rater in ratings if target in rater] for target in LABEL_COLUMNS}
             labels = {target: fmean(values) for target, values in given.items() if values}
-            yield Row(file, names.get(splits[speaker_of(file)], "train"), speaker_of(file), labels)
+            yield Utterance(file, splits.get(fold_of[speaker_of(file)], "train"), speaker_of(file), labels)
 
     try:
         return join(folder / "annotations.csv", rows(), [find(folder, "wav")])
@@ -51,15 +50,12 @@ def read_emotale(folder: Path, fold: int) -> tuple[list[Utterance], Notes]:
 
 def agreement(folder: Path) -> dict[str, list[float]]:
     """By target, the CCC of each rater with the mean of the others: what a model can be expected to reach."""
-    clips = read_ratings(folder).values()
-    whole = [ratings for ratings in clips if all(len(rater) == len(LABEL_COLUMNS) for rater in ratings)]
+    whole = [clip for clip in read_ratings(folder).values() if all(len(rater) == len(LABEL_COLUMNS) for rater in clip)]
+    if len(whole) < 2:
+        return {}
     table = torch.tensor([[[rater[t] for t in LABEL_COLUMNS] for rater in ratings] for ratings in whole])  # (N, R, D)
-    scores: dict[str, list[float]] = {target: [] for target in LABEL_COLUMNS}
-    for rater in range(len(RATERS)) if len(whole) > 1 else ():
-        others = [other for other in range(len(RATERS)) if other != rater]
-        for target, score in zip(LABEL_COLUMNS, ccc(table[:, rater], table[:, others].mean(1)).tolist(), strict=True):
-            scores[target].append(score)
-    return scores
+    others = (table.sum(1, keepdim=True) - table) / (len(RATERS) - 1)
+    return {target: ccc(table[..., k], others[..., k]).tolist() for k, target in enumerate(LABEL_COLUMNS)}
 
 
 def read_ratings(folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -69,15 +65,14 @@ def read_ratings(folder: Path) -> dict[str, list[dict[str, float]]]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. {SOURCE}") from None
     clips = {}
-    for line, (file, *cells) in read_table(source, ("file", *COLUMNS)):
-        where = f"{source}: line {line}"
+    for where, (file, *cells) in read_table(source, ("file", *COLUMNS)):
         if not CLIP.fullmatch(file):
             raise ValueError(f"{where}: file {file!r}, expected a name such as DK_004_A_5.wav: an unknown version")
         if file in clips:
             raise ValueError(f"{where}: {file} is there twice: an unknown version")
         clips[file] = [numbers(cells[at : at + 3], where) for at in range(0, len(cells), 3)]
         for value in (value for rater in clips[file] for value in rater.values()):
-            if not 1 <= value <= 5 or not math.isclose(2 * value, round(2 * value)):
+            if value not in SCALE:
                 raise ValueError(f"{where}: rating {value:g}, expected 1 to 5 in halves: an unknown version")
     return clips
 

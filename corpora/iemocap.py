@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpora.tree import Row, find, join, leave_session_out, numbers
+from corpora.tree import find, join, leave_session_out, numbers
 from data import Notes, Utterance, reading
 
 SESSIONS = 5
@@ -19,10 +19,9 @@ def read_iemocap(folder: Path, fold: int, dev_set: str = "session") -> tuple[lis
     sessions = {number: find(folder, f"Session{number}") for number in range(1, SESSIONS + 1)}
     above = []
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[Utterance]:
         for session, place in sessions.items():
-            sources = find(find(place, "dialog"), "EmoEvaluation").glob("[!.]*.txt")
-            for source in sorted(sources):
+            for source in sorted(find(find(place, "dialog"), "EmoEvaluation").glob("[!.]*.txt")):
                 with reading(source, "label file", errors="replace") as file:
                     turns = [match.groups() for line in file if (match := TURN.match(line))]
                 if not turns:
@@ -33,7 +32,7 @@ def read_iemocap(folder: Path, fold: int, dev_set: str = "session") -> tuple[lis
                     if slips:
                         above.append(f"{turn}.wav")
                     gender = turn.rpartition("_")[2][0]
-                    yield Row(f"{turn}.wav", split(session, gender), turn[:5] + gender, labels | slips)
+                    yield Utterance(f"{turn}.wav", split(session, gender), turn[:5] + gender, labels | slips)
 
     places = [find(find(place, "sentences"), "wav") for place in sessions.values()]
     utterances, notes = join(folder, rows(), places)

@@ -1,12 +1,13 @@
 """MSP-IMPROV, of the University of Texas at Dallas."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from corpora.tree import Row, find, join, leave_session_out, numbers
+from corpora.tree import find, join, leave_session_out, numbers
 from data import Notes, Utterance, reading
 
 SESSIONS = 6
@@ -26,7 +27,7 @@ def read_msp_improv(folder: Path, fold: int, flip_activation: bool = True) -> tu
     source = find(folder, "Evalution.txt", "Evaluation.txt")
     activations = defaultdict(list)  # by category
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[Utterance]:
         with reading(source, "label file", errors="replace") as file:
             for line, text in enumerate(file, 1):
                 if not text.startswith("UTD-"):
@@ -39,13 +40,11 @@ def read_msp_improv(folder: Path, fold: int, flip_activation: bool = True) -> tu
                 if "activation" in labels:
                     labels["activation"] = 6 - labels["activation"] if flip_activation else labels["activation"]
                     activations[category].append(labels["activation"])
-                yield Row(f"MSP-{turn}.wav", split(int(speaker[1:]), speaker[0]), speaker, labels)
+                yield Utterance(f"MSP-{turn}.wav", split(int(speaker[1:]), speaker[0]), speaker, labels)
 
     utterances, notes = join(source, rows(), [folder])
-    if activations["A"] and activations["N"]:
-        angry, neutral = fmean(activations["A"]), fmean(activations["N"])
-        if angry <= neutral:
-            means = f"means {angry:.2f} and {neutral:.2f}"
-            other = str(not flip_activation).lower()
-            notes[f"angry turns are not more active than neutral ones ({means}): try flip_activation: {other}"] = []
+    angry, neutral = (fmean(activations[category] or [math.nan]) for category in "AN")
+    if angry <= neutral:
+        means, other = f"means {angry:.2f} and {neutral:.2f}", str(not flip_activation).lower()
+        notes[f"angry turns are not more active than neutral ones ({means}): try flip_activation: {other}"] = []
     return utterances, notes

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpora.tree import Row, find, join, numbers, read_table
+from corpora.tree import find, join, numbers, read_table
 from data import Notes, Utterance
 
 COLUMNS = ("FileName", "EmoAct", "EmoVal", "EmoDom", "SpkrID", "Split_Set")
@@ -19,12 +19,12 @@ def read_msp_podcast(folder: Path, test_set: str = "Test1") -> tuple[list[Uttera
         raise ValueError(f"test_set: found {test_set!r}, expected one of {', '.join(TESTS)}")
     splits = SPLITS | {test.lower(): "test" if test == test_set else "" for test in TESTS}
 
-    def rows() -> Iterator[Row]:
-        for line, (file, *cells, speaker, split) in read_table(source, COLUMNS):
+    def rows() -> Iterator[Utterance]:
+        for where, (file, *cells, speaker, split) in read_table(source, COLUMNS):
             if split.lower() not in splits:
                 known = "Train, Development or Validation, Test1, Test2, Test3"
-                raise ValueError(f"{source}: line {line}: split {split!r}, expected one of {known}: an unknown version")
-            yield Row(file, splits[split.lower()], speaker, numbers(cells, f"{source}: line {line}"))
+                raise ValueError(f"{where}: split {split!r}, expected one of {known}: an unknown version")
+            yield Utterance(file, splits[split.lower()], speaker, numbers(cells, where))
 
     utterances, notes = join(source, rows(), [audio])
     if not any(utterance.split == "test" for utterance in utterances):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpora.tree import Row, find, join, not_found, numbers, read_table
+from corpora.tree import find, join, not_found, numbers, read_table
 from data import Notes, Utterance
 
 
@@ -22,9 +22,8 @@ def read_muse(folder: Path) -> tuple[list[Utterance], Notes]:
     speakers = sorted({file[:2] for _, (file, *_) in table})
     split = {speaker: ("train", "train", "train", "dev", "test")[at % 5] for at, speaker in enumerate(speakers)}
 
-    def rows() -> Iterator[Row]:
-        for line, (file, *cells) in table:
-            labels = numbers(cells, f"{sources[0]}: line {line}")
-            yield Row(file.removesuffix(".wav") + ".wav", split[file[:2]], file[:2], labels)
+    def rows() -> Iterator[Utterance]:
+        for where, (file, *cells) in table:
+            yield Utterance(file.removesuffix(".wav") + ".wav", split[file[:2]], file[:2], numbers(cells, where))
 
     return join(sources[0], rows(), audio)

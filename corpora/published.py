@@ -58,7 +58,6 @@ def read(name: str, keys: dict[str, str | int | None]) -> tuple[list[Utterance],
         raise ValueError(f"data_root: found nothing; set it to the folder of corpus {name!r}")
     if name != "demo" and not Path(root).is_dir():
         raise FileNotFoundError(f"{root}: no such folder; check the key `data_root`")
-    if corpus.folds and given.get("fold") not in range(1, corpus.folds + 1):
-        found = given.get("fold")
-        raise ValueError(f"fold: found {found!r}, expected 1 to {corpus.folds}: the part that is held out for testing")
+    if corpus.folds and (fold := keys.get("fold")) not in range(1, corpus.folds + 1):
+        raise ValueError(f"fold: found {fold!r}, expected 1 to {corpus.folds}: the part that is held out for testing")
     return corpus.reader(Path(root), **given)

@@ -4,19 +4,10 @@ import csv
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from data import LABEL_COLUMNS, Notes, Utterance, number, reading
-
-
-class Row(NamedTuple):
-    """What a label file says of an audio file, which it names without its folder; split "" is not used."""
-
-    file: str
-    split: str
-    speaker: str
-    labels: dict[str, float]
 
 
 def leave_session_out(fold: int, sessions: int, dev_set: str = "session") -> Callable[[int, str], str]:
@@ -36,20 +27,25 @@ def leave_session_out(fold: int, sessions: int, dev_set: str = "session") -> Cal
     return split
 
 
-def join(source: Path, rows: Iterable[Row], folders: Iterable[Path]) -> tuple[list[Utterance], Notes]:
-    """Rows of the label file `source` with the audio below `folders`; what has no counterpart is left out and noted."""
-    folders = list(folders)
-    audio = find_wavs(folders)
-    utterances, named = [], set()
-    no_audio, no_label = [], []
-    for file, split, speaker, labels in rows:
-        named.add(file)
-        if file not in audio:
-            no_audio.append(file)
-        elif not {"activation", "valence"} <= labels.keys():
-            no_label.append(file)
-        elif split:
-            utterances.append(Utterance(audio[file], split, speaker, labels))
+def join(source: Path, rows: Iterable[Utterance], folders: Sequence[Path]) -> tuple[list[Utterance], Notes]:
+    """Rows of the label file `source` with the audio below `folders`; what has no counterpart is left out and noted.
+
+    A row has the name of its file for a path, and split "" if it is not used.
+    """
+    audio: dict[str, str] = {}
+    for path, files in (each for folder in folders for each in folders_below(folder)):
+        for file in files:
+            if file.lower().endswith(".wav"):
+                audio.setdefault(file, os.path.join(path, file))
+    utterances, named, no_audio, no_label = [], set(), [], []
+    for row in rows:
+        named.add(row.path)
+        if row.path not in audio:
+            no_audio.append(row.path)
+        elif not {"activation", "valence"} <= row.labels.keys():
+            no_label.append(row.path)
+        elif row.split:
+            utterances.append(replace(row, path=audio[row.path]))
     if not utterances:
         found = f"{len(no_audio):,} names without a file, {len(no_label):,} files without activation or valence"
         places = " and ".join(map(str, folders))
@@ -59,36 +55,32 @@ def join(source: Path, rows: Iterable[Row], folders: Iterable[Path]) -> tuple[li
     return utterances, {note: files for note, files in notes.items() if files}
 
 
-def files_below(folder: str | Path) -> Iterator[tuple[str, str]]:
-    """Every file below a folder, also behind links, as its folder and its name; without the `._*` of macOS.
+def folders_below(folder: str | Path, unread: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it, also behind links, and the files in each; without the `._*` of macOS.
 
-    A folder that links lead to a second time is not searched again, so that they may go round in a circle.
+    A folder that links lead to a second time is left out, so that they may go round in a circle. What cannot be listed
+    is added to `unread`, or is an error.
     """
+
+    def failed(error: OSError) -> None:
+        if unread is None:
+            raise error
+        unread.append(error.filename)
+
     seen = set()
-    for path, below, files in os.walk(folder, followlinks=True):
+    for path, below, files in os.walk(folder, onerror=failed, followlinks=True):
         if (place := os.path.realpath(path)) in seen:
             below.clear()
             continue
         seen.add(place)
         below.sort()  # so that of two files with one name it is the same everywhere
-        yield from ((path, file) for file in sorted(files) if not file.startswith("._"))
-
-
-def find_wavs(folders: Iterable[Path]) -> dict[str, str]:
-    """Paths of all WAV files below the folders by their names."""
-    found: dict[str, str] = {}
-    for folder in folders:
-        for path, file in files_below(folder):
-            if file.lower().endswith(".wav"):
-                found.setdefault(file, os.path.join(path, file))
-    return found
+        yield path, sorted(file for file in files if not file.startswith("._"))
 
 
 def find(folder: Path, *names: str) -> Path:
     """The entry of a folder that has one of these names, whatever their case. Raises FileNotFoundError."""
-    there = sorted(os.listdir(folder))
     wanted = {name.lower() for name in names}
-    for entry in there:
+    for entry in sorted(os.listdir(folder)):
         if entry.lower() in wanted:
             return folder / entry
     raise not_found(folder, " or ".join(names))
@@ -109,8 +101,8 @@ def numbers(cells: Iterable[str], where: str) -> dict[str, float]:
     return {target: value for target, value in values.items() if not math.isnan(value)}
 
 
-def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """The line and the cells of these columns of each row of a published CSV; column "" is the first."""
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Of each row of a published CSV its place, for messages, and the cells of these columns; "" is the first."""
     with reading(path, "label file", errors="replace") as file:
         reader = csv.reader(file)
         header = [cell.strip() for cell in next(reader, [])]
@@ -118,6 +110,7 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[s
             raise ValueError(f"{path}: no column {', '.join(missing)}; found {header}: an unknown version")
         at = [header.index(column) if column else 0 for column in columns]
         for row in filter(any, reader):
+            where = f"{path}: line {reader.line_num}"
             if len(row) < len(header):
-                raise ValueError(f"{path}: line {reader.line_num}: {len(row)} cells, expected {len(header)}")
-            yield reader.line_num, [row[i].strip() for i in at]
+                raise ValueError(f"{where}: {len(row)} cells, expected {len(header)}")
+            yield where, [row[i].strip() for i in at]

@@ -7,26 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data import raise_listed
 from formats.huggingface import hugging_face_key
 from lora import LoRALinear
 from model import Wav2Vec2
-from weights import OWN, PREFIX, ROOT, hub_id, note, our_name, read_json, require_finite, unusable
+from weights import OWN, PREFIX, ROOT, hub_id, note, our_name, read, read_json, require_finite, unusable
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-READ = {
-    *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "init_lora_weights"),
-    *("rank_pattern", "alpha_pattern", "bias", "lora_bias"),
-}
-NOTHING_MORE = {  # settings that change nothing in what the tensors compute, or only where another one is set
-    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
-    *("qalora_group_size", "modules_to_save"),  # of what is saved whole the tensors tell
-}
+KNOWN = (  # settings that are read below, or that change nothing in what the tensors compute
+    "peft_type base_model_name_or_path r lora_alpha use_rslora init_lora_weights rank_pattern alpha_pattern bias "
+    "lora_bias task_type auto_mapping peft_version revision inference_mode lora_dropout target_modules exclude_modules "
+    "layers_to_transform layers_pattern megatron_core qalora_group_size modules_to_save"
+)
 INITIAL = (True, False, None, "gaussian", "eva")  # the others that PEFT knows start from a base model that they change
+Tensors = dict[str, Tensor]
 
 
 def save_adapter(backbone: Wav2Vec2, directory: str | Path, base: str) -> None:
@@ -48,21 +45,10 @@ def save_adapter(backbone: Wav2Vec2, directory: str | Path, base: str) -> None:
             tensors[f"base_model.model.{targets[-1]}.lora_{matrix}.weight"] = tensor.contiguous()
     rank = layer.A.shape[0]  # `inject` gives all the same
     repository, revision = hub_id(base) or (base, None)
-    settings = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": repository,
-        "revision": revision,
-        "task_type": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": layer.scale * rank,
-        "lora_dropout": layer.dropout,
-        "target_modules": targets,
-        "bias": "none",
-    }
-    directory = Path(directory)
-    (directory / FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, directory / FILES[1], {"format": "pt"})
+    settings = {"peft_type": "LORA", "base_model_name_or_path": repository, "revision": revision, "r": rank}
+    settings |= {"lora_alpha": layer.scale * rank, "lora_dropout": layer.dropout, "target_modules": targets}
+    (Path(directory) / FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, Path(directory) / FILES[1], {"format": "pt"})
 
 
 @torch.no_grad()
@@ -70,15 +56,15 @@ def merge_adapter(backbone: Wav2Vec2, directory: str | Path, base: str | None = 
     """Add a PEFT LoRA adapter to a backbone's weights, `W + s B A`; returns the names of the weights that it changes.
 
     `s` is alpha / R, with rank stabilisation alpha / sqrt(R) (Kalajdzievski 2023, arXiv 2312.03732). Trained biases
-    take the place of the backbone's, and a bias of B is added to them, `s b`. A head that was trained with the adapter
-    is left out with a note. `base` is what the backbone was loaded from. Raises FileNotFoundError, or ValueError for
-    an adapter of another kind or another model.
+    replace those of the backbone, and a bias of B is added to them, `s b`. A head that was trained with the adapter is
+    left out with a note. `base` is what the backbone was loaded from. Raises FileNotFoundError, or ValueError for an
+    adapter of another kind or another model.
     """
     directory = Path(directory)
     settings = read_settings(directory, base)
     parameters = dict(backbone.named_parameters())
     modules, problems = read_modules(directory / FILES[1])
-    updates: dict[str, Tensor] = {}
+    updates: Tensors = {}
     beside = []
     for module, (inner, found) in modules.items():
         name = our_name(f"{inner}.weight")
@@ -88,16 +74,15 @@ def merge_adapter(backbone: Wav2Vec2, directory: str | Path, base: str | None = 
                 updates |= update(name.removesuffix(".weight"), module, found, parameters, rank, scale)
             except ValueError as error:
                 problems.append(str(error))
+        elif name or OWN.match(inner):
+            problems.append(f"{module} is no part of this backbone")
         else:
-            (problems if name or OWN.match(inner) else beside).append(f"{module} is no part of this backbone")
-    if problems or not updates:
-        problems = problems or beside or ["it holds no tensors"]
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        of = f" {base}" if base else ""
-        raise ValueError(f"{directory}: the adapter does not fit the backbone{of}: {'; '.join(problems[:8])}{more}")
+            beside.append(module)
+    if not problems and not updates:
+        problems = [f"{module} is no part of this backbone" for module in beside] or ["it holds no tensors"]
+    raise_listed(f"{directory}: the adapter does not fit the backbone{f' {base}' if base else ''}", problems, limit=8)
     if beside:
-        heads = ", ".join(problem.split()[0] for problem in beside)
-        note(f"{directory}: what was trained beside the backbone is left out: {heads}")
+        note(f"{directory}: what was trained beside the backbone is left out: {', '.join(beside)}")
     for name, tensor in updates.items():
         module, _, attribute = name.rpartition(".")
         merged = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
@@ -105,9 +90,7 @@ def merge_adapter(backbone: Wav2Vec2, directory: str | Path, base: str | None = 
     return list(updates)
 
 
-def update(
-    name: str, module: str, found: Mapping[str, Tensor], parameters: Mapping[str, Tensor], rank: int, scale: float
-) -> dict[str, Tensor]:
+def update(name: str, module: str, found: Tensors, parameters: Tensors, rank: int, scale: float) -> Tensors:
     """The new values of the parameters of `name`, PEFT's `module`, of which it saved what was `found`."""
     new, weight, bias = {}, parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
     if "weight" in found:
@@ -115,9 +98,8 @@ def update(
     if biases := [key for key in ("bias", "lora_B.bias") if key in found]:
         if bias is None or any(found[key].shape != bias.shape for key in biases):
             raise ValueError(f"{module} has no bias of the size of {' and '.join(biases)}")
-        new[f"{name}.bias"] = found.get("bias", bias).float()
-        if "lora_B.bias" in found:
-            new[f"{name}.bias"] = new[f"{name}.bias"] + scale * found["lora_B.bias"].float()
+        added = scale * found["lora_B.bias"].float() if "lora_B.bias" in found else 0
+        new[f"{name}.bias"] = found.get("bias", bias).float() + added
     pair = {matrix: found[f"lora_{matrix}.weight"] for matrix in "AB" if f"lora_{matrix}.weight" in found}
     if pair or "lora_B.bias" in found:
         shapes = {matrix: tuple(tensor.shape) for matrix, tensor in pair.items()}
@@ -133,23 +115,25 @@ def read_settings(directory: Path, base: str | None) -> dict:
     for name in FILES:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"adapter: {directory} has no {name}; expected a directory as PEFT saves it")
-    path = directory / FILES[0]
-    settings = read_json(path)
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {settings.get('peft_type')!r}; only 'LORA' is known here")
-    if unknown := [key for key, value in settings.items() if value and key not in READ | NOTHING_MORE]:
-        found = ", ".join(f"{key} is {settings[key]!r}" for key in unknown)
-        raise ValueError(f"{path}: {found}; only plain LoRA, which is added to the weights, is known")
-    if (initial := settings.get("init_lora_weights")) not in INITIAL:
-        raise ValueError(
-            f"{path}: init_lora_weights is {initial!r}, which changes the base model too; convert it to LoRA"
-        )
+    settings = read_json(directory / FILES[0])
+    kind, initial = settings.get("peft_type"), settings.get("init_lora_weights")
+    unknown = ", ".join(f"{key} is {value!r}" for key, value in settings.items() if value and key not in KNOWN.split())
     theirs, ours = (hub_id(source) for source in (settings.get("base_model_name_or_path"), base))
-    if theirs and ours and theirs[0] != ours[0]:
-        raise ValueError(f"{path}: the adapter was made for {theirs[0]}, and the backbone is {base}")
+    problems = [
+        (kind != "LORA", f"peft_type is {kind!r}; only 'LORA' is known here"),
+        (unknown, f"{unknown}; only plain LoRA, which is added to the weights, is known"),
+        (initial not in INITIAL, f"init_lora_weights is {initial!r}, which changes the base model too; convert it"),
+        (
+            theirs and ours and theirs[0] != ours[0],
+            f"the adapter was made for {theirs and theirs[0]}, and the backbone is {base}",
+        ),
+    ]
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(settings.get(key) or {}, dict):
-            raise ValueError(f"{path}: {key} is {settings[key]!r}, expected an object of names and numbers")
+        value = settings.get(key) or {}
+        problems.append((not isinstance(value, dict), f"{key} is {value!r}, expected an object of names and numbers"))
+    for wrong, problem in problems:
+        if wrong:
+            raise ValueError(f"{directory / FILES[0]}: {problem}")
     strength(settings, "", directory)
     return settings
 
@@ -171,23 +155,19 @@ def strength(settings: Mapping, module: str, directory: Path) -> tuple[int, floa
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def read_modules(path: Path) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], list[str]]:
+def read_modules(path: Path) -> tuple[dict[str, tuple[str, Tensors]], list[str]]:
     """Each module's name inside the backbone and its tensors, by its name in the base model; and what has no place."""
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: is not a whole safetensors file ({error})") from None
+    tensors = read([path])[0]
     require_finite(tensors, path)
     problems = [f"{key} {problem}" for key, tensor in tensors.items() if (problem := unusable(tensor))]
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+?)\.(?:base_layer\.)?((?:lora_[AB]\.)?(?:weight|bias))", key)
         if match:
             found.setdefault(match[1], {})[match[2]] = tensor
         else:
             problems.append(f"{key} is no matrix of LoRA")
-    roots = sorted({match[1] for module in found if (match := ROOT.match(f"{module}."))})
+    roots = sorted({match[1] for module in found if (match := ROOT.match(f"{module}."))}) or [""]
     if len(roots) > 1:
         raise ValueError(f"{path}: is for {len(roots)} encoders, under {' and '.join(map(repr, roots))}; expected one")
-    root = roots[0] if roots else ""
-    return {module: (PREFIX.sub("", module.removeprefix(root)), own) for module, own in found.items()}, problems
+    return {module: (PREFIX.sub("", module.removeprefix(roots[0])), own) for module, own in found.items()}, problems

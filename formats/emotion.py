@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model import EmotionModel
-from weights import locate, make_backbone, note, read, unusable
+from weights import locate, make_backbone, note, read, refuse, unusable
 
 PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
 TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
@@ -28,22 +28,21 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     if (pooling := settings.get("pooling_mode", "mean")) != "mean":
         raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
     backbone = make_backbone(tensors, settings, path)
-    width = len(tensors["classifier.dense.weight"])
     targets = name_targets(settings, len(tensors["classifier.out_proj.weight"]), path)
     with torch.device("meta"):  # no memory for a head before it is known to fit
+        width = len(tensors["classifier.dense.weight"])
         model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
     model.head[1] = nn.Tanh()
-    places = {f"{ours}.{kind}": f"{key}.{kind}" for key, ours in PLACES.items() for kind in ("weight", "bias")}
-    if surplus := [key for key in tensors if key.startswith("classifier.") and key not in places.values()]:
-        raise ValueError(f"{path}: {len(surplus)} tensors of no known place in its head: {', '.join(surplus[:8])}")
-    state = {}
+    keys = {f"{ours}.{kind}": f"{key}.{kind}" for key, ours in PLACES.items() for kind in ("weight", "bias")}
+    surplus = [key for key in tensors if key.startswith("classifier.") and key not in keys.values()]
+    problems, state = [f"{key} has no known place in its head" for key in surplus], {}
     for name, parameter in model.head.named_parameters():
-        found = tensors.get(places[name], torch.empty(0))
-        if found.shape != parameter.shape or unusable(found):
-            what = unusable(found) or f"is {tuple(found.shape)}, expected {tuple(parameter.shape)}"
-            raise ValueError(f"{path}: does not fit its own architecture: {places[name]} {what}")
-        state[name] = found.float()
-    model.head.load_state_dict(state, assign=True)
+        state[name] = found = tensors.get(keys[name], torch.empty(0))
+        fits = found.shape == parameter.shape
+        if problem := unusable(found) or (not fits and f"is {tuple(found.shape)}, expected {tuple(parameter.shape)}"):
+            problems.append(f"{keys[name]} {problem}")
+    refuse(problems, path)
+    model.head.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model.eval()
 
 
@@ -52,9 +51,8 @@ def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
     labels = settings.get("id2label")
     names = [str(name).lower() for _, name in sorted(labels.items())] if isinstance(labels, dict) else []
     if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
-        names = list(PUBLISHED)
-        assumed = f"assumed {', '.join(names)}. To set them, put id2label into its config.json"
-        note(f"{path}: no settings name its {count} outputs; {assumed}")
+        names, advice = list(PUBLISHED), "To set them, put id2label into its config.json"
+        note(f"{path}: no settings name its {count} outputs; assumed {', '.join(names)}. {advice}")
     targets = tuple(TARGETS.get(name, "") for name in names)
     if "" in targets or len(set(targets)) != len(targets) or len(targets) != count:
         expected = "each of arousal, dominance and valence at most once"

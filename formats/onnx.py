@@ -28,8 +28,7 @@ class Graph(nn.Module):
         x = self.encode(normalize(waveform) if config.normalize_waveform else waveform)
         lengths = [x.shape[0]]
         x = backbone.projection(x, lengths)
-        position = backbone.position.conv(x.mT[None])[0].mT[: x.shape[0]]  # (T, D) -> (1, D, T), and back
-        x = x + F.gelu(position)
+        x = x + F.gelu(backbone.position.conv(x.mT[None])[0].mT[: x.shape[0]])  # (T, D) -> (1, D, T), and back
         states = [x if config.pre_norm else backbone.norm(x)]
         for layer in backbone.layers:
             states.append(layer(states[-1], lengths))
@@ -73,21 +72,13 @@ def save_onnx(model: EmotionModel, path: Path) -> None:
     difference = (torch.stack(graph(example)) - low - (high - low) * model.infer([example])[0]).abs().max().item()
     if difference > 1e-4 * (high - low):
         raise ValueError(f"--format onnx: the graph's predictions are {difference:.2g} off; use --format transformers")
-    size = sum(parameter.nbytes for parameter in model.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every optional package that it does not find
+    names = {"input_names": ["waveform"], "output_names": list(model.targets)}
+    sizes = {"dynamic_shapes": ({0: torch.export.Dim("samples", min=FIELD)},)}
+    sizes["external_data"] = sum(parameter.nbytes for parameter in model.parameters()) > ONE_FILE
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
-                graph,
-                (example,),
-                path,
-                input_names=["waveform"],
-                output_names=list(model.targets),
-                dynamic_shapes=({0: torch.export.Dim("samples", min=FIELD)},),
-                external_data=size > ONE_FILE,
-                dynamo=True,
-                verbose=False,
-            )
+            torch.onnx.export(graph, (example,), path, **names, **sizes, dynamo=True, verbose=False)
     except ImportError as error:
         raise ValueError(f"--format onnx: needs onnx and onnxscript ({error}); pip install onnx onnxscript") from None

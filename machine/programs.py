@@ -1,4 +1,4 @@
-"""Programs of this repository in processes of their own, and what they say in a log.
+"""Programs of this repository: what all commands share, processes of their own, and what they say in a log.
 
 A process has its time and its memory to itself, and whatever ends it ends no other. But Python and PyTorch take two to
 five seconds to start, and the first optimizer as long again: minutes for a hundred runs. So a server imports them once
@@ -7,17 +7,44 @@ PyTorch's own files, only what it touches: 65 MB less than when it is started by
 starts anew each time.
 """
 
+import codecs
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = ["run", "torch.export.experimental", __name__]  # the second brings what the first optimizer imports
 FAILED = "compare.py: failed, "  # begins the last line of the log of a program that failed
+
+
+def command(main: Callable[[], None], stopped: str = "stopped", code: int = 1) -> None:
+    """Run the `main` of a command. What goes wrong is one line, and no encoding of a terminal or pipe ends it."""
+    sys.stdout.reconfigure(errors="as_named")
+    try:
+        return main()
+    except (OSError, ValueError) as error:
+        message = f"error: {error}"
+    except KeyboardInterrupt:
+        message = f"\n{stopped}"
+    if code != 1:
+        print(message, file=sys.stderr)
+    sys.exit(message if code == 1 else code)
+
+
+def as_named(error: UnicodeError) -> tuple[str | bytes, int]:
+    r"""For `errors=`: a byte of a file name that is not UTF-8 as it is, and what an encoding lacks as \x.. or \u...."""
+    error.end = error.start + 1  # one character after the other
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error("as_named", as_named)
 
 
 def logged(words: Sequence[str], log: Path) -> int:

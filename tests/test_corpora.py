@@ -553,9 +553,8 @@ def test_pictures_of_few_and_of_many_utterances(tmp_path, utterances):
     pytest.importorskip("matplotlib")
     rows = [data.Utterance("a", "train", "s", {"activation": 1 + n % 7, "valence": 9.0}) for n in range(utterances)]
     rows.append(data.Utterance("a", "test", "s", {}))
-    files = check.draw_labels(
-        rows, [1.0] * len(rows), ["activation", "valence"], (1, 7), "a title", tmp_path / "labels"
-    )
+    rows = [(utterance, 1.0) for utterance in rows]
+    files = check.draw_labels(rows, ["activation", "valence"], (1, 7), "a title", tmp_path / "labels")
     assert files == ["labels.png", "labels.pdf"]
     assert all((tmp_path / file).stat().st_size > 5000 for file in files)
 
@@ -582,6 +581,28 @@ def test_the_command_prints_the_report_and_exits_by_severity(good):
     wrong = command(config, "corpus=iemocap", "fold=1", "data_root=nowhere", cwd=good)
     assert wrong.returncode == 2
     assert wrong.stderr == "error: nowhere: no such folder; check the key `data_root`\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system takes no such name")
+def test_the_report_has_names_of_files_as_they_are(tmp_path):
+    """Those that are not UTF-8, and on a terminal of ASCII those that it cannot show; in the tables too."""
+    root = podcast(tmp_path)
+    for name in (b"\xff.wav", "é.wav".encode()):
+        Path(os.fsdecode(os.fsencode(root / "Audios") + b"/" + name)).touch()
+    words = [
+        str(ROOT / "configs" / "logmel.yaml"),
+        "corpus=msp-podcast",
+        f"data_root={root}",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "corpora.check", *words], env=environment, capture_output=True)
+    assert done.returncode == 2
+    left_out = b"audio that the labels do not name, left out"
+    assert b"- " + left_out + b": \xff.wav" in done.stdout and left_out + b": \\xe9.wav" in done.stdout
+    table = (tmp_path / "o" / "problems.csv").read_bytes()
+    assert b'left out",\xff.wav,' in table and 'left out",é.wav,'.encode() in table
 
 
 def test_the_readme_names_every_corpus_and_its_command_has_valid_keys():

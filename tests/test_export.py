@@ -1,9 +1,11 @@
 """What `export` promises: transformers, PEFT and onnxruntime compute from its files what our model does."""
 
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -271,7 +273,7 @@ def test_the_card_tells_scores_data_method_and_limits(runs, tmp_path):
     assert "Intended use and limits" in text and "Regulation 2024/1689" in text
     assert result["versions"]["torch"] in text
     assert str(runs["lora"].parents[1]) not in text
-    assert "$" not in text
+    assert not re.search(r"\$|\{\{|\{%|\n\n\n\n", text)
     assert run.DEMO_NOTE not in text
     assert front_matter(out)["library_name"] == "transformers"
     assert front_matter(out)["license"] == "other"
@@ -311,9 +313,11 @@ def test_the_licence_is_that_of_the_backbone(source, identifier, words):
 
 def test_the_card_keeps_the_revision_of_the_backbone(runs):
     """The front matter names the repository alone, as the hub wants it; the code loads the very revision."""
-    assert card.front_matter("some/base@v1", "peft")["base_model"] == "some/base"
     config = run.plain(run.load_best(runs["linear_head"])[1]) | {"backbone": "some/base@v1"}
-    assert 'from_pretrained("some/base", revision="v1")' in card.code(config, "peft", ["valence"], "1", "7")
+    result = json.loads((runs["linear_head"] / "result.json").read_text())
+    text = card.card(result, config, {}, "some/base@v1", "peft", ["valence"], (1, 7))
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "some/base"
+    assert 'AutoModel.from_pretrained("some/base", revision="v1")' in text
 
 
 def command_line(monkeypatch, *arguments: object) -> object:
@@ -357,6 +361,15 @@ def test_no_run_an_unfinished_one_and_logmel_are_refused(runs, tmp_path, monkeyp
     message = command_line(monkeypatch, tmp_path / "runs" / "baseline", tmp_path / "out", "--format", "onnx")
     assert "backbone: logmel" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_output_into_a_pipe_of_ascii_ends_no_export(runs, tmp_path):
+    """What is written is listed, whatever its folder is called."""
+    command = [sys.executable, "export.py", str(runs["lora"]), str(tmp_path / "é")]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}{os.sep}\\xe9{os.sep}model.safetensors  " in done.stdout
 
 
 @pytest.mark.parametrize("form", ["transformers", "peft"])

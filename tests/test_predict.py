@@ -26,6 +26,7 @@ import predict
 import run
 import train
 from config import Config
+from corpora.tree import folders_below
 from formats import hub
 from model import EmotionModel
 from report import plots
@@ -367,7 +368,7 @@ def test_without_matplotlib_there_is_all_but_pictures(trained, recordings, tmp_p
     assert command_line(monkeypatch, trained, recordings / "a.wav") is None
     assert len(rows_of(capsys.readouterr().out)) == 1
     code = command_line(monkeypatch, trained, recordings / "a.wav", "--plot", tmp_path / "pictures")
-    assert code == "error: --plot: found no matplotlib, expected it; `pip install matplotlib`"
+    assert code == "error: --plot: needs the package matplotlib; pip install matplotlib"
     assert capsys.readouterr().out == ""
 
 
@@ -392,13 +393,43 @@ def test_what_is_wrong_with_a_file_is_said(trained, recordings, monkeypatch, cap
     assert len(rows_of(capsys.readouterr().out)) == 1
 
 
+def predict_in_a_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """`python predict.py ...` as from a shell; its output as bytes."""
+    command = [sys.executable, "predict.py", *map(os.fsencode, arguments), "--device", "cpu"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=120)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system takes no such name")
-def test_a_name_that_is_not_utf8_is_read(trained, recordings, monkeypatch, capsys):
-    """As any other."""
-    path = os.fsdecode(os.fsencode(recordings) + b"/\xff.wav")
-    shutil.copy(recordings / "a.wav", path)
-    assert command_line(monkeypatch, trained, recordings) is None
-    assert len(rows_of(capsys.readouterr().out)) == 4
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C"}],
+    ids=["utf8", "ascii", "latin1", "C"],
+)
+def test_a_name_that_is_not_utf8_is_read_and_written_back_as_it_is(trained, recordings, tmp_path, environment):
+    """Byte by byte, into a pipe and a CSV; beside it a name that the encoding of the pipe may not have."""
+    raw, accent = os.fsencode(recordings) + b"/\xff\xfe.wav", os.fsencode(recordings / "é \u4e2d.wav")
+    for name in (raw, accent):
+        shutil.copy(os.fsencode(recordings / "a.wav"), name)
+    out = tmp_path / "out.csv"
+    done = predict_in_a_process(trained, recordings, **environment)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6 and raw + b"," in done.stdout
+    done = predict_in_a_process(trained, recordings, "--out", out, **environment)
+    assert (done.returncode, done.stdout) == (0, b"")
+    lines = out.read_bytes().splitlines()
+    assert len(lines) == 6 and {raw, accent} <= {line.split(b",")[0] for line in lines}
+    rows = predict_in_a_process(trained, recordings, "--format", "jsonl", **environment).stdout.splitlines()
+    assert {raw, accent} <= {os.fsencode(json.loads(row)["file"]) for row in rows}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system takes no such name")
+def test_a_bad_file_whose_name_is_not_utf8_is_named(trained, recordings):
+    """On a terminal of ASCII, too."""
+    with open(os.fsencode(recordings) + b"/\xff.wav", "wb") as file:
+        file.write(b"no sound")
+    done = predict_in_a_process(trained, recordings, PYTHONIOENCODING="ascii")
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 4
+    assert b"error: 1 of 4 files have no prediction:" in done.stderr and b"\\udcff.wav: not audio" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there it is the console's encoding that decides")
@@ -550,24 +581,30 @@ def test_bad_arguments_are_one_clear_message(trained, recordings, tmp_path, monk
     notes = empty / "notes.txt"
     notes.write_text("no audio")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    hop = "--hop: expected above 0 and at most the window"
     for arguments, expected in (
         ([recordings, empty], f"error: {empty}: no audio file in this folder, found *.txt"),
         ([recordings, empty / "*.wav"], f"error: {empty / '*.wav'}: nothing matches this pattern"),
         (["-"], "error: -: no path on standard input"),
-        ([recordings, "--window", "0.05"], "error: --window: expected at least 0.1 seconds, found 0.05"),
-        ([recordings, "--window", "nan"], "error: --window: expected at least 0.1 seconds, found nan"),
-        ([recordings, "--hop", "0"], "error: --hop: expected above 0 and at most the window, 20 seconds, found 0.0"),
-        ([recordings, "--hop", "nan"], "error: --hop: expected above 0 and at most the window, 20 seconds, found nan"),
-        ([recordings, "--window", "2", "--hop", "2.1"], "error: --hop: expected above 0 and at most the window, 2 s"),
-        ([recordings, "--batch", "0"], "error: --batch: expected at least 1, found 0"),
-        ([recordings, "--format", "xml"], "error: --format: expected csv or jsonl, found xml"),
-        ([recordings, "--precision", "int8"], "error: --precision: expected fp32, bf16, fp16, found int8"),
+        ([recordings, "--window", "0.05"], "predict.py: error: --window: expected at least 0.1 seconds, found 0.05"),
+        ([recordings, "--window", "nan"], "predict.py: error: --window: expected at least 0.1 seconds, found nan"),
+        ([recordings, "--hop", "0"], f"predict.py: error: {hop}, 20 seconds, found 0.0"),
+        ([recordings, "--hop", "nan"], f"predict.py: error: {hop}, 20 seconds, found nan"),
+        ([recordings, "--window", "2", "--hop", "2.1"], f"predict.py: error: {hop}, 2 s"),
+        ([recordings, "--batch", "0"], "predict.py: error: --batch: expected at least 1, found 0"),
+        ([recordings, "--format", "xml"], "predict.py: error: argument --format: invalid choice: 'xml' (choose from "),
+        (
+            [recordings, "--precision", "int8"],
+            "predict.py: error: argument --precision: invalid choice: 'int8' (choose",
+        ),
         ([recordings, "--device", "tpu"], "error: device: 'tpu' is not a device"),
         ([recordings, "--out", out], f"error: {out}: cannot be written (No such file or directory)"),
-        ([recordings, "--plot", notes], f"error: --plot: {notes} is a file, expected a directory"),
+        ([recordings, "--plot", notes], f"predict.py: error: --plot: expected a directory, found {notes}"),
     ):
-        assert command_line(monkeypatch, trained, *arguments).startswith(expected)
-    assert capsys.readouterr() == ("", "")
+        code = command_line(monkeypatch, trained, *arguments)
+        printed, said = capsys.readouterr()
+        assert (said.splitlines()[-1] if code == 2 else code).startswith(expected)
+        assert printed == "" and (code == 2) is bool(said)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -600,9 +637,135 @@ def test_a_folder_of_recordings_in_many_formats_through_links(trained, tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(rows_of(done.stdout)) == 5
     assert done.stderr.splitlines()[-2:] == [
-        "warning: nothing can be heard in 1 files:",
+        "warning: nothing can be heard in 1 of the files:",
         f"{folder / 'quiet.wav'}: silent, or its channels cancel: no sample is above 0 of full scale",
     ]
     (folder / "broken.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(64))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and len(rows_of(done.stdout)) == 5 and "broken.m4a: not audio" in done.stderr
+
+
+def test_what_looks_like_audio_in_a_folder_is_read_or_named(trained, recordings, monkeypatch, capsys):
+    """By its suffix, whether FFmpeg knows it or not, or without one by its first bytes; pictures and texts are not."""
+    for name in ("take1", "upload.tmp"):
+        shutil.copy(recordings / "a.wav", recordings / name)
+    encode(recordings / "Voice 001.3gp", "aac", voice(16_000, 1.0), 16_000)
+    (recordings / "Voice 001.3gp").rename(recordings / "Voice 001.3gpp")
+    bad = {
+        "phone.3gpp": b"\0" * 99,
+        "raw.PCM": bytes(999),
+        "tune.mid": b"MThd" + bytes(20),
+        "a.wav.gz": b"\x1f\x8b" * 9,
+    }
+    others = {
+        "cover.jpg": b"\xff\xd8\xff\xe0",
+        "photo.heic": b"\0\0\0\x18ftypheic" + bytes(9),
+        "page": b"RIFF\0\0\0\0WEBP",
+    }
+    for name, content in (bad | others | {"list.m3u8": b"#EXTM3U", "empty": b""}).items():
+        (recordings / name).write_bytes(content)
+    code = command_line(monkeypatch, trained, recordings)
+    assert code.splitlines()[0] == "error: 4 of 10 files have no prediction:"
+    assert {Path(line.split(": ")[0]).name for line in code.splitlines()[1:]} == bad.keys()
+    read = {Path(row["file"]).name for row in rows_of(capsys.readouterr().out)}
+    assert read == {"a.wav", "b.flac", "C.WAV", "take1", "upload.tmp", "Voice 001.3gpp"}
+
+
+def test_a_film_without_sound_is_named(trained, recordings, monkeypatch, capsys):
+    """It is left out, so the exit status is not 0."""
+    av = pytest.importorskip("av")
+    with av.open(str(recordings / "silent film.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 32
+        for _ in range(3):
+            film.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+        film.mux(stream.encode(None))
+    code = command_line(monkeypatch, trained, recordings)
+    assert code.splitlines()[1] == f"{recordings / 'silent film.mp4'}: has no audio track, found video; leave it out"
+    assert len(rows_of(capsys.readouterr().out)) == 3
+
+
+def test_a_folder_that_cannot_be_searched_is_named(trained, recordings, monkeypatch, capsys):
+    """The others are predicted; in a published corpus it is an error."""
+    real, locked = os.scandir, recordings / "more"
+
+    def scandir(path):
+        if Path(path) == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    code = command_line(monkeypatch, trained, recordings)
+    assert code.startswith(f"error: 1 of 3 files have no prediction:\n{locked}: cannot be read: ")
+    assert len(rows_of(capsys.readouterr().out)) == 2
+    assert predict.find_audio([str(recordings / "**" / "*.wav")])[1:] == [locked]
+    with pytest.raises(PermissionError):
+        list(folders_below(recordings))
+
+
+def test_patterns_go_through_links_and_end_where_these_go_round(recordings):
+    """Two links to the top would lead through 2^40 folders; hidden folders are left out, as in a shell."""
+    for name in ("one", "two"):
+        (recordings / "more" / name).symlink_to(recordings, target_is_directory=True)
+    hidden = recordings / ".hidden"
+    (hidden / "below").mkdir(parents=True)
+    shutil.copy(recordings / "a.wav", hidden / "below")
+    other = recordings.parent / "other"
+    (other / "x" / "day").mkdir(parents=True)
+    shutil.copy(recordings / "a.wav", other / "x" / "day")
+    (recordings / "linked").symlink_to(other, target_is_directory=True)
+    found = predict.find_audio([str(recordings / "**" / "*.wav")])
+    assert found == [recordings / "a.wav", recordings / "linked" / "x" / "day" / "a.wav"]
+    assert predict.find_audio([str(recordings / "**" / "x" / "**" / "*.wav")]) == found[1:]
+    assert predict.find_audio([str(hidden / "**" / "*.wav")]) == [hidden / "below" / "a.wav"]
+
+
+def test_patterns_are_relative_to_where_the_command_runs(recordings, monkeypatch):
+    """And the rows keep such names."""
+    monkeypatch.chdir(recordings)
+    assert predict.find_audio(["**/*.[wW][aA][vV]"]) == [Path("a.wav"), Path("more/C.WAV")]
+
+
+def test_a_list_from_windows_is_understood(trained, recordings, monkeypatch, capsys):
+    """A byte order mark, CRLF, blanks and backslashes; a path that is nowhere and UTF-16 are named."""
+    monkeypatch.chdir(recordings)
+    text = "\ufeffa.wav\r\n  \r\nmore\\C.WAV\r\nmore\\D.WAV\r\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    code = command_line(monkeypatch, trained, "-")
+    assert code.splitlines()[1:] == ["path 'more\\\\D.WAV' has backslashes, and with / there is no such file either"]
+    assert [row["file"] for row in rows_of(capsys.readouterr().out)] == ["a.wav", "more\\C.WAV"]
+    for encoding in ("utf-16", "utf-16-be"):
+        content = ("\ufeff" if encoding == "utf-16-be" else "") + "a.wav\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode(encoding))))
+        assert command_line(monkeypatch, trained, "-") == "error: -: the list is UTF-16; save it as UTF-8"
+
+
+def test_home_and_variables_are_expanded(trained, recordings, tmp_path, monkeypatch):
+    """Where a shell does not: in quotes and in a list."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("DAY", "recordings")
+    assert predict.find_audio(["~/recordings/*.wav"]) == predict.find_audio(["~/$DAY/a.wav"]) == [recordings / "a.wav"]
+    assert command_line(monkeypatch, trained, "~/$DAY/a.wav", "--out", "~/out.csv") is None
+    assert (tmp_path / "out.csv").is_file()
+    strange = recordings / "$DAY.wav"
+    shutil.copy(recordings / "a.wav", strange)
+    assert predict.find_audio([str(strange)]) == [strange]
+
+
+def test_what_cannot_be_heard_is_predicted_and_named_at_the_end(trained, recordings, monkeypatch, capsys):
+    """Silence, a constant, and a stereo file whose channels cancel; before the files that cannot be read."""
+    wave = voice(16_000, 0.5)
+    sounds = {"zero.wav": np.zeros(8000), "constant.wav": np.full(8000, 0.3), "cancels.wav": np.stack([wave, -wave], 1)}
+    for name, sound in sounds.items():
+        soundfile.write(recordings / name, sound, 16_000, subtype="FLOAT")
+    (recordings / "bad.wav").write_bytes(b"RIFF")
+    code = command_line(monkeypatch, trained, recordings)
+    printed, said = capsys.readouterr()
+    rows = rows_of(printed)
+    assert sounds.keys() <= {Path(row["file"]).name for row in rows} and len(rows) == 6
+    assert all(math.isfinite(value) for row in rows for value in values(row).values())
+    first, *named = said.splitlines()[-4:]
+    assert first == "warning: nothing can be heard in 3 of the files:"
+    assert {Path(line.split(": ")[0]).name for line in named} == sounds.keys()
+    assert code.startswith("error: 1 of 7 files have no prediction:")

@@ -1,5 +1,6 @@
 """What `machine.programs` promises: a program runs by itself, what it says is kept, and none pays for another."""
 
+import io
 import os
 import signal
 import sys
@@ -8,7 +9,42 @@ import time
 
 import pytest
 
-from machine.programs import last_lines, logged
+from machine.programs import command, last_lines, logged
+
+
+def fail(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ValueError("bad"), "error: bad"), (FileNotFoundError("gone"), "error: gone"), (KeyboardInterrupt(), "\nended")],
+)
+def test_a_command_ends_with_one_line(error, said, capsys):
+    """What Python prints of a text that a program exits with has status 1; another status prints it before."""
+    with pytest.raises(SystemExit) as end:
+        command(fail(error), "ended")
+    assert end.value.code == said
+    with pytest.raises(SystemExit) as end:
+        command(fail(error), "ended", code=2)
+    assert end.value.code == 2 and capsys.readouterr().err == f"{said}\n"
+
+
+def test_other_errors_of_a_command_keep_their_traceback():
+    with pytest.raises(KeyError):
+        command(fail(KeyError("a fault of ours")))
+
+
+def test_a_name_is_printed_whatever_the_encoding(monkeypatch):
+    """Bytes that are not UTF-8 as they are; characters that an encoding lacks as an escape."""
+    for encoding, expected in (("utf-8", "é中".encode()), ("latin-1", b"\xe9\\u4e2d"), ("ascii", b"\\xe9\\u4e2d")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        command(lambda: print("é中\udcff\udcfe\ud800", end="", flush=True))
+        assert stream.buffer.getvalue() == expected + b"\xff\xfe\\ud800"
 
 
 def test_a_log_ends_with_how_its_process_did_and_reads_as_on_a_terminal(tmp_path):
