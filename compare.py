@@ -6,8 +6,8 @@
     python compare.py CONFIG ... --table        the tables again, from what is finished
 
 Every method, seed and fold is a run of train.py in a process of its own, so that time and memory are its own. Caches
-are filled before, each for all seeds and folds. Then come the runs, all methods of a seed and fold before the next, so
-that an interrupted table is even. The same command again goes on where it was left: a finished run is not repeated, a
+are filled first, each for all seeds and folds. Then come the runs, all methods of a seed and fold before the next, so
+that an interrupted table is even. The same command continues a stopped comparison: finished runs are not repeated, a
 stopped one is resumed.
 
 Below `--out`: `table.md`, `table.csv`, pictures, `configs/`, `logs/`, and the runs' directories, `<method>-seed<K>` or
@@ -15,7 +15,6 @@ Below `--out`: `table.md`, `table.csv`, pictures, `configs/`, `logs/`, and the r
 """
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -35,39 +34,26 @@ from config import Config, extra, load_config, parse, split_words
 from data import text_cell
 from machine import hardware
 from machine.programs import last_lines, logged
-from report.results import (
-    COSTS,
-    FOLD_SCORE,
-    SCORES,
-    Run,
-    Runs,
-    analyse,
-    markdown,
-    pool,
-    read_method,
-    read_run,
-    run_directory,
-)
+from report import results, tables
+from report.results import Job, Run, Runs
 from weights import read_json
 
 HERE = Path(__file__).parent
 CORPUS = ("corpus", "data_root", "manifest", "fold", "test_set", "dev_set", "flip_activation")  # the same for all
 CORPUS += ("label_range", "targets", "allow_speaker_overlap")
 OURS = {"name": "as the name of the YAML file", "seed": "as --seeds", "output_dir": "as --out"}  # what compare.py sets
-Job = tuple[str, int, int | None]  # method, seed, and fold or None
+Methods = dict[str, Config]
 
 # --- what is compared ------------------------------------------------------------------------------------------------
 
 
-def make_methods(
-    configs: Sequence[str], overrides: Sequence[str], sweeps: Sequence[str], wrong: list[str]
-) -> dict[str, Config]:
-    """Methods by name: each config, once for each combination of the sweeps' values. Adds to `wrong` what is so."""
+def make_methods(configs: Sequence[str], overrides: Sequence[str], sweeps: Sequence[str], wrong: list[str]) -> Methods:
+    """Methods by name: each config, once for each combination of the sweeps' values. Adds errors to `wrong`."""
     choices = [[(key, value) for value in values] for key, values in map(parse_sweep, sweeps)]
     keys = [word.partition("=")[0] for word in [*overrides, *sweeps]]
     wrong += [f"{key}: is set by compare.py; give it {OURS[key]}" for key in keys if key in OURS]
     wrong += [f"{key}: is given more than once" for key in keys if keys.count(key) > 1]
-    methods: dict[str, Config] = {}
+    methods: Methods = {}
     for path, chosen in itertools.product(configs, itertools.product(*choices)):
         values = [(key, json.dumps(value, default=str)) for key, value in chosen]
         name = "-".join([Path(path).stem, *(f"{key}={file_name(value)}" for key, value in values)])
@@ -110,66 +96,58 @@ def settings(config: Config) -> dict:
     return {key: value for key, value in run.plain(config).items() if key not in OURS}
 
 
-def find_folds(methods: Mapping[str, Config], wrong: list[str]) -> list[int]:
+def find_folds(methods: Methods, wrong: list[str]) -> list[int]:
     """The folds of the corpus of all methods. Adds to `wrong` why there are none, and a fold that is set already."""
     for name, config in methods.items():
         if config.fold is not None:
             wrong.append(f"{name}: fold is {config.fold}, but --folds runs every fold; leave out one of the two")
-    corpus = next(iter(methods.values())).corpus
-    known = extra("corpora.published", "--folds").CORPORA
-    if corpus != "manifest" and corpus not in known:
-        return []  # reading it will say so
-    count = 0 if corpus == "manifest" else known[corpus].folds
-    if not count:
-        has = ", ".join(name for name, other in known.items() if other.folds)
-        wrong.append(f"--folds: corpus {corpus!r} has a fixed split and no folds; leave out --folds (folds have {has})")
-    return list(range(1, count + 1))
+    corpus, known = next(iter(methods.values())).corpus, extra("corpora.published", "--folds").CORPORA
+    folds = {name: other.folds for name, other in known.items() if other.folds}
+    if corpus not in folds and corpus in (*known, "manifest"):  # of an unknown one reading it will say so
+        has = f"leave out --folds (folds have {', '.join(folds)})"
+        wrong.append(f"--folds: corpus {corpus!r} has a fixed split and no folds; {has}")
+    return list(range(1, folds.get(corpus, 0) + 1))
 
 
-def make_jobs(methods: Mapping[str, Config], seeds: Sequence[int], folds: Sequence[int] = ()) -> list[Job]:
+def make_jobs(out: Path, methods: Methods, seeds: Sequence[int], folds: Sequence[int] = ()) -> list[Job]:
     """Every run in its order: all methods of a seed and fold before the next."""
-    return [(name, seed, fold) for seed in seeds for fold in folds or [None] for name in methods]
+    return [Job(out, name, seed, fold) for seed in seeds for fold in folds or [None] for name in methods]
 
 
-def check(methods: dict[str, Config], seeds: Sequence[int], folds: Sequence[int], out: Path, wrong: list[str]) -> None:
+def check(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> None:
     """Add to `wrong` what keeps methods from being compared, and directories that hold other runs."""
     first = next(iter(methods))
-    for name in methods:
-        for key in CORPUS:
-            here, there = (absolute(key, getattr(methods[method], key)) for method in (name, first))
-            if here != there:
-                wrong.append(f"{name}: {key} is {here!r}, that of {first} {there!r}; compare on one test set")
-    for name, seed, fold in make_jobs(methods, seeds, folds):
-        directory, here = run_directory(out, name, seed, fold), settings(methods[name])
-        here |= {} if fold is None else {"fold": fold}
-        if any((directory / file).is_file() for file in ("best.pt", "last.pt", "result.json")):
-            there = settings(load_config(directory / "config.yaml"))
+    for name, key in itertools.product(methods, CORPUS):
+        here, there = (absolute(key, getattr(methods[method], key)) for method in (name, first))
+        if here != there:
+            wrong.append(f"{name}: {key} is {here!r}, that of {first} {there!r}; compare on one test set")
+    for job in jobs:
+        here = settings(methods[job.method]) | ({} if job.fold is None else {"fold": job.fold})
+        if any((job.directory / file).is_file() for file in run.RESULTS):
+            there = settings(load_config(job.directory / "config.yaml"))
             changed = [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if here[key] != there[key]]
             if changed:
-                wrong.append(f"{directory} holds another run ({'; '.join(changed)}); choose another --out")
+                wrong.append(f"{job.directory} holds another run ({'; '.join(changed)}); choose another --out")
 
 
-def check_corpus(
-    methods: dict[str, Config], seeds: Sequence[int], folds: Sequence[int], out: Path, wrong: list[str]
-) -> None:
-    """Add to `wrong` what is so with the corpus, and finished runs that were tested on what it was before."""
-    config = next(iter(methods.values()))
-    for fold in folds or [config.fold]:
-        try:
-            utterances, _ = run.load_utterances(replace(config, fold=fold))
+def check_corpus(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> None:
+    """Add to `wrong` errors of the corpus, and finished runs that were tested on what it was before."""
+    config, by_fold = next(iter(methods.values())), {}
+    for job in jobs:
+        by_fold.setdefault(job.fold, []).append(job)
+    try:
+        for fold, of_fold in by_fold.items():
+            utterances, _ = run.load_utterances(config if fold is None else replace(config, fold=fold))
             tested = [utterance for utterance in utterances if utterance.split == "test"]
-            places = [run_directory(out, name, seed, fold if folds else None) for name in methods for seed in seeds]
-            runs = {place: read_run(place) for place in places if (place / "result.json").is_file()}
-        except (OSError, ValueError) as error:
-            wrong.append(str(error))
-            return
-        speakers = [utterance.speaker for utterance in tested]
-        labels = [[utterance.labels[target] for target in config.targets] for utterance in tested]
-        for place, each in runs.items():
-            if each.speakers != speakers or each.labels.tolist() != labels:
-                wrong.append(
-                    f"{place} was tested on other utterances or labels than there are now; choose another --out"
-                )
+            speakers = [utterance.speaker for utterance in tested]
+            labels = [[utterance.labels[target] for target in config.targets] for utterance in tested]
+            for place in (job.directory for job in of_fold if job.finished):
+                there = results.read_run(place)
+                if there.speakers != speakers or there.labels.tolist() != labels:
+                    what = "was tested on other utterances or labels than there are now"
+                    wrong.append(f"{place} {what}; choose another --out")
+    except (OSError, ValueError) as error:
+        wrong.append(str(error))
 
 
 def absolute(key: str, value: object) -> object:
@@ -179,21 +157,19 @@ def absolute(key: str, value: object) -> object:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def build_caches(methods: dict[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()) -> None:
+def build_caches(methods: Methods, jobs: Sequence[Job]) -> None:
     """Fill every cache that a run will want, in one pass over the corpus. Where that fails the runs do it.
 
-    A cache is one of files, whatever their split: that of the first fold is that of all.
+    The entries of a cache are files, whatever their split, so that of the first fold serves all.
     """
-    unfinished = {job[0] for job in make_jobs(methods, seeds, folds) if not finished(out, job)}
-    wanted = [name for name, config in methods.items() if config.cache and name in unfinished]
-    paths = [str(config_path(out, name)) for name in wanted]
-    if not paths:
+    wanted = {job.method: job for job in jobs if methods[job.method].cache and not job.finished}
+    if not wanted:
         return
     print(f"filling the caches of {', '.join(wanted)}", flush=True)
-    report, log = out / "builds.json", log_path(out, "caches")
+    report, log, fold = jobs[0].out / "builds.json", log_path(jobs[0].out, "caches"), jobs[0].fold
     before = read_json(report) if report.is_file() else {}
-    fold = [f"fold={folds[0]}"] if folds else []
-    if logged(["-m", "tools.caches", "build", *paths, *fold, "--report", str(report)], log):
+    words = [*(str(config_path(job)) for job in wanted.values()), *([] if fold is None else [f"fold={fold}"])]
+    if logged(["-m", "tools.caches", "build", *words, "--report", str(report)], log):
         print(f"failed, see {log}; the runs fill them in their first epoch")
     if report.is_file():
         after = read_json(report)  # where nothing was left to build, what it cost then still holds
@@ -201,39 +177,28 @@ def build_caches(methods: dict[str, Config], seeds: Sequence[int], out: Path, fo
         hardware.write_text(report, json.dumps({**after, **known}, indent=2) + "\n")
 
 
-def train_all(methods: dict[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()) -> None:
+def train_all(methods: Methods, jobs: Sequence[Job]) -> None:
     """Every run that is not finished, and the table after each seed."""
-    jobs = make_jobs(methods, seeds, folds)
     for number, job in enumerate(jobs, 1):
-        name, seed, fold = job
-        print(f"[{number}/{len(jobs)}] {job_name(job)}: ", end="", flush=True)
-        start, directory, took = time.perf_counter(), run_directory(out, *job), "finished before"
-        if not finished(out, job):
-            words = [f"seed={seed}", f"output_dir={json.dumps(str(out))}", f"name={json.dumps(directory.name)}"]
-            words += [] if fold is None else [f"fold={fold}"]
-            logged([str(HERE / "train.py"), str(config_path(out, name)), *words], log_path(out, directory.name))
+        print(f"[{number}/{len(jobs)}] {job}: ", end="", flush=True)
+        start, log, took = time.perf_counter(), log_path(job.out, job.directory.name), "finished before"
+        if not job.finished:
+            words = [f"seed={job.seed}", f"output_dir={json.dumps(str(job.out))}"]
+            words += [f"name={json.dumps(job.directory.name)}", *([] if job.fold is None else [f"fold={job.fold}"])]
+            logged([str(HERE / "train.py"), str(config_path(job)), *words], log)
             took = f"{time.perf_counter() - start:.1f} s"
-        if finished(out, job):
-            test = read_json(directory / "result.json")["test"]
+        if job.finished:
+            test = read_json(job.directory / "result.json")["test"]
             scores = ", ".join(f"{target} {score['ccc']:.3f}" for target, score in test.items())
             print(f"{took}, test CCC {scores}", flush=True)
         else:
-            print(f"failed after {took}, see {log_path(out, directory.name)}", flush=True)
-        if number < len(jobs) and jobs[number][1] != seed:
-            write_table(methods, seeds, out, folds)
+            print(f"failed after {took}, see {log}", flush=True)
+        if number < len(jobs) and jobs[number].seed != job.seed:
+            write_table(methods, jobs)
 
 
-def finished(out: Path, job: Job) -> bool:
-    return (run_directory(out, *job) / "result.json").is_file()
-
-
-def job_name(job: Job) -> str:
-    name, seed, fold = job
-    return f"{name} seed {seed}" + ("" if fold is None else f" fold {fold}")
-
-
-def config_path(out: Path, name: str) -> Path:
-    return out / "configs" / f"{name}.yaml"
+def config_path(job: Job) -> Path:
+    return job.out / "configs" / f"{job.method}.yaml"
 
 
 def log_path(out: Path, name: str) -> Path:
@@ -243,32 +208,22 @@ def log_path(out: Path, name: str) -> Path:
 # --- showing ---------------------------------------------------------------------------------------------------------
 
 
-def write_table(
-    methods: dict[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()
-) -> tuple[str, Runs, list[dict]]:
+def write_table(methods: Methods, jobs: Sequence[Job]) -> tuple[str, Runs, list[dict]]:
     """Make `table.md` and `table.csv` of what is finished; the Markdown, and what it was made of."""
-    runs = {name: read_method(out, name, seeds, folds) for name in methods}
-    report, targets = out / "builds.json", next(iter(methods.values())).targets
+    out, folds, targets = jobs[0].out, {job.fold for job in jobs} - {None}, next(iter(methods.values())).targets
+    runs, report = results.read_runs(jobs), out / "builds.json"
     builds = read_json(report) if report.is_file() else {}
-    records = analyse(runs, targets, {Path(path).stem: build for path, build in builds.items()})
-    notes = failures(methods, seeds, out, folds)
-    text = markdown(runs, records, targets, notes, len(folds), raters_agreement(methods))
+    records = results.analyse(runs, targets, {Path(path).stem: build for path, build in builds.items()})
+    text = results.markdown(runs, records, targets, failures(jobs), len(folds), raters_agreement(methods))
     hardware.write_text(out / "table.md", text + "\n")
-    scores = [*SCORES, *([FOLD_SCORE] if folds else [])]
+    scores = [*results.SCORES, *([results.FOLD_SCORE] if folds else [])]
     columns = ["method", "seeds", "folds", *(f"{target}_{score}" for target in targets for score in scores)]
-    columns += [*COSTS, "note"]
-
-    def save(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows({**record, "method": text_cell(record["method"])} for record in records)
-
-    hardware.replace(out / "table.csv", save)
+    rows = [{**record, "method": text_cell(record["method"])} for record in records]
+    tables.write_csv(out / "table.csv", [*columns, *results.COSTS, "note"], rows)
     return text, runs, records
 
 
-def raters_agreement(methods: Mapping[str, Config]) -> dict[str, list[float]]:
+def raters_agreement(methods: Methods) -> dict[str, list[float]]:
     """By target the CCC of each rater with the mean of the others, where the corpus is there and has it."""
     config = next(iter(methods.values()))
     if config.corpus == "manifest" or config.data_root is None:
@@ -281,75 +236,61 @@ def raters_agreement(methods: Mapping[str, Config]) -> dict[str, list[float]]:
     return found | ({"arousal": found["activation"]} if "activation" in found else {})
 
 
-def failures(methods: Mapping[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()) -> list[str]:
+def failures(jobs: Sequence[Job]) -> list[str]:
     """Notes on the runs that are not finished, with the last lines of those that failed."""
-    notes, missing = [], []
-    for job in make_jobs(methods, seeds, folds):
-        if finished(out, job):
+    notes, missing, caches = [], [], log_path(jobs[0].out, "caches")
+    for job in jobs:
+        log = log_path(job.out, job.directory.name)
+        if job.finished:
             continue
-        log = log_path(out, run_directory(out, *job).name)
         if lines := last_lines(log):
             said = "".join(f"\n      {line}" for line in lines[:-1])
-            notes.append(f"{job_name(job)} failed ({lines[-1]}). The end of {log}:\n{said}\n")
+            notes.append(f"{job} failed ({lines[-1]}). The end of {log}:\n{said}\n")
         else:
-            missing.append(job_name(job))
-    if missing:
-        notes.append(f"Not finished: {', '.join(missing)}.")
-    if lines := last_lines(log_path(out, "caches")):
-        notes.append(f"Caches were not filled beforehand ({lines[-1]}), see {log_path(out, 'caches')}.")
+            missing.append(str(job))
+    notes += [f"Not finished: {', '.join(missing)}."] if missing else []
+    if lines := last_lines(caches):
+        notes.append(f"Caches were not filled beforehand ({lines[-1]}), see {caches}.")
     return notes
 
 
-def draw(
-    methods: dict[str, Config], runs: Runs, records: Sequence[dict], out: Path, agreement: Mapping[str, Sequence[float]]
-) -> str:
+def draw(methods: Methods, jobs: Sequence[Job], runs: Runs, records: Sequence[dict]) -> str:
     """Every picture that the finished runs allow; returns what to say of them."""
-    try:
-        import report.plots as plots
-    except ImportError:
-        return "no pictures: pip install matplotlib"
-    shown = [record for record in records if record["seeds"]]
+    plots, shown = tables.find_plots(), [record for record in records if record["seeds"]]
+    if not plots or not shown:
+        return "no pictures: no run is finished" if plots else "no pictures: pip install matplotlib"
     names, seeds = [record["method"] for record in shown], sorted({seed for name in runs for seed in runs[name]})
-    if not names:
-        return "no pictures: no run is finished"
-    config = next(iter(methods.values()))
-    targets, note = config.targets, shown[0]["note"]
+    out, targets, note = jobs[0].out, next(iter(methods.values())).targets, shown[0]["note"]
     scores = np.full((len(names), len(seeds), len(targets)), np.nan)  # (M, S, K)
     for m, name in enumerate(names):
         for seed, each in runs[name].items():
             scores[m, seeds.index(seed)] = [each.result["test"][target]["ccc"] for target in targets]
-    times, gigabytes = (np.array([r[key] for r in shown]) for key in ("total_seconds", "peak_memory_bytes"))
-    ceiling = {target: fmean(agreement[target]) for target in targets if agreement.get(target)}
-    for costs, name, label in (
-        (times, "ccc_against_time", "training time in s (with the cache)"),
-        (gigabytes / 1e9, "ccc_against_memory", "peak memory in GB"),
-    ):
-        plots.cost(names, costs, scores, targets, label, note, out / name, ceiling)
+    ceiling = {target: fmean(values) for target, values in raters_agreement(methods).items()}
+    seconds, gigabytes = (
+        np.array([record[key] for record in shown]) / unit
+        for key, unit in (("total_seconds", 1), ("peak_memory_bytes", 1e9))
+    )
+    label = "training time in s (with the cache)"
+    plots.cost(names, seconds, scores, targets, label, note, out / "ccc_against_time", ceiling)
+    plots.cost(names, gigabytes, scores, targets, "peak memory in GB", note, out / "ccc_against_memory", ceiling)
     curves = [[curve(r, part, targets) for each in runs[r["method"]].values() for part in each.parts] for r in shown]
     plots.curves(names, curves, targets, note, out / "curves")
     depths: dict[int, int] = {}  # number of trained layers: the first method with it
     for m, name in enumerate(names):
-        first = min(runs[name])
-        fold = next(iter(runs[name][first].folds), None)
-        count = trained_layers(methods[name], run_directory(out, name, first, fold), methods)
+        directory = next(job.directory for job in jobs if job.method == name and job.finished)
+        count = trained_layers(methods[name], directory, methods)
         if count is not None:
             depths.setdefault(count, m)
     if len(depths) > 1:
         plots.depth(list(depths), scores[list(depths.values())], targets, note, out / "ccc_against_depth")
-    chosen = alike([runs[name][min(runs[name])] for name in names])
+    chosen = [runs[name][min(runs[name])] for name in names]
+    folds = results.common_folds(chosen)
+    chosen = [] if folds is None else [results.restrict(each, folds) for each in chosen]
     for k, target in enumerate(targets if chosen else ()):
         of_chosen = [each.result["test"][target]["ccc"] for each in chosen]
         predictions, labels = [each.predictions[:, k] for each in chosen], chosen[0].labels[:, k]
         plots.scatter(names, predictions, labels, target, of_chosen, note, out / f"scatter_{target}")
     return f"pictures in {out}"
-
-
-def alike(runs: Sequence[Run]) -> list[Run]:
-    """Runs restricted to the folds that all of them have; none if there is no such fold."""
-    if not any(each.folds for each in runs):
-        return list(runs)
-    common = [fold for fold in runs[0].folds if all(fold in each.folds for each in runs)]
-    return [pool({fold: each.folds[fold] for fold in common}) for each in runs] if common else []
 
 
 def curve(record: dict, each: Run, targets: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -359,7 +300,7 @@ def curve(record: dict, each: Run, targets: Sequence[str]) -> tuple[np.ndarray, 
     return np.array([row["seconds"] + build for row in each.log]), np.array(values)
 
 
-def trained_layers(config: Config, directory: Path, methods: dict[str, Config]) -> int | None:
+def trained_layers(config: Config, directory: Path, methods: Methods) -> int | None:
     """How many layers trained; None where that is no plain number of the backbone that the others train."""
     backbone = next((other.backbone for other in methods.values() if other.trainable_layers), None)
     if config.lora_rank or config.backbone != backbone or isinstance(config.trainable_layers, list):
@@ -375,41 +316,39 @@ def trained_layers(config: Config, directory: Path, methods: dict[str, Config]) 
 
 def main() -> None:
     arguments = parse_arguments()
-    out, seeds = Path(arguments.out), range(arguments.seeds)
     configs, overrides = split_words(arguments.words)
     if not configs:
         raise ValueError("expected at least one config, as in configs/")
     wrong: list[str] = []
     methods = make_methods(configs, overrides, arguments.sweep, wrong)
     folds = find_folds(methods, wrong) if methods and arguments.folds else []
+    jobs = make_jobs(Path(arguments.out), methods, range(arguments.seeds), folds)
     if methods:
-        check(methods, seeds, folds, out, wrong)
+        check(methods, jobs, wrong)
     if not (wrong or arguments.table):
-        check_corpus(methods, seeds, folds, out, wrong)
+        check_corpus(methods, jobs, wrong)
     if wrong:
         raise ValueError("\n  ".join(["nothing was run:", *dict.fromkeys(wrong)]))
-    stopped = False
-    if not arguments.table:
-        for number in hardware.STOP_SIGNALS:
-            signal.signal(number, signal.default_int_handler)
-        stopped = run_all(methods, seeds, out, folds)
-    out.mkdir(parents=True, exist_ok=True)
-    text, runs, records = write_table(methods, seeds, out, folds)
-    print(f"\n{text}\n\n{out}: table.md, table.csv", flush=True)
-    print(draw(methods, runs, records, out, raters_agreement(methods)))
+    stopped = not arguments.table and run_all(methods, jobs)
+    jobs[0].out.mkdir(parents=True, exist_ok=True)
+    text, runs, records = write_table(methods, jobs)
+    print(f"\n{text}\n\n{jobs[0].out}: table.md, table.csv", flush=True)
+    print(draw(methods, jobs, runs, records))
     if stopped:
         sys.exit("stopped; the same command continues with what is not finished")
-    sys.exit(not arguments.table and not all(finished(out, job) for job in make_jobs(methods, seeds, folds)))
+    sys.exit(not arguments.table and not all(job.finished for job in jobs))
 
 
-def run_all(methods: dict[str, Config], seeds: Sequence[int], out: Path, folds: Sequence[int] = ()) -> bool:
+def run_all(methods: Methods, jobs: Sequence[Job]) -> bool:
     """Caches and runs; whether the user stopped them."""
+    for number in hardware.STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     try:
-        for name, config in methods.items():
-            config_path(out, name).parent.mkdir(parents=True, exist_ok=True)
-            hardware.write_yaml(config_path(out, name), settings(config))
-        build_caches(methods, seeds, out, folds)
-        train_all(methods, seeds, out, folds)
+        config_path(jobs[0]).parent.mkdir(parents=True, exist_ok=True)
+        for job in {job.method: job for job in jobs}.values():
+            hardware.write_yaml(config_path(job), settings(methods[job.method]))
+        build_caches(methods, jobs)
+        train_all(methods, jobs)
     except KeyboardInterrupt:
         return True
     return False

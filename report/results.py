@@ -8,13 +8,16 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data import from_cell
 from metrics import bootstrap, ccc, interval
+from report import tables
 from report.statistics import bootstrap_p, holm, paired_t_test
 from weights import read_json
 
@@ -23,8 +26,9 @@ FOLD_SCORE = "mean_of_folds"  # what a comparison over folds has beside these
 COSTS = ("precision", "trainable_parameters", "trainable_reduction", "best_epoch", "epochs", "epoch_seconds")
 COSTS += ("build_seconds", "total_seconds", "epoch_factor", "total_factor", "epoch_factor_at_equal_precision")
 COSTS += ("peak_memory_bytes", "cache_bytes")
-ONE_SET = "CCC: mean ± standard deviation over seeds, on one test set."
-ZERO = "To predict the mean always scores 0 by construction."
+ONE_SET = (
+    "CCC: mean ± standard deviation over seeds, on one test set. To predict the mean always scores 0 by construction.",
+)
 POOLED = (
     "Pooled CCC: of the predictions of all folds together, each utterance tested once, by a model that was not trained "
     "on its fold; mean ± standard deviation over seeds. Intervals, differences and tests are those of the pooled CCC.",
@@ -66,6 +70,26 @@ class Run:
 Runs = dict[str, dict[int, Run]]  # by method and seed, the finished ones
 
 
+class Job(NamedTuple):
+    """A run of a comparison in the folder `out`; `fold` is None where there are none."""
+
+    out: Path
+    method: str
+    seed: int
+    fold: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.method} seed {self.seed}" + ("" if self.fold is None else f" fold {self.fold}")
+
+    @property
+    def directory(self) -> Path:
+        return self.out / (f"{self.method}-seed{self.seed}" + ("" if self.fold is None else f"-fold{self.fold}"))
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / "result.json").is_file()
+
+
 def read_run(directory: Path) -> Run:
     """Raises OSError or ValueError for a directory that is not as train.py leaves it."""
     result, path = read_json(directory / "result.json"), directory / "predictions_test.csv"
@@ -85,44 +109,50 @@ def read_run(directory: Path) -> Run:
     return Run(result, log, speakers, values[:, len(targets) :], values[:, : len(targets)])
 
 
-def run_directory(out: Path, method: str, seed: int, fold: int | None = None) -> Path:
-    return out / (f"{method}-seed{seed}" + ("" if fold is None else f"-fold{fold}"))
+def read_runs(jobs: Iterable[Job]) -> Runs:
+    """The finished runs; those of a seed on several folds are pooled.
 
-
-def read_method(out: Path, method: str, seeds: Iterable[int], folds: Sequence[int] = ()) -> dict[int, Run]:
-    """The finished runs of a method by seed; with `folds` each is pooled over them.
-
-    Seeds count that have the most folds, so that all are scored on the same utterances.
+    Seeds count that have the most folds, so that all of a method are scored on the same utterances.
     """
-    found: dict[int, dict[int | None, Run]] = {}
-    for seed in seeds:
-        places = {fold: run_directory(out, method, seed, fold) for fold in folds or [None]}
-        found[seed] = {fold: read_run(at) for fold, at in places.items() if (at / "result.json").is_file()}
-    if not folds:
-        return {seed: runs[None] for seed, runs in found.items() if runs}
-    most = max(found.values(), key=len, default={}).keys()
-    return {
-        seed: pool({fold: runs[fold] for fold in most}) for seed, runs in found.items() if most and most <= runs.keys()
-    }
+    found: dict[str, dict[int, dict[int | None, Run]]] = {}
+    for job in jobs:
+        of_seed = found.setdefault(job.method, {}).setdefault(job.seed, {})
+        if job.finished:
+            of_seed[job.fold] = read_run(job.directory)
+    runs: Runs = {}
+    for method, by_seed in found.items():
+        most = max(by_seed.values(), key=len)
+        whole = {seed: by_fold for seed, by_fold in by_seed.items() if by_fold and most.keys() <= by_fold.keys()}
+        runs[method] = {
+            seed: r[None] if None in r else pool({fold: r[fold] for fold in most}) for seed, r in whole.items()
+        }
+    return runs
 
 
 def pool(runs: dict[int, Run]) -> Run:
     """The runs of a seed on several folds as one, whose score is the CCC of all their predictions together."""
     parts = list(runs.values())
-    predictions, labels = (
-        np.concatenate([getattr(part, kind) for part in parts]) for kind in ("predictions", "labels")
-    )
-    speakers = [speaker for part in parts for speaker in part.speakers]
-    result = parts[0].result
+    predictions, labels = (np.concatenate([getattr(p, kind) for p in parts]) for kind in ("predictions", "labels"))
+    speakers, result = [speaker for part in parts for speaker in part.speakers], parts[0].result
     scores = ccc(torch.from_numpy(predictions), torch.from_numpy(labels)).tolist()
     test = {target: {"ccc": score} for target, score in zip(result["config"]["targets"], scores, strict=True)}
-    tested = [part.result.get("corpus", {}).get("test", {}) for part in parts]
-    hours = sum(split.get("hours", 0.0) for split in tested)
-    corpus = (
-        {"test": {"utterances": len(labels), "speakers": len(set(speakers)), "hours": hours}} if all(tested) else {}
-    )
+    tested, corpus = [part.result.get("corpus", {}).get("test") for part in parts], {}
+    if all(tested):
+        hours = sum(split["hours"] for split in tested)
+        corpus = {"test": {"utterances": len(labels), "speakers": len(set(speakers)), "hours": hours}}
     result = result | {"test": test, "corpus": corpus, "config": result["config"] | {"fold": None}}
     return Run(result, [], speakers, labels, predictions, runs)
+
+
+def common_folds(runs: Sequence[Run]) -> tuple[int, ...] | None:
+    """The folds that all of these runs have, `()` for runs without any; None where they share no test set."""
+    folds = tuple(fold for fold in runs[0].folds if all(fold in each.folds for each in runs))
+    return folds if folds or not any(each.folds for each in runs) else None
+
+
+def restrict(each: Run, folds: tuple[int, ...]) -> Run:
+    """A run with these of its folds alone."""
+    return each if tuple(each.folds) == folds else pool({fold: each.folds[fold] for fold in folds})
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -134,9 +164,10 @@ def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> l
     `builds` has by method the "seconds" that its cache cost, None where that is not known. p-values are corrected over
     methods and targets. Raises ValueError if two runs were tested on different utterances.
     """
-    records = {name: {"method": name, "seeds": len(by_seed)} for name, by_seed in runs.items()}
+    records = {name: {"method": name, "seeds": len(by_seed), "folds": 0} for name, by_seed in runs.items()}
     for name, by_seed in runs.items():
-        records[name]["folds"] = len(next(iter(by_seed.values())).folds) if by_seed else 0
+        if by_seed:
+            records[name] |= costs(list(by_seed.values()), builds.get(name, {}))
     if any(runs.values()):
         for k, target in enumerate(targets):
             add_scores(records, runs, k, target)
@@ -144,9 +175,6 @@ def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> l
         cells = [(record, f"{target}_{kind}") for target in targets for record in records.values()]
         for (record, key), p in zip(cells, holm([record.get(key) for record, key in cells]), strict=True):
             record[key] = p
-    for name, by_seed in runs.items():
-        if by_seed:
-            records[name] |= costs(list(by_seed.values()), builds.get(name, {}))
     add_factors(records, runs)
     return list(records.values())
 
@@ -154,12 +182,12 @@ def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> l
 class Draws:
     """Runs of all methods on the same utterances, their scores of target number `k` and bootstrap draws of these.
 
-    `folds` are those to which runs are restricted; a run that lacks one is left out, as is one of another kind.
+    `folds` are those to which runs are restricted; a run that lacks one is left out.
     """
 
     def __init__(self, runs: Runs, folds: tuple[int, ...], k: int, target: str) -> None:
         chosen = {
-            (name, seed): each if tuple(each.folds) == folds else pool({fold: each.folds[fold] for fold in folds})
+            (name, seed): restrict(each, folds)
             for name, by_seed in runs.items()
             for seed, each in by_seed.items()
             if set(folds) <= each.folds.keys()
@@ -182,36 +210,24 @@ class Draws:
 
 def add_scores(records: Mapping[str, dict], runs: Runs, k: int, target: str) -> None:
     """Scores of target number `k`; a difference from the first method is that over what both have, seeds and folds."""
-    made: dict[tuple[int, ...], Draws] = {}
-
-    def draws_of(*names: str) -> Draws:
-        sets = [next(iter(runs[name].values())).folds for name in names]
-        folds = tuple(fold for fold in sets[0] if all(fold in other for other in sets))
-        if folds not in made:
-            made[folds] = Draws(runs, folds, k, target)
-        return made[folds]
-
-    def put(name: str, **values: object) -> None:
-        records[name].update({f"{target}_{key}": value for key, value in values.items()})
-
+    draws_of = cache(lambda folds: Draws(runs, folds, k, target))
     first = next(iter(runs))
     for name in filter(runs.get, runs):
-        seeds, draws = list(runs[name]), draws_of(name)
+        seeds, (some, *_) = list(runs[name]), runs[name].values()
+        draws = draws_of(tuple(some.folds))
         scores = [draws.score[name, seed] for seed in seeds]
         low, high = interval(draws.mean(draws.by_speaker, name, seeds), draws.speakers) or (None, None)
-        sd = statistics.stdev(scores) if len(scores) > 1 else None
-        put(name, ccc=statistics.fmean(scores), sd=sd, low=low, high=high)
-        if parts := [part for each in runs[name].values() for part in each.folds.values()]:
-            put(name, **{FOLD_SCORE: statistics.fmean(part.result["test"][target]["ccc"] for part in parts)})
+        found = {"ccc": statistics.fmean(scores), "sd": None, "low": low, "high": high}
+        if len(scores) > 1:
+            found["sd"] = statistics.stdev(scores)
+        if some.folds:
+            parts = [part.result["test"][target]["ccc"] for each in runs[name].values() for part in each.parts]
+            found[FOLD_SCORE] = statistics.fmean(parts)
         both = [seed for seed in seeds if seed in runs[first]]
-        if name != first and both and share_folds(runs[name], runs[first]):
-            put(name, **difference(draws_of(name, first), name, first, both))
-
-
-def share_folds(one: dict[int, Run], other: dict[int, Run]) -> bool:
-    """Whether two methods were tested on a fold that both have, or both without folds."""
-    mine, theirs = (next(iter(by_seed.values())).folds.keys() for by_seed in (one, other))
-    return bool(mine & theirs) or not (mine or theirs)
+        if name != first and both:
+            folds = common_folds([some, next(iter(runs[first].values()))])
+            found |= {} if folds is None else difference(draws_of(folds), name, first, both)
+        records[name].update({f"{target}_{key}": value for key, value in found.items()})
 
 
 def difference(draws: Draws, name: str, first: str, seeds: Sequence[int]) -> dict:
@@ -233,15 +249,16 @@ def difference(draws: Draws, name: str, first: str, seeds: Sequence[int]) -> dic
 
 def costs(runs: Sequence[Run], build: Mapping) -> dict:
     """Medians over the runs of a method; in the total one build of the cache, whichever run or program paid for it."""
-    runs = [part for each in runs for part in each.parts]
+    results = [part.result for each in runs for part in each.parts]
 
     def median(value: Callable[[dict], float]) -> float:
-        return statistics.median(value(each.result) for each in runs)
+        return statistics.median(map(value, results))
 
-    result = runs[0].result
-    own = max(each.result["seconds"]["cache_build"] for each in runs)
+    result = results[0]
+    own = max(each["seconds"]["cache_build"] for each in results)
     build_seconds = (build.get("seconds") or own or None) if result["config"]["cache"] else None
     return {
+        "folds": len(runs[0].folds),
         "precision": result["precision"],
         "trainable_parameters": result["trainable_parameters"],
         "best_epoch": median(lambda r: r["best_epoch"]),
@@ -299,51 +316,43 @@ def markdown(
     """
     lines = header([each.result for by_seed in runs.values() for each in by_seed.values()])
     lines += [f"- folds: {folds}, each the test set once"] if folds else []
-    lines += raters(agreement or {}, targets)
+    known = {target: agreement[target] for target in targets if (agreement or {}).get(target)}
+    scores = [f"{target} {statistics.fmean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for target, v in known.items()]
+    lines += [f"- raters, each against the mean of the others, CCC: {', '.join(scores)}"] if scores else []
     for target in targets:
-        ccc_columns = [f"pooled CCC of {target}", "mean of the folds' CCC"] if folds else [f"CCC of {target}"]
-        columns = ["method", *ccc_columns, "95% over speakers", "difference [95% over speakers]"]
+        columns = [f"pooled CCC of {target}", "mean of the folds' CCC"] if folds else [f"CCC of {target}"]
+        columns = ["method", *columns, "95% over speakers", "difference [95% over speakers]"]
         cells = [score_cells(record, target, folds) for record in records]
-        lines += ["", *table([*columns, "p over seeds", "p over utterances"], cells)]
+        lines += ["", tables.markdown([*columns, "p over seeds", "p over utterances"], cells)]
     columns = ["method", "precision", "trainable", "fewer", "best epoch / epochs", "s an epoch", "cache build", "total"]
     columns += ["an epoch against the first", "total against the first", "an epoch at equal precision"]
-    lines += ["", *table([*columns, "peak memory", "cache size"], [cost_cells(record) for record in records])]
+    columns += ["peak memory", "cache size"]
+    lines += ["", tables.markdown(columns, [cost_cells(record) for record in records])]
     return "\n".join([*lines, "", *(f"- {note}" for note in [*notes, *cautions(runs, records, folds)])])
-
-
-def raters(agreement: Mapping[str, Sequence[float]], targets: Sequence[str]) -> list[str]:
-    """How well the raters of a corpus agree, a line for the head of the table."""
-    known = {target: agreement[target] for target in targets if agreement.get(target)}
-    scores = [f"{target} {statistics.fmean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for target, v in known.items()]
-    return [f"- raters, each against the mean of the others, CCC: {', '.join(scores)}"] if scores else []
 
 
 def header(results: Sequence[dict]) -> list[str]:
     """Machine, corpus, backbone and versions of all runs; what differs between them is listed."""
     if not results:
         return ["No run is finished."]
-
-    def distinct(values: Iterable[str]) -> str:
-        return "; ".join(dict.fromkeys(values))
-
-    return [
-        *([results[0]["note"], ""] if "note" in results[0] else []),
-        f"- machine: {distinct(result['device'] for result in results)}",
-        f"- precision: {distinct(result['precision'] for result in results)}",
-        f"- corpus: {distinct(map(corpus_of, results))}",
-        f"- backbone: {distinct(result['backbone']['source'] for result in results)}",
-        f"- versions: {distinct(map(versions, results))}",
-        f"- seeds: {len({result['config']['seed'] for result in results})}",
-    ]
+    facts: dict[str, Callable[[dict], str]] = {
+        "machine": lambda result: result["device"],
+        "precision": lambda result: result["precision"],
+        "corpus": corpus_of,
+        "backbone": lambda result: result["backbone"]["source"],
+        "versions": versions,
+    }
+    lines = [results[0]["note"], ""] if "note" in results[0] else []
+    lines += [f"- {name}: {'; '.join(dict.fromkeys(map(fact, results)))}" for name, fact in facts.items()]
+    return [*lines, f"- seeds: {len({result['config']['seed'] for result in results})}"]
 
 
 def corpus_of(result: dict) -> str:
     """Name and size of a run's corpus."""
     config, splits = result["config"], result.get("corpus", {})
     text = config["corpus"] + (f" ({config['manifest']})" if config["manifest"] else "")
-    for split in ("train", "dev", "test"):
-        if split in splits:
-            text += ", {} {utterances:,} utterances {speakers} speakers {hours:.3g} h".format(split, **splits[split])
+    for split in filter(splits.get, ("train", "dev", "test")):
+        text += ", {} {utterances:,} utterances {speakers} speakers {hours:.3g} h".format(split, **splits[split])
     return text
 
 
@@ -353,14 +362,13 @@ def versions(result: dict) -> str:
 
 def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
     """What the figures hide, and how to read them."""
-    finished = {f"{name} seed {seed}": each for name, by_seed in runs.items() for seed, each in by_seed.items()}
+    finished = [(name, seed, each) for name, by_seed in runs.items() for seed, each in by_seed.items()]
     if not finished:
         return []
-    places: dict[str, list[str]] = {}
-    for job, each in finished.items():
-        for part in each.parts:
-            jobs = places.setdefault(f"{part.result['device']}, {versions(part.result)}", [])
-            jobs += [] if job in jobs else [job]
+    places: dict[str, dict[str, None]] = {}  # by machine and versions its runs, each once
+    for name, seed, each in finished:
+        for result in (part.result for part in each.parts):
+            places.setdefault(f"{result['device']}, {versions(result)}", {})[f"{name} seed {seed}"] = None
     found = []
     if partial := [r["method"] for r in records if 0 < r["folds"] < folds]:
         found.append(
@@ -368,21 +376,13 @@ def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
             "is over the folds and seeds that both methods have. A seed that lacks a fold of another is left out."
         )
     if len(places) > 1:
-        found.append("Runs of different machines or versions are mixed, and their times do not compare:")
-        found[-1] += "".join(f"\n  - {place}: {', '.join(jobs)}" for place, jobs in places.items())
-    cached = {name for name, by_seed in runs.items() for each in by_seed.values() if each.result["config"]["cache"]}
+        mixed = "".join(f"\n  - {place}: {', '.join(jobs)}" for place, jobs in places.items())
+        found.append(f"Runs of different machines or versions are mixed, and their times do not compare:{mixed}")
+    cached = {name for name, _, each in finished if each.result["config"]["cache"]}
     if unknown := [r["method"] for r in records if r["method"] in cached and r["build_seconds"] is None]:
         found.append(f"A cache was complete before its first run, what it cost is in no total: {', '.join(unknown)}.")
-    speakers = len(set(next(iter(finished.values())).speakers))
-    reading = [*(POOLED if folds else [f"{ONE_SET} {ZERO}"]), *READING]
-    return [*found, *(text.format(speakers=speakers) for text in reading)]
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, padded so that it reads on a terminal too."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    rule = ["-" * width for width in widths]
-    return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in (columns, rule, *rows)]
+    speakers = len(set(finished[0][2].speakers))
+    return found + [text.format(speakers=speakers) for text in (*(POOLED if folds else ONE_SET), *READING)]
 
 
 def score_cells(record: dict, target: str, folds: int = 0) -> list[str]:

@@ -375,27 +375,29 @@ def test_caches_are_filled_by_one_command_and_what_they_cost_is_kept(configs, mo
     methods = compare.make_methods(
         configs(a={"cache": True}, b={}, c={"cache": True, "trainable_layers": 1}), [], [], []
     )
-    report, commands = tmp_path / "builds.json", []
+    report, commands, jobs = tmp_path / "builds.json", [], compare.make_jobs(tmp_path, methods, range(2))
     answers = iter([{"a": (3.0, 10), "c": (4.0, 20)}, {"c": (None, 20)}])
 
     def build(arguments: list[str], log: Path) -> int:
         commands.append([Path(word).stem for word in arguments[3:-2]])
         assert arguments[-2:] == ["--report", str(report)]
-        answer = {str(compare.config_path(tmp_path, name)): cost for name, cost in next(answers).items()}
+        answer = {
+            str(compare.config_path(compare.Job(tmp_path, name, 0))): cost for name, cost in next(answers).items()
+        }
         report.write_text(json.dumps({key: {"seconds": s, "bytes": b} for key, (s, b) in answer.items()}))
         return 0
 
     monkeypatch.setattr(compare, "logged", build)
-    compare.build_caches(methods, range(2), tmp_path)
+    compare.build_caches(methods, jobs)
     for seed in range(2):
         fabricate(tmp_path, "a", seed, cache=True)
-    compare.build_caches(methods, range(2), tmp_path)
+    compare.build_caches(methods, jobs)
     assert commands == [["a", "c"], ["c"]]
     kept = {Path(key).stem: build["seconds"] for key, build in json.loads(report.read_text()).items()}
     assert kept == {"a": 3.0, "c": 4.0}
     for seed in range(2):
         fabricate(tmp_path, "c", seed, cache=True)
-    compare.build_caches(methods, range(2), tmp_path)
+    compare.build_caches(methods, jobs)
     assert len(commands) == 2
 
 
@@ -425,7 +427,7 @@ def test_a_run_is_a_command_that_anyone_could_give(configs, monkeypatch, tmp_pat
     out, commands = tmp_path / 'a "folder": #1', []
     methods = compare.make_methods(configs(a={"lr": 0.5, "seed": 9}), [], [], [])
     monkeypatch.setattr(compare, "logged", lambda arguments, log: commands.append(arguments))
-    assert not compare.run_all(methods, range(2), out)
+    assert not compare.run_all(methods, compare.make_jobs(out, methods, range(2)))
     config = load_config(commands[1][1], commands[1][2:])
     assert Path(commands[1][0]) == ROOT / "train.py"
     assert (config.name, config.seed, config.lr, config.output_dir) == ("a-seed1", 1, 0.5, str(out))
@@ -458,7 +460,7 @@ def test_pictures_are_given_the_figures_of_the_table(configs, monkeypatch, tmp_p
     for name, seeds in {"a": (0, 1), "b": (1,), "c": (0,)}.items():
         for seed in seeds:
             fabricate(out, name, seed, 0.1 + seed, total=100.0, **methods[name])
-    key = str(compare.config_path(out, "b"))
+    key = str(compare.config_path(compare.Job(out, "b", 0)))
     (out / "builds.json").write_text(json.dumps({key: {"seconds": 7.0, "bytes": 1}}))
     functions = {n: lambda *values: given.update({values[-1].name: values}) for n in ("curves", "depth", "scatter")}
     functions["cost"] = lambda *values: given.update({values[6].name: values})

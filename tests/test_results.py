@@ -21,7 +21,7 @@ LABELS = np.random.default_rng(0).uniform(1, 7, (40, 2)).round(3)
 
 def fabricate(out: Path, method: str, seed: int, ccc: float = 0.5, noise: float = 1.0, **keys) -> Path:
     """A run's directory as train.py would leave it: `ccc` on both targets, and `keys` of the result and the config."""
-    directory = results.run_directory(out, method, seed)
+    directory = results.Job(out, method, seed).directory
     directory.mkdir(parents=True)
     known = {key: keys.pop(key) for key in list(keys) if key in Config.__dataclass_fields__}
     given = {"total": keys.pop("total", 100.0), "cache_build": keys.pop("own_build", 0.0)}
@@ -61,7 +61,7 @@ def fabricate(out: Path, method: str, seed: int, ccc: float = 0.5, noise: float 
 
 
 def read(out: Path, *methods: str, seeds: int = 3) -> results.Runs:
-    return {name: results.read_method(out, name, range(seeds)) for name in methods}
+    return results.read_runs(results.Job(out, name, seed) for name in methods for seed in range(seeds))
 
 
 def analyse(out: Path, *methods: str, builds: dict | None = None) -> list[dict]:
