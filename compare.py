@@ -144,9 +144,9 @@ def check(methods: dict[str, Config], seeds: Sequence[int], folds: Sequence[int]
         here |= {} if fold is None else {"fold": fold}
         if any((directory / file).is_file() for file in ("best.pt", "last.pt", "result.json")):
             there = settings(load_config(directory / "config.yaml"))
-            changed = [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if here[key] != there[key]]
-            if changed:
-                wrong.append(f"{directory} holds another run ({'; '.join(changed)}); choose another --out")
+            changed = [key for key in here if here[key] != there[key] and key not in run.PLACE_KEYS]
+            if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed]:
+                wrong.append(f"{directory} holds another run ({'; '.join(told)}); choose another --out")
 
 
 def check_corpus(
@@ -158,8 +158,11 @@ def check_corpus(
         try:
             utterances, _ = run.load_utterances(replace(config, fold=fold))
             tested = [utterance for utterance in utterances if utterance.split == "test"]
-            places = [run_directory(out, name, seed, fold if folds else None) for name in methods for seed in seeds]
+            jobs = make_jobs(methods, seeds, [fold] if folds else [])
+            places = {run_directory(out, *job): methods[job[0]] for job in jobs}
             runs = {place: read_run(place) for place in places if (place / "result.json").is_file()}
+            for place, each in runs.items():
+                run.require_content(places[place], each.result, place, ["backbone"])
         except (OSError, ValueError) as error:
             wrong.append(str(error))
             return
@@ -173,7 +176,7 @@ def check_corpus(
 
 
 def absolute(key: str, value: object) -> object:
-    return os.path.abspath(value) if key in ("data_root", "manifest") and value is not None else value
+    return os.path.realpath(value) if key in ("data_root", "manifest") and value is not None else value
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

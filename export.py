@@ -29,7 +29,6 @@ from model import EmotionModel
 
 RANDOM = "random, as "  # begins the source of a backbone of the demo that has no checkpoint
 FORMATS = ("transformers", "peft", "onnx")
-PLACES = {"name", "output_dir", "data_root", "manifest", "cache_dir", "device", "backbone", "adapter"}
 
 
 def export(directory: str | Path, out: str | Path, form: str, backbone: str | None = None) -> Path:
@@ -112,7 +111,9 @@ def family(source: str, backbone: str) -> str:
 def changes(config: Config) -> dict:
     """The settings that differ from the defaults, but for the places of one machine."""
     default = run.plain(Config())
-    return {key: value for key, value in run.plain(config).items() if key not in PLACES and value != default[key]}
+    return {
+        key: value for key, value in run.plain(config).items() if key not in run.PLACE_KEYS and value != default[key]
+    }
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -8,6 +8,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -168,6 +169,13 @@ def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, 
     return utterances, label_range
 
 
+def read_corpus(config: Config) -> tuple[list[data.Utterance], tuple[float, float], list[float], dict]:
+    """The same, the seconds of each utterance, and the corpus in numbers."""
+    utterances, label_range = load_utterances(config)
+    seconds = data.check_audio(utterances)
+    return utterances, label_range, seconds, describe_corpus(config.corpus, utterances, seconds)
+
+
 def corpus_keys(config: Config) -> dict:
     """The arguments of `data.load_corpus`."""
     return {
@@ -260,7 +268,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
     config = replace(config, backbone=backbone or config.backbone)
     try:
         model, identity = build_model(config, data.find_label_range(config.corpus, config.label_range))
-        require_backbone(path, best, identity)
+        require_same(path, "backbone", best, identity)
         load_trained(model, best["trained"])
         require_finite(model, identity)
     except (FileNotFoundError, ValueError) as error:
@@ -305,7 +313,7 @@ def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
             raise ValueError(f"{path}: {key} {problem}")
     weights.require_finite(trained, path)
     if identity is not None:
-        require_backbone(path, checkpoint, identity)
+        require_same(path, "backbone", checkpoint, identity)
     return checkpoint
 
 
@@ -314,13 +322,15 @@ def require_finite(model: EmotionModel, identity: dict[str, str]) -> None:
     weights.require_finite(dict(model.named_parameters()), identity["source"])
 
 
-def require_backbone(path: Path, checkpoint: dict, identity: dict[str, str]) -> None:
-    """Raise ValueError unless a checkpoint was trained on the backbone of this identity: it holds no other weights."""
-    if checkpoint["backbone"]["sha256"] != identity["sha256"]:
-        raise ValueError(
-            f"{path}: was trained on other weights of {identity['source']} than are found now; "
-            "put those back, say with --backbone where they are, or train anew under another name"
-        )
+def require_same(path: Path, kind: str, saved: dict, now: dict) -> None:
+    """Raise ValueError unless what was saved was trained on this "corpus" or "backbone", by the SHA-256 of its content."""
+    if (saved.get(kind) or {}).get("sha256") == now["sha256"]:
+        return
+    told, advice = "other utterances, labels or lengths than the corpus has now", "put it back"
+    if kind == "backbone":
+        told = f"other weights of {now['source']} than are found now"
+        advice = "put those back, say with --backbone where they are"
+    raise ValueError(f"{path}: was trained on {told}; {advice}, or train anew under another name")
 
 
 def plain(config: Config) -> dict:
@@ -333,11 +343,25 @@ def plain(config: Config) -> dict:
 
 RESULTS = ("best.pt", "last.pt", "result.json")  # what makes a directory that of a run
 PENDING = "best.next.pt"  # a better model that `last.pt` does not know of yet
-COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_dir", "cache_tier"}  # may change between two starts
+PLACE_KEYS = {
+    "name",
+    "output_dir",
+    "data_root",
+    "manifest",
+    "cache_dir",
+    "device",
+    "backbone",
+    "adapter",
+}  # where, not what
+PLACES_OF = {"corpus": ("manifest", "data_root"), "backbone": ("backbone", "adapter")}
+COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_tier"}
 
 
 def open_directory(config: Config, directory: Path) -> None:
-    """Prepare a run's directory. Raises ValueError if another configuration has run there; COST_KEYS may differ."""
+    """Prepare a run's directory. Raises ValueError if another configuration has run there.
+
+    PLACE_KEYS and COST_KEYS may differ: of corpus and backbone the content decides, whatever their place.
+    """
     if parallel.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".*.tmp"):  # by a process that was killed while it saved
@@ -346,12 +370,29 @@ def open_directory(config: Config, directory: Path) -> None:
         if not path.is_file() or not any((directory / name).is_file() for name in RESULTS):
             hardware.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
         there = plain(load_config(path))
-        changed = [key for key in here if here[key] != there[key] and key not in COST_KEYS]
+        changed = [key for key in here if here[key] != there[key] and key not in PLACE_KEYS | COST_KEYS]
         if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
             raise ValueError(f"{directory} holds another run ({'; '.join(told)}); choose another name=")
     parallel.wait()
     if not (directory / "config.yaml").is_file():
         raise FileNotFoundError(f"{directory / 'config.yaml'}: not there; output_dir must be on a disk that all share")
+
+
+def require_content(
+    config: Config, result: dict, directory: Path, kinds: Sequence[str] = ("corpus", "backbone")
+) -> None:
+    """Raise ValueError if corpus or backbone of a finished run have other content now.
+
+    Each is looked at where another place is given for it, or where it still is in its old place on a disk.
+    """
+    for kind in kinds:
+        places = [getattr(config, key) for key in PLACES_OF[kind]]
+        moved, now = places != [result["config"].get(key) for key in PLACES_OF[kind]], {}
+        if moved or any(map(os.path.exists, filter(None, places))):
+            with nullcontext() if moved else suppress(OSError, ValueError):
+                now = find_backbone(config)[1] if kind == "backbone" else read_corpus(config)[-1]
+        if now:
+            require_same(directory, kind, result, now)
 
 
 def settle_best(directory: Path, best_epoch: int) -> None:
@@ -369,13 +410,13 @@ def settle_best(directory: Path, best_epoch: int) -> None:
 
 
 def describe_corpus(name: str, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> dict:
-    """The corpus in numbers: utterances, speakers and hours of each split; and a SHA-256 of all but paths and sound."""
+    """The corpus in numbers: utterances, known speakers and hours of each split; a SHA-256 of all but paths and sound."""
     rows = [[Path(u.source).name, u.split, u.speaker, u.labels, s] for u, s in zip(utterances, seconds, strict=True)]
     corpus: dict = {"name": name, "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
     for split in data.SPLITS:
         chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == split]
-        hours = sum(s for _, s in chosen) / 3600
-        corpus[split] = {"utterances": len(chosen), "speakers": len({speaker for speaker, _ in chosen}), "hours": hours}
+        speakers = len({speaker for speaker, _ in chosen if not data.is_nobody(speaker)})
+        corpus[split] = {"utterances": len(chosen), "speakers": speakers, "hours": sum(s for _, s in chosen) / 3600}
     return corpus
 
 
@@ -388,7 +429,7 @@ def report_corpus(corpus: dict) -> str:
 
 def summarise(config: Config, progress: dict, tested: Sequence[data.Utterance], predictions: np.ndarray) -> dict:
     """Scores of the test set (predictions in the corpus scale) and what they cost."""
-    test, speakers = {}, [utterance.speaker for utterance in tested]
+    test, speakers = {}, speaker_groups([utterance.speaker for utterance in tested])
     for k, target in enumerate(config.targets):
         label = np.array([utterance.labels[target] for utterance in tested])
         score = ccc(torch.from_numpy(predictions[:, k : k + 1]).double(), torch.from_numpy(label[:, None])).item()
@@ -410,6 +451,16 @@ def summarise(config: Config, progress: dict, tested: Sequence[data.Utterance], 
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "config": plain(config),
     }
+
+
+def speaker_groups(speakers: Sequence[str]) -> list[str]:
+    """What a bootstrap over speakers draws as a whole, by name: an utterance of nobody (`data.is_nobody`) by itself.
+
+    With fewer than two known speakers there is but one group, of which there is no interval.
+    """
+    known = {speaker for speaker in speakers if not data.is_nobody(speaker)}
+    groups = [speaker if speaker in known else f" {number}" for number, speaker in enumerate(speakers)]
+    return groups if len(known) > 1 else [""] * len(speakers)
 
 
 def write_predictions(

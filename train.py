@@ -89,7 +89,9 @@ def train(config: Config) -> dict:
     with hardware.locked(directory), hardware.out_of_memory() as short:
         run.open_directory(config, directory)
         if parallel.any_of((directory / "result.json").is_file()):
-            return json.loads((directory / "result.json").read_text(encoding="utf-8"))
+            result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+            run.require_content(config, result, directory)
+            return result
         e = set_up(config, directory, device, began)
         with hardware.watched_signals() as watch, closing(e.prefix.cache) if e.prefix.cache else nullcontext():
             try:
@@ -139,13 +141,15 @@ def fit(e: Experiment, watch: hardware.Watch) -> None:
 
 def set_up(config: Config, directory: Path, device: torch.device, began: float) -> Experiment:
     """Corpus, model, frozen prefix with its cache, optimizer; from `last.pt` if the run was stopped."""
-    precision = hardware.pick_precision(config.precision, device)
+    path = directory / "last.pt"
+    last = run.load_checkpoint(path) if path.is_file() else {}
+    precision = last.get("precision", "auto") if config.precision == "auto" else config.precision
+    precision = hardware.pick_precision(precision, device)
     hardware.require_tier(config.cache_tier, device)
     with parallel.first_alone():  # it writes the demo corpus
-        utterances, label_range = run.load_utterances(config)
-    paths, seconds = [utterance.source for utterance in utterances], data.check_audio(utterances)
+        utterances, label_range, seconds, corpus = run.read_corpus(config)
+    paths = [utterance.source for utterance in utterances]
     labels = torch.tensor([[utterance.labels[target] for target in config.targets] for utterance in utterances])
-    corpus = run.describe_corpus(config.corpus, utterances, seconds)
     print(run.report_corpus(corpus))
     with parallel.first_alone():  # it downloads
         model, backbone = run.build_model(config, label_range)
@@ -176,8 +180,8 @@ def set_up(config: Config, directory: Path, device: torch.device, began: float) 
         progress=Progress(*count(model)),
         began=began,
     )
-    if (directory / "last.pt").is_file():
-        resume(e)
+    if last:
+        resume(e, last)
     parallel.require_same(**e.identity, epoch=e.progress.epoch, step=len(e.progress.losses))
     return e
 
@@ -222,16 +226,14 @@ def save(e: Experiment) -> None:
     parallel.wait()  # until it is there: torchrun stops all where one ends
 
 
-def resume(e: Experiment) -> None:
+def resume(e: Experiment, last: dict) -> None:
     """Put model, optimizer, scaler and progress where the run was stopped.
 
     Raises ValueError, also where backbone, corpus or precision differ from what they were.
     """
     path, p = e.directory / "last.pt", e.progress
-    last = run.load_checkpoint(path, e.identity["backbone"])
-    if last.get("corpus") != e.identity["corpus"]:
-        found = "other utterances, labels or lengths than the corpus has now"
-        raise ValueError(f"{path}: was trained on {found}; put it back, or train anew under another name")
+    for kind in ("backbone", "corpus"):
+        run.require_same(path, kind, last, e.identity[kind])
     if last.get("precision") != e.identity["precision"]:
         found = f"in {last.get('precision')}, but this device takes {e.identity['precision']}"
         raise ValueError(f"{path}: was trained {found}; go on with one of that kind, or anew under another name")
