@@ -71,8 +71,6 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
 
 def gather(rows: Tensor, count: int) -> Tensor:
     """The rows `(count, K)` of a whole batch, of which each process has those of its `share`, with gradient."""
-    if size() == 1:
-        return rows
     whole = rows.new_zeros(count, *rows.shape[1:])
     own = whole[rank() :: size()]
     own.copy_(rows.detach()[: len(own)])
@@ -84,8 +82,6 @@ def gather(rows: Tensor, count: int) -> Tensor:
 
 def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sum every gradient over the processes. A parameter that has none in any of them is left without."""
-    if size() == 1:
-        return
     there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
     with connected():
         dist.all_reduce(there)
@@ -108,8 +104,6 @@ def any_of(flag: bool) -> bool:
 
 def largest(number: float) -> float:
     """The largest of the processes' numbers."""
-    if size() == 1:
-        return number
     value = torch.tensor(number, dtype=torch.double)
     with connected():
         dist.all_reduce(value, dist.ReduceOp.MAX)
@@ -133,15 +127,11 @@ def first_alone() -> Iterator[None]:
 
 def require_same(**values: object) -> None:
     """Raise ValueError if a process has other values than the first: they would train something else together."""
-    if size() == 1:
-        return
     others: list[dict] = [{}] * size()
     with connected():
         dist.all_gather_object(others, values)
     for number, other in enumerate(others):
         for key in values:
             if other[key] != others[0][key]:
-                raise ValueError(
-                    f"{key}: {others[0][key]!r} in process 0 and {other[key]!r} in process {number}; "
-                    "all need the same files, and output_dir on a disk that they share"
-                )
+                found = f"{others[0][key]!r} in process 0 and {other[key]!r} in process {number}"
+                raise ValueError(f"{key}: {found}; all need the same files, and output_dir on a disk that they share")
