@@ -339,7 +339,7 @@ def require_content(config: Config, result: dict, path: Path, kinds: Sequence[st
         if moved or any(place and os.path.exists(place) for place in places.values()):
             with nullcontext() if moved else suppress(OSError, ValueError):
                 now = find_backbone(config)[1] if kind == "backbone" else read_corpus(config)[-1]
-        if now:
+        if now and kind in result:  # older runs do not tell their corpus
             require_same(path, kind, result, now)
 
 
@@ -391,7 +391,6 @@ def summarise(config: Config, progress: dict, tested: Sequence[data.Utterance], 
     result: dict = {"note": DEMO_NOTE} if config.corpus == "demo" else {}
     result |= {"test": test, "seconds": seconds, "epochs": progress["epoch"], "best_epoch": progress["best_epoch"]}
     result |= {"dev_ccc": progress["best"], "peak_memory_bytes": progress["peak"]}
-    result |= {key: progress[key] for key in ("trainable_parameters", "total_parameters")}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return result | {"audio_seconds_per_second": speed, "versions": versions, "config": plain(config)}
 

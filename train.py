@@ -37,8 +37,6 @@ from metrics import ccc
 class Progress:
     """What the loop changes beside parameters, optimizer and scaler; `last.pt` keeps it."""
 
-    total_parameters: int = 0
-    trainable_parameters: int = 0
     epoch: int = 0  # finished
     best: float = -2.0  # mean CCC over the targets on the development set
     best_epoch: int = 0
@@ -87,7 +85,7 @@ class Experiment:
         hardware.prepare(self.model, device, precision, config.tf32, config.compile)
         self.optimizer = run.make_optimizer(self.model, config.lr, config.head_lr, config.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.progress = Progress(*count(self.model))
+        self.progress = Progress()
         self.batches: list[Sequence[int]] = []  # of the epoch under way
         if last:
             self.resume(last, path)
@@ -253,6 +251,8 @@ def finish(e: Experiment, watch: hardware.Watch) -> dict:
     e.account()  # before the statistics, which are no part of the method
     result = run.summarise(e.config, vars(e.progress), tested, predictions)
     result |= {"device": hardware.device_name(e.device), "processes": parallel.size(), **e.identity}
+    total, trainable = count(e.model)
+    result |= {"total_parameters": total, "trainable_parameters": trainable}
     result["cache_bytes"] = cache.stored_bytes() if cache else 0
     hardware.write_text(e.directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -120,8 +120,11 @@ def prepare(
     model: EmotionModel, device: torch.device, precision: str, tf32: bool = False, compiled: bool = False
 ) -> None:
     """Move what is in memory to its device, frozen matrices in the type in which they are used."""
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu":  # glibc shall keep what PyTorch frees: fresh pages take several times as long to write
+        with suppress(OSError, AttributeError):  # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
@@ -132,14 +135,6 @@ def prepare(
             tensor.data = tensor.data.to(device)
     for layer in model.backbone.layers if compiled else ():
         layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what PyTorch frees: a large tensor in fresh pages takes several times as long to write."""
-    with suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
 
 
 def require_tier(name: str, device: torch.device) -> None:

@@ -1,10 +1,9 @@
 """Several processes that train as one: `torchrun --nproc_per_node=2 train.py configs/full.yaml`.
 
 Each holds the model and computes every size-th utterance of each batch. What travels: the predictions, since CCC is a
-statistic of the whole batch, and the gradients of what trains. A sum over processes with zeros in the place of the
-others' rows is how rows travel, so shares may differ in size. A process alone has `machine.hardware.Alone` instead.
-
-On GPUs tensors travel by NCCL; those on the CPU, and all words between processes, by gloo.
+statistic of the whole batch, and the gradients of what trains. Rows travel as a sum over processes, with zeros in place
+of the others' rows, so shares may differ in size. On GPUs tensors travel by NCCL; those on the CPU, and all words
+between processes, by gloo. A process alone has `machine.hardware.Alone` instead.
 """
 
 import os
