@@ -264,7 +264,7 @@ def load_checkpoint(path: Path) -> dict:
     trained, backbone = checkpoint.get("trained"), checkpoint.get("backbone")
     told = isinstance(backbone, dict) and all(isinstance(backbone.get(key), str) for key in ("source", "sha256"))
     if not told or not isinstance(trained, dict):
-        raise ValueError(f"{path}: is no checkpoint of train.py: it does not tell its backbone, or what was trained")
+        raise ValueError(f"{path}: is no checkpoint of train.py")
     checkpoint["trained"] = trained = weights.stored_tensors(trained, path)
     for key, tensor in trained.items():
         if problem := weights.unusable(tensor):

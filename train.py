@@ -55,10 +55,11 @@ class Experiment:
     From `last.pt` if the run was stopped. Raises ValueError, also where backbone, corpus or precision are not as then.
     """
 
-    def __init__(self, config: Config, device: torch.device, began: float):
-        self.config, self.device, self.directory = config, device, Path(config.output_dir) / config.name
+    def __init__(self, config: Config, directory: Path, began: float):
+        self.config, self.directory = config, directory
         self.began = began  # when the run would have begun if it had never been stopped
-        path = self.directory / "last.pt"
+        self.device = device = hardware.pick_device(config.device, parallel.local_rank(), config.compile)
+        path = directory / "last.pt"
         last = run.load_checkpoint(path) if path.is_file() else {}
         wanted = last.get("precision", "auto") if config.precision == "auto" else config.precision
         precision = hardware.pick_precision(wanted, device)
@@ -77,7 +78,7 @@ class Experiment:
             how = {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
             cache = open_cache(config.cache_dir, self.model, paths, tf32=config.tf32 and device.type == "cuda", **how)
             hardware.require_space({cache.directory: cache.space(sum(self.seconds), pooled_rows(self.model))})
-            cache.note_user(self.directory, backbone["source"])
+            cache.note_user(directory, backbone["source"])
         self.prefix = Prefix(self.model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
         parallel.wait()
         self.prefix.release_if_cached(config.cache_tier)
@@ -139,15 +140,14 @@ class Experiment:
 
 def train(config: Config) -> dict:
     """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
-    began, device = time.perf_counter(), hardware.pick_device(config.device, parallel.local_rank(), config.compile)
-    directory = Path(config.output_dir) / config.name
+    began, directory = time.perf_counter(), Path(config.output_dir) / config.name
     with hardware.locked(directory), hardware.out_of_memory() as short:
         run.open_directory(config, directory)
         if parallel.any_of((directory / "result.json").is_file()):
             result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
             run.require_content(config, result, directory)
             return result
-        e = Experiment(config, device, began)
+        e = Experiment(config, directory, began)
         with hardware.watched_signals() as watch, closing(e.prefix.cache) if e.prefix.cache else nullcontext():
             try:
                 fit(e, watch)

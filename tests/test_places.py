@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_read_from_another_place(
     assert "resuming after epoch 1" in capsys.readouterr().out
     monkeypatch.setattr(run, "step", lambda *_: pytest.fail("nothing is left to train"))
     assert train.train(elsewhere) == result
+    assert train.train(replace(elsewhere, device="cuda:99")) == result  # which this machine need not have
 
 
 def test_a_finished_run_is_read_after_all_of_it_was_moved(settings, tmp_path, monkeypatch):
