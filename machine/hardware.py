@@ -155,7 +155,10 @@ def device_name(device: torch.device) -> str:
     """A GPU's name; of a CPU the processor, the vector instructions that PyTorch uses, and the threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    processor = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    if hasattr(torch.cpu, "get_capabilities"):  # not in every build
+        names.append(torch.cpu.get_capabilities().get("cpu_name"))
+    processor = next(filter(None, [*names, platform.processor()]), platform.machine())
     vectors = torch.backends.cpu.get_cpu_capability()
     return f"{processor} ({device.type}, {vectors}, {torch.get_num_threads()} threads)"
 
