@@ -65,7 +65,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it, else fp16; CPU fp32
     tf32: bool = False  # fp32 products on an NVIDIA GPU with 10 bits of mantissa: faster, and no longer exact
     compile: bool = False  # fuse what follows attention in a layer: for GPUs; the first steps take longer
-    gradient_checkpointing: bool = False  # a quarter slower, for memory: one layer's activations at a time
+    gradient_checkpointing: bool = False  # saves memory, a quarter slower: one layer's activations at a time
     batch_size: int = 16  # utterances; CCC is a statistic of the batch, so a smaller one makes a noisier loss
     micro_batch_size: int | None = None  # utterances in memory at once; the loss stays that of the whole batch
     epochs: int = 10

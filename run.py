@@ -98,7 +98,7 @@ def set_rates(optimizer: torch.optim.Optimizer, number: int, total: int, warmup:
 
 
 def seed_step(seed: int, number: int, device: torch.device) -> None:
-    """Derive a step's random numbers (dropout, masking) from these and the process, so that none is kept to resume."""
+    """Derive a step's random numbers (dropout, masking) from its number, so that a resumed run needs no saved state."""
     value = int(np.random.SeedSequence([seed, number, parallel.rank()]).generate_state(1)[0])
     # on a CPU without a look at every other kind of device, which takes 0.1 ms
     (torch.default_generator if device.type == "cpu" else torch).manual_seed(value)
@@ -135,17 +135,16 @@ def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, 
     return utterances, label_range
 
 
-def read_corpus(config: Config) -> tuple[list[data.Utterance], tuple[float, float], list[float], dict]:
-    """The same, the seconds of each utterance, and the corpus in numbers."""
-    utterances, label_range = load_utterances(config)
-    seconds = data.check_audio(utterances)
-    return utterances, label_range, seconds, describe_corpus(config.corpus, utterances, seconds)
-
-
 def corpus_keys(config: Config) -> dict:
     """The arguments of `data.load_corpus`."""
     keys = ("manifest", "targets", "fold", "test_set", "dev_set", "flip_activation")
     return {"name": config.corpus, "root": config.data_root} | {key: getattr(config, key) for key in keys}
+
+
+def find_corpus(config: Config) -> dict:
+    """The corpus in numbers, as `describe_corpus` has them; all its audio files are looked at."""
+    utterances, _ = load_utterances(config)
+    return describe_corpus(config.corpus, utterances, data.check_audio(utterances))
 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
@@ -157,7 +156,7 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
 def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
     """The pretrained backbone, an adapter merged into it, and the identity of both.
 
-    The demo corpus alone makes do with `small`, which the repository holds, or without it with random weights.
+    Only the demo corpus falls back to `small`, which the repository holds, or without that to random weights.
     """
     if config.backbone == "logmel":
         backbone = extra("report.logmel", "backbone: logmel").LogMel()
@@ -274,7 +273,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def require_finite(model: EmotionModel, identity: dict[str, str]) -> None:
-    """Raise ValueError for NaN or infinite weights, those alone that are in memory and so are used."""
+    """Raise ValueError for NaN or infinite weights among those in memory, which are the ones that are used."""
     weights.require_finite(dict(model.named_parameters()), identity["source"])
 
 
@@ -318,7 +317,7 @@ def open_directory(config: Config, directory: Path) -> None:
             left.unlink()
         path, here = directory / "config.yaml", plain(config)
         if not path.is_file() or not any((directory / name).is_file() for name in RESULTS):
-            hardware.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
+            hardware.write_yaml(path, here)  # also over that of a run that never started: a mistake can be mended
         there = plain(load_config(path))
         changed = [key for key in here if here[key] != there[key] and key not in PLACE_KEYS | COST_KEYS]
         if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
@@ -338,7 +337,7 @@ def require_content(config: Config, result: dict, path: Path, kinds: Sequence[st
         moved = any(place != result["config"].get(key) for key, place in places.items())
         if moved or any(place and os.path.exists(place) for place in places.values()):
             with nullcontext() if moved else suppress(OSError, ValueError):
-                now = find_backbone(config)[1] if kind == "backbone" else read_corpus(config)[-1]
+                now = find_backbone(config)[1] if kind == "backbone" else find_corpus(config)
         if now and kind in result:  # older runs do not tell their corpus
             require_same(path, kind, result, now)
 
@@ -346,7 +345,7 @@ def require_content(config: Config, result: dict, path: Path, kinds: Sequence[st
 def settle_best(directory: Path, best_epoch: int) -> None:
     """Make the new best model `best.pt` once `last.pt` knows of it, so that the two always belong together.
 
-    Killed before `last.pt` was written, the run repeats that epoch, on a GPU perhaps with another result.
+    A run that was killed before it wrote `last.pt` repeats that epoch, on a GPU perhaps with another result.
     """
     pending = directory / PENDING
     if parallel.rank() == 0 and pending.is_file():
@@ -370,7 +369,7 @@ def describe_corpus(name: str, utterances: Sequence[data.Utterance], seconds: Se
 
 
 def report_corpus(corpus: dict) -> str:
-    """The same in a line a split."""
+    """The corpus in numbers, one line for each split."""
     lines = [DEMO_NOTE] if corpus["name"] == "demo" else []
     line = "{:6}{utterances:8,} utterances{speakers:6} speakers{hours:9.3f} h"
     return "\n".join([*lines, *(line.format(split, **corpus[split]) for split in data.SPLITS)])

@@ -52,7 +52,7 @@ class Progress:
 class Experiment:
     """All that a run works with: corpus, model, frozen prefix with its cache, optimizer, and how far it has come.
 
-    From `last.pt` if the run was stopped. Raises ValueError, also where backbone, corpus or precision are not as then.
+    A stopped run continues from `last.pt`. Raises ValueError, also if backbone, corpus or precision have changed.
     """
 
     def __init__(self, config: Config, directory: Path, began: float):
@@ -65,7 +65,9 @@ class Experiment:
         precision = hardware.pick_precision(wanted, device)
         hardware.require_tier(config.cache_tier, device)
         with parallel.first_alone():  # it writes the demo corpus
-            self.utterances, self.label_range, self.seconds, corpus = run.read_corpus(config)
+            self.utterances, self.label_range = run.load_utterances(config)
+        self.seconds = data.check_audio(self.utterances)  # of each
+        corpus = run.describe_corpus(config.corpus, self.utterances, self.seconds)
         labels = [[utterance.labels[target] for target in config.targets] for utterance in self.utterances]
         self.labels = data.scale_labels(torch.tensor(labels), self.label_range)  # (utterances, K), from 0 to 1
         print(run.report_corpus(corpus))
@@ -154,7 +156,7 @@ def train(config: Config) -> dict:
             except hardware.Stopped:
                 e.save()
                 raise
-            return finish(e, watch)  # saves nothing at a stop: the model holds the best epoch, not the last
+            return finish(e, watch)  # a stop here saves nothing: the model holds the best epoch, not the last
     raise MemoryError(f"{short[0]}\n{hardware.memory_advice(config.saves_memory(parallel.size()))}")
 
 

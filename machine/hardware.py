@@ -28,7 +28,7 @@ SHORT = ("out of memory", "ALLOC_FAILED")  # of CUDA and MPS; of cuBLAS, which a
 
 @contextmanager
 def out_of_memory() -> Iterator[list[str]]:
-    """End the work within where a GPU has no memory left, and leave the reason in the list."""
+    """End the work within when a GPU runs out of memory, and put the reason into the list."""
     reasons: list[str] = []
     try:
         yield reasons
@@ -120,7 +120,7 @@ def prepare(
     model: EmotionModel, device: torch.device, precision: str, tf32: bool = False, compiled: bool = False
 ) -> None:
     """Move what is in memory to its device, frozen matrices in the type in which they are used."""
-    if device.type == "cpu":  # glibc shall keep what PyTorch frees: fresh pages take several times as long to write
+    if device.type == "cpu":  # let glibc keep what PyTorch frees: fresh pages take several times as long to write
         with suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
@@ -138,7 +138,7 @@ def prepare(
 
 
 def require_tier(name: str, device: torch.device) -> None:
-    """Raise ValueError for a cache that is to be kept on the GPU where none is in use; "ram" is no longer kept."""
+    """Raise ValueError if the cache is to be kept on a GPU and none is in use. The tier "ram" no longer exists."""
     if name == "gpu" and device.type == "cpu":
         raise ValueError("cache_tier: found gpu, but the device is the CPU; expected auto or disk")
     if name == "ram":
@@ -301,7 +301,7 @@ def watched_signals() -> Iterator[Watch]:
 def locked(directory: Path) -> Iterator[None]:
     """Hold a run's directory; of several processes the first does. Raises ValueError if another command holds it.
 
-    The operating system gives up the lock of a process that is killed, on a shared disk as well (NFS by its server).
+    The operating system releases the lock of a killed process, on a shared disk too (on NFS the server does).
     """
     if parallel.rank() > 0:
         yield

@@ -26,7 +26,7 @@ def start() -> None:
 
 
 def finish() -> None:
-    """Part from the others, at the end of it all."""
+    """Part from the others at the end."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -92,7 +92,7 @@ def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def even(batch: Sequence[int], cost: Sequence[float]) -> Sequence[int]:
-    """The batch in an order in which every process's share costs about the same."""
+    """The batch in an order that gives every process a share of about the same cost."""
     return sorted(batch, key=cost.__getitem__) if size() > 1 else batch
 
 
@@ -110,7 +110,7 @@ def largest(number: float) -> float:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     largest(0.0)
 
 

@@ -20,7 +20,7 @@ FAILED = "compare.py: failed, "  # begins the last line of the log of a program 
 
 
 def logged(words: Sequence[str], log: Path) -> int:
-    """Run `python WORDS`, all that it says into `log`; its exit code, of which the log's last line tells.
+    """Run `python WORDS` with its output in `log`; returns the exit code. The last line of the log tells of a failure.
 
     Ctrl-C asks the program to end, and waits for it.
     """
@@ -64,7 +64,7 @@ def be(words: Sequence[str], log: str) -> None:
 
 
 def last_lines(log: Path, count: int = 5) -> list[str]:
-    """Of a process that failed, its last lines as a terminal would show them and how it ended; else none."""
+    """The last lines of a program that failed, as a terminal would show them, and how it ended; else none."""
     text = log.read_bytes().decode(errors="replace") if log.is_file() else ""
     lines = [line for line in (line.rstrip().split("\r")[-1] for line in text.split("\n")) if line]
     failed = bool(lines) and lines[-1].startswith(FAILED)
