@@ -125,14 +125,14 @@ def check(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> None:
         here = settings(methods[job.method]) | ({} if job.fold is None else {"fold": job.fold})
         if any((job.directory / file).is_file() for file in run.RESULTS):
             there = settings(load_config(job.directory / "config.yaml"))
-            changed = [f"{key} {there[key]!r}, now {here[key]!r}" for key in here if here[key] != there[key]]
-            if changed:
-                wrong.append(f"{job.directory} holds another run ({'; '.join(changed)}); choose another --out")
+            changed = [key for key in here if here[key] != there[key] and key not in run.PLACE_KEYS]
+            if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed]:
+                wrong.append(f"{job.directory} holds another run ({'; '.join(told)}); choose another --out")
 
 
 def check_corpus(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> None:
     """Add to `wrong` errors of the corpus, and finished runs that were tested on what it was before."""
-    config, by_fold = next(iter(methods.values())), {}
+    config, by_fold, checked = next(iter(methods.values())), {}, set()
     for job in jobs:
         by_fold.setdefault(job.fold, []).append(job)
     try:
@@ -141,8 +141,12 @@ def check_corpus(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> Non
             tested = [utterance for utterance in utterances if utterance.split == "test"]
             speakers = [utterance.speaker for utterance in tested]
             labels = [[utterance.labels[target] for target in config.targets] for utterance in tested]
-            for place in (job.directory for job in of_fold if job.finished):
-                there = results.read_run(place)
+            for job in (job for job in of_fold if job.finished):
+                place, there, method = job.directory, results.read_run(job.directory), methods[job.method]
+                backbone = method.backbone, method.adapter, there.result["backbone"]["sha256"]
+                if backbone not in checked:  # reading all of it takes a second
+                    run.require_content(method, there.result, place, ["backbone"])
+                checked.add(backbone)
                 if there.speakers != speakers or there.labels.tolist() != labels:
                     what = "was tested on other utterances or labels than there are now"
                     wrong.append(f"{place} {what}; choose another --out")
@@ -151,7 +155,7 @@ def check_corpus(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> Non
 
 
 def absolute(key: str, value: object) -> object:
-    return os.path.abspath(value) if key in ("data_root", "manifest") and value is not None else value
+    return os.path.realpath(value) if key in ("data_root", "manifest") and value is not None else value
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

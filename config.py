@@ -2,13 +2,15 @@
 
 import difflib
 import importlib
+import math
 import os
 import re
 import reprlib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +65,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it, else fp16; CPU fp32
     tf32: bool = False  # fp32 products on an NVIDIA GPU with 10 bits of mantissa: faster, and no longer exact
     compile: bool = False  # fuse what follows attention in a layer: for GPUs; the first steps take longer
-    gradient_checkpointing: bool = False  # a quarter slower, for memory: one layer's activations at a time
+    gradient_checkpointing: bool = False  # saves memory, a quarter slower: one layer's activations at a time
     batch_size: int = 16  # utterances; CCC is a statistic of the batch, so a smaller one makes a noisier loss
     micro_batch_size: int | None = None  # utterances in memory at once; the loss stays that of the whole batch
     epochs: int = 10
@@ -81,21 +83,17 @@ class Config:
             self.require(key, getattr(self, key) >= 1, "at least 1")
         for key in ("head_width", "lora_rank", "warmup", "seed", "weight_decay"):
             self.require(key, getattr(self, key) >= 0, "at least 0")
-        self.require("seed", self.seed < 2**63, "below 2^63")
         for key, most in (("head_width", 2**14), ("lora_rank", 2**10), ("epochs", 10**6)):  # of no use beyond
             self.require(key, getattr(self, key) <= most, f"at most {most}")
         for key in ("lr", "head_lr", "clip", "lora_alpha"):
             self.require(key, getattr(self, key) > 0, "a number above 0")
-        for key in (field.name for field in fields(self) if field.name.endswith(("dropout", "_drop", "_prob"))):
+        for key in (key for key in DEFAULTS if key.endswith(("dropout", "_drop", "_prob"))):
             self.require(key, 0 <= getattr(self, key) < 1, "a number from 0 to below 1")
-        self.require(
-            "micro_batch_size", self.micro_batch_size is None or self.micro_batch_size >= 1, "at least 1 or null"
-        )
-        self.require(
-            "targets",
-            0 < len(set(self.targets)) == len(self.targets) <= 100,
-            "different names, at least one, at most 100",
-        )
+        self.require("seed", self.seed < 2**63, "below 2^63")
+        micro, names = self.micro_batch_size, self.targets
+        self.require("micro_batch_size", micro is None or micro >= 1, "at least 1 or null")
+        distinct = 0 < len(set(names)) == len(names) <= 100
+        self.require("targets", distinct, "different names, at least one, at most 100")
         low_high = (0, 1) if self.label_range is None else self.label_range
         self.require("label_range", len(low_high) == 2 and low_high[0] < low_high[1], "[low, high]")
         self.require("backbone", bool(self.backbone), "a directory, a file or a name on the hub")
@@ -111,19 +109,19 @@ class Config:
         self.require("adapter", self.backbone != "logmel" or self.adapter is None, "null, as backbone is logmel")
         self.require("lora_rank", not (everything and self.lora_rank), "0, since trainable_layers: all leaves no layer")
         below = "as it acts below layer 0, which is frozen unless trainable_layers is all"
-        idle = dict.fromkeys(("projection_dropout", "mask_time_prob", "mask_feature_prob"), (not everything, below))
-        idle["head_dropout"] = self.head_width == 0, "as head_width is 0"
-        layers = ("attention_dropout", "activation_dropout", "layer_drop", "gradient_checkpointing")
-        idle |= dict.fromkeys(layers, (nothing, "as it acts in layers that train, and none does"))
-        lora = ("lora_alpha", "lora_targets", "lora_layers", "lora_dropout")
-        idle |= dict.fromkeys(lora, (self.lora_rank == 0, "as lora_rank is 0"))
-        for kind in ("time", "feature"):
-            off = getattr(self, f"mask_{kind}_prob") == 0
-            idle[f"mask_{kind}_length"] = off, f"as mask_{kind}_prob is 0"
-        for key, (without_effect, reason) in idle.items():
+        layers = "attention_dropout activation_dropout layer_drop gradient_checkpointing"
+        idle = {  # keys: why they do nothing, if so
+            "head_dropout": self.head_width == 0 and "as head_width is 0",
+            "projection_dropout mask_time_prob mask_feature_prob": not everything and below,
+            layers: nothing and "as it acts in layers that train, and none does",
+            "lora_alpha lora_targets lora_layers lora_dropout": self.lora_rank == 0 and "as lora_rank is 0",
+            "mask_time_length": self.mask_time_prob == 0 and "as mask_time_prob is 0",
+            "mask_feature_length": self.mask_feature_prob == 0 and "as mask_feature_prob is 0",
+        }
+        for key, reason in ((key, reason) for keys, reason in idle.items() for key in keys.split() if reason):
             value, default = getattr(self, key), DEFAULTS[key]
             same = value == (list(default) if isinstance(value, list) and isinstance(default, tuple) else default)
-            self.require(key, same or not without_effect, f"{default!r}, {reason}")
+            self.require(key, same, f"{default!r}, {reason}")
 
     @property
     def trains_layers(self) -> bool:
@@ -153,15 +151,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, then `key=value` overrides. Raises FileNotFoundError, or ValueError by key."""
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        known = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml")))
         raise FileNotFoundError(f"{path}: no such config" + (f"; {path.parent} holds {known}" if known else ""))
     if (size := path.stat().st_size) > MAX_SIZE:
         raise ValueError(f"{path}: has {size:,} bytes, expected at most {MAX_SIZE:,} of a configuration")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte order mark
+        values = parse(path.read_text(encoding="utf-8-sig"), str(path))  # -sig: Windows editors write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8") from None
-    values = parse(text, str(path))
     values = {} if values is None else values  # an empty file: every default
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
@@ -171,7 +168,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"{override}: expected key=value, as in seed=1")
         values[key] = read_override(key, value, override)
     config = make_config(values, str(path))
-    return config if config.name else make_config({**values, "name": path.stem}, str(path))
+    return config if config.name else replace(config, name=path.stem)
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -237,50 +234,39 @@ def expand(path: str) -> str:
     return path if os.path.lexists(path) else os.path.expandvars(os.path.expanduser(path))
 
 
-def coerce(value: object, kind: object, key: str) -> Any:
+def coerce(value: Any, kind: Any, key: str) -> Any:
     """`value` as the type `kind` where nothing is lost: `1` is a float, and so is `1e-4`, which YAML takes for text."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        for argument in arguments:
-            try:
-                return coerce(value, argument, key)
-            except ValueError:
-                continue
-    elif origin is Literal and isinstance(value, str) and value in arguments:
-        return value
-    elif origin is list and isinstance(value, list | tuple):
-        return [coerce(item, arguments[0], key) for item in value]
-    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = float("nan")
-        if number - number == 0:  # neither NaN nor infinite
+    with suppress(ValueError, OverflowError):
+        if origin is Literal and isinstance(value, str) and value in arguments:
+            return value
+        if kind is float and type(value) in (int, float, str) and math.isfinite(number := float(value)):
             return number
-    elif kind in (int, str, bool, type(None)) and type(value) is kind:
-        return value
-    found = reprlib.repr(value)  # of any size: from a checkpoint
+        if kind in (int, str, bool, type(None)) and type(value) is kind:
+            return value
+    if origin is list and isinstance(value, list | tuple):
+        return [coerce(item, arguments[0], key) for item in value]
+    for argument in arguments if origin in (typing.Union, types.UnionType) else ():
+        with suppress(ValueError):
+            return coerce(value, argument, key)
     advice = "; put it in quotes" if kind is str and value is not None and not isinstance(value, list | dict) else ""
+    found = reprlib.repr(value)  # of any size: from a checkpoint
     raise ValueError(f"{key}: expected {describe(kind)}, found {found}{advice}")
 
 
 def describe(kind: Any) -> str:
     """A type in a reader's words: `int | list[int] | None` is "int or list of int or null"."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return " or ".join(arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(describe, arguments))
-    if origin is list:
-        return f"list of {describe(arguments[0])}"
-    return "a finite float" if kind is float else "null" if kind is type(None) else kind.__name__
+    if arguments:
+        named = [argument if origin is Literal else describe(argument) for argument in arguments]
+        return " or ".join(named) if origin is not list else f"list of {named[0]}"
+    return {float: "a finite float", type(None): "null"}.get(kind, kind.__name__)
 
 
 def extra(module: str, why: str) -> types.ModuleType:
     """A module that the core does without, such as `corpora.published`, imported now that a configuration needs it.
 
-    `why` is what needs it, such as `corpus: iemocap`. Raises ValueError if the module's folder is not there, or a
-    library that it imports.
+    `why` is what needs it, such as `corpus: iemocap`. Raises ValueError if its folder or a library is not there.
     """
     folder = module.partition(".")[0]
     try:

@@ -28,7 +28,6 @@ from model import EmotionModel
 
 RANDOM = "random, as "  # begins the source of a backbone of the demo that has no checkpoint
 FORMATS = ("transformers", "peft", "onnx")
-PLACES = {"name", "output_dir", "data_root", "manifest", "cache_dir", "device", "backbone", "adapter"}
 
 
 def export(directory: str | Path, out: str | Path, form: str, backbone: str | None = None) -> Path:
@@ -63,7 +62,7 @@ def export(directory: str | Path, out: str | Path, form: str, backbone: str | No
             settings = json.dumps(settings_of(model.backbone.config)[1], indent=2)
             (beside / "preprocessor_config.json").write_text(settings + "\n", encoding="utf-8")
         result, plain, default = weights.read_json(directory / "result.json"), run.plain(config), run.plain(Config())
-        changed = {key: value for key, value in plain.items() if key not in PLACES and value != default[key]}
+        changed = {key: value for key, value in plain.items() if key not in run.PLACE_KEYS and value != default[key]}
         base = source if source.startswith(RANDOM) else config.backbone
         text = card(result, plain, changed, base, form, model.targets, model.label_range)
         (beside / "README.md").write_text(text, encoding="utf-8")

@@ -8,8 +8,10 @@ import platform
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
+ADVICE = "lower lr or head_lr, or set precision: fp32, under another name"  # where numbers are not finite
 LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
 
 
@@ -76,41 +79,29 @@ def step(
 
 def make_optimizer(model: EmotionModel, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with `lr` for the backbone, `head_lr` for what is behind it, and weight decay for matrices alone."""
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # by whether it is in the head, and is no matrix
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "backbone" if name.startswith("backbone.") else "head"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
-    rates = {"backbone": lr, "head": head_lr}
-    return torch.optim.AdamW(
-        [
-            {"params": groups[part, decays], "lr": rate, "peak_lr": rate, "weight_decay": weight_decay * decays}
-            for part, rate in rates.items()
-            for decays in (True, False)
-            if (part, decays) in groups
-        ],
-        fused=True,
-    )
+            groups.setdefault((not name.startswith("backbone."), parameter.ndim < 2), []).append(parameter)
+    settings = []
+    for (in_head, is_vector), parameters in sorted(groups.items(), key=lambda group: group[0]):
+        rate, decay = head_lr if in_head else lr, 0.0 if is_vector else weight_decay
+        settings.append({"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(settings, fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Scale every group's rate from its peak."""
+def set_rates(optimizer: torch.optim.Optimizer, number: int, total: int, warmup: int) -> None:
+    """The rates of step `number`: a linear rise to their peaks over `warmup` steps, then a linear fall to 0."""
+    factor = min((number + 1) / max(warmup, 1), (total - number) / max(total - warmup, 1), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
-def schedule(number: int, total: int, warmup: int) -> float:
-    """Factor of the rates at a step: a linear rise over `warmup` steps, then a linear fall to zero at the end."""
-    return min((number + 1) / max(warmup, 1), (total - number) / max(total - warmup, 1), 1.0)
-
-
 def seed_step(seed: int, number: int, device: torch.device) -> None:
-    """Derive a step's random numbers (dropout, masking) from these and the process, so that none is kept to resume."""
+    """Derive a step's random numbers (dropout, masking) from its number, so that a resumed run needs no saved state."""
     value = int(np.random.SeedSequence([seed, number, parallel.rank()]).generate_state(1)[0])
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(value)  # without a look at every other kind of device: 0.1 ms
-    else:
-        torch.manual_seed(value)
+    # on a CPU without a look at every other kind of device, which takes 0.1 ms
+    (torch.default_generator if device.type == "cpu" else torch).manual_seed(value)
 
 
 @torch.no_grad()
@@ -126,30 +117,6 @@ def evaluate(
         with torch.autocast(x.device.type, prefix.dtype, enabled=prefix.dtype != torch.float32):
             predictions.append(parallel.gather(model(x, lengths, prefix.depth).float(), len(batch)))
     return torch.cat(predictions).cpu()
-
-
-ADVICE = "lower lr or head_lr, or set precision: fp32, under another name"
-
-
-def check_losses(
-    epoch: int,
-    losses: Sequence[Tensor],
-    scaler: torch.amp.GradScaler,
-    batches: Sequence[Sequence[int]],
-    paths: Sequence[str],
-) -> None:
-    """Raise ValueError if one of the last twenty losses is not finite; it names the files of the batch.
-
-    So it does in fp16 once the scale has fallen below 1: then gradients are not finite even unscaled.
-    """
-    first = max(0, len(losses) - 20)
-    finite = torch.stack(list(losses[first:])).isfinite().tolist() if losses else []
-    bad = first + finite.index(False) if False in finite else None
-    if bad is None and losses and scaler.is_enabled() and scaler.get_scale() < 1:
-        bad = len(losses) - 1
-    if bad is not None:
-        what = f"epoch {epoch}, step {bad + 1}: loss or gradient is not finite, and nothing since the last save is kept"
-        data.raise_listed(f"{what}; {ADVICE}; the files of the batch", [paths[number] for number in batches[bad]])
 
 
 def per_second(amount: float, seconds: float) -> float:
@@ -170,16 +137,14 @@ def load_utterances(config: Config) -> tuple[list[data.Utterance], tuple[float, 
 
 def corpus_keys(config: Config) -> dict:
     """The arguments of `data.load_corpus`."""
-    return {
-        "name": config.corpus,
-        "root": config.data_root,
-        "manifest": config.manifest,
-        "targets": config.targets,
-        "fold": config.fold,
-        "test_set": config.test_set,
-        "dev_set": config.dev_set,
-        "flip_activation": config.flip_activation,
-    }
+    keys = ("manifest", "targets", "fold", "test_set", "dev_set", "flip_activation")
+    return {"name": config.corpus, "root": config.data_root} | {key: getattr(config, key) for key in keys}
+
+
+def find_corpus(config: Config) -> dict:
+    """The corpus in numbers, as `describe_corpus` has them; all its audio files are looked at."""
+    utterances, _ = load_utterances(config)
+    return describe_corpus(config.corpus, utterances, data.check_audio(utterances))
 
 
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
@@ -191,7 +156,7 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
 def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
     """The pretrained backbone, an adapter merged into it, and the identity of both.
 
-    The demo corpus alone makes do with `small`, which the repository holds, or without it with random weights.
+    Only the demo corpus falls back to `small`, which the repository holds, or without that to random weights.
     """
     if config.backbone == "logmel":
         backbone = extra("report.logmel", "backbone: logmel").LogMel()
@@ -200,14 +165,6 @@ def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
     try:
         files = weights.locate(config.backbone)
         backbone = weights.load_backbone(config.backbone, **regularisation)
-        if len(files) > 1 and "classifier.out_proj.weight" in weights.read(files)[0]:  # a published emotion model
-            data.say_once(f"note: {config.backbone}: its emotion head is left out; {LICENCE}")
-        if config.adapter is None:
-            return backbone, {"source": config.backbone, "sha256": weights.sha256(files)}
-        adapter = extra("formats.adapter", f"adapter: {config.adapter}")
-        adapter.merge_adapter(backbone, config.adapter, config.backbone)
-        files += [Path(config.adapter) / name for name in adapter.FILES]
-        return backbone, {"source": f"{config.backbone} with {config.adapter}", "sha256": weights.sha256(files)}
     except weights.UnavailableError as error:
         if config.corpus != "demo" or config.adapter is not None:
             raise
@@ -217,6 +174,15 @@ def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
         print(f"warning: {error}\nwarning: the demo goes on with RANDOM weights of wav2vec2-base", file=sys.stderr)
         backbone = weights.random_backbone(Wav2Vec2Config(**regularisation))
         return backbone, {"source": f"random, as {config.backbone}", "sha256": weights.sha256_of(backbone)}
+    source = config.backbone
+    if len(files) > 1 and "classifier.out_proj.weight" in weights.read(files)[0]:  # a published emotion model
+        data.say_once(f"note: {source}: its emotion head is left out; {LICENCE}")
+    if config.adapter is not None:
+        adapter = extra("formats.adapter", f"adapter: {config.adapter}")
+        adapter.merge_adapter(backbone, config.adapter, source)
+        files += [Path(config.adapter) / name for name in adapter.FILES]
+        source = f"{source} with {config.adapter}"
+    return backbone, {"source": source, "sha256": weights.sha256(files)}
 
 
 def assemble(config: Config, backbone: Wav2Vec2, label_range: tuple[float, float]) -> EmotionModel:
@@ -260,13 +226,13 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
     config = replace(config, backbone=backbone or config.backbone)
     try:
         model, identity = build_model(config, data.find_label_range(config.corpus, config.label_range))
-        require_backbone(path, best, identity)
+        require_same(path, "backbone", best, identity)
         load_trained(model, best["trained"])
         require_finite(model, identity)
-    except (FileNotFoundError, ValueError) as error:
-        kind, reason = ValueError if isinstance(error, ValueError) else FileNotFoundError, str(error)
-        told = "; if the backbone is elsewhere now, say so with --backbone" if kind is FileNotFoundError else ""
-        raise kind(f"{path}: {reason.removeprefix(f'{path}: ')}{told}") from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {error}; if the backbone is elsewhere now, say so with --backbone") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if merged:
         merge(model)
     return model.to(pick_device(device)).eval()
@@ -281,10 +247,10 @@ def load_best(directory: Path) -> tuple[dict, Config]:
     return best, make_config(best["config"] | {"label_range": best["label_range"]}, str(path))
 
 
-def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
+def load_checkpoint(path: Path) -> dict:
     """A checkpoint of ours, from which nothing but tensors and plain values can come.
 
-    Raises FileNotFoundError, or ValueError if it is damaged or was trained on another backbone than `identity`.
+    Raises FileNotFoundError, or ValueError if it is damaged or something else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a run's directory, as train.py writes it")
@@ -293,34 +259,36 @@ def load_checkpoint(path: Path, identity: dict[str, str] | None = None) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: is not a whole checkpoint ({hardware.first_line(error)})") from None
-    if not isinstance(checkpoint, dict) or not {"trained", "backbone"} <= checkpoint.keys():
-        raise ValueError(f"{path}: is no checkpoint of train.py")
-    trained, backbone = checkpoint["trained"], checkpoint["backbone"]
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    trained, backbone = checkpoint.get("trained"), checkpoint.get("backbone")
     told = isinstance(backbone, dict) and all(isinstance(backbone.get(key), str) for key in ("source", "sha256"))
     if not told or not isinstance(trained, dict):
-        raise ValueError(f"{path}: is no checkpoint of train.py: it does not tell its backbone, or what was trained")
+        raise ValueError(f"{path}: is no checkpoint of train.py")
     checkpoint["trained"] = trained = weights.stored_tensors(trained, path)
     for key, tensor in trained.items():
         if problem := weights.unusable(tensor):
             raise ValueError(f"{path}: {key} {problem}")
     weights.require_finite(trained, path)
-    if identity is not None:
-        require_backbone(path, checkpoint, identity)
     return checkpoint
 
 
 def require_finite(model: EmotionModel, identity: dict[str, str]) -> None:
-    """Raise ValueError for NaN or infinite weights, those alone that are in memory and so are used."""
+    """Raise ValueError for NaN or infinite weights among those in memory, which are the ones that are used."""
     weights.require_finite(dict(model.named_parameters()), identity["source"])
 
 
-def require_backbone(path: Path, checkpoint: dict, identity: dict[str, str]) -> None:
-    """Raise ValueError unless a checkpoint was trained on the backbone of this identity: it holds no other weights."""
-    if checkpoint["backbone"]["sha256"] != identity["sha256"]:
-        raise ValueError(
-            f"{path}: was trained on other weights of {identity['source']} than are found now; "
-            "put those back, say with --backbone where they are, or train anew under another name"
-        )
+def require_same(path: Path, kind: str, saved: dict, now: Any) -> None:
+    """Raise ValueError unless the "backbone", "corpus" or "precision" of what was saved is that of now, by content."""
+    before = saved.get(kind)
+    if (before.get("sha256") == now["sha256"]) if isinstance(before, dict) else before == now:
+        return
+    told = f"in {before}, but this device takes {now}; go on with one of that kind"
+    if kind == "corpus":
+        told = "on other utterances, labels or lengths than the corpus has now; put it back"
+    if kind == "backbone":
+        told = f"on other weights of {now['source']} than are found now"
+        told += "; put those back, say with --backbone where they are"
+    raise ValueError(f"{path}: was trained {told}, or train anew under another name")
 
 
 def plain(config: Config) -> dict:
@@ -333,20 +301,25 @@ def plain(config: Config) -> dict:
 
 RESULTS = ("best.pt", "last.pt", "result.json")  # what makes a directory that of a run
 PENDING = "best.next.pt"  # a better model that `last.pt` does not know of yet
-COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_dir", "cache_tier"}  # may change between two starts
+PLACES_OF = {"corpus": ("manifest", "data_root"), "backbone": ("backbone", "adapter")}  # their content decides
+PLACE_KEYS = {"name", "output_dir", "cache_dir", "device"}.union(*PLACES_OF.values())  # may change between two starts
+COST_KEYS = {"micro_batch_size", "gradient_checkpointing", "cache_tier"}  # and so may these
 
 
 def open_directory(config: Config, directory: Path) -> None:
-    """Prepare a run's directory. Raises ValueError if another configuration has run there; COST_KEYS may differ."""
+    """Prepare a run's directory. Raises ValueError if another configuration has run there.
+
+    PLACE_KEYS and COST_KEYS may differ: of corpus and backbone the content decides, whatever their place.
+    """
     if parallel.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".*.tmp"):  # by a process that was killed while it saved
             left.unlink()
         path, here = directory / "config.yaml", plain(config)
         if not path.is_file() or not any((directory / name).is_file() for name in RESULTS):
-            hardware.write_yaml(path, here)  # over one that came to nothing too: a mistake in it can be mended
+            hardware.write_yaml(path, here)  # also over that of a run that never started: a mistake can be mended
         there = plain(load_config(path))
-        changed = [key for key in here if here[key] != there[key] and key not in COST_KEYS]
+        changed = [key for key in here if here[key] != there[key] and key not in PLACE_KEYS | COST_KEYS]
         if told := [f"{key} {there[key]!r}, now {here[key]!r}" for key in changed[:5]]:
             raise ValueError(f"{directory} holds another run ({'; '.join(told)}); choose another name=")
     parallel.wait()
@@ -354,10 +327,25 @@ def open_directory(config: Config, directory: Path) -> None:
         raise FileNotFoundError(f"{directory / 'config.yaml'}: not there; output_dir must be on a disk that all share")
 
 
+def require_content(config: Config, result: dict, path: Path, kinds: Sequence[str] = tuple(PLACES_OF)) -> None:
+    """Raise ValueError if corpus or backbone of a finished run have other content now.
+
+    Each is looked at where another place is given for it, or where it still is in its old place on a disk.
+    """
+    for kind in kinds:
+        places, now = {key: getattr(config, key) for key in PLACES_OF[kind]}, None
+        moved = any(place != result["config"].get(key) for key, place in places.items())
+        if moved or any(place and os.path.exists(place) for place in places.values()):
+            with nullcontext() if moved else suppress(OSError, ValueError):
+                now = find_backbone(config)[1] if kind == "backbone" else find_corpus(config)
+        if now and kind in result:  # older runs do not tell their corpus
+            require_same(path, kind, result, now)
+
+
 def settle_best(directory: Path, best_epoch: int) -> None:
     """Make the new best model `best.pt` once `last.pt` knows of it, so that the two always belong together.
 
-    Killed before `last.pt` was written, the run repeats that epoch, on a GPU perhaps with another result.
+    A run that was killed before it wrote `last.pt` repeats that epoch, on a GPU perhaps with another result.
     """
     pending = directory / PENDING
     if parallel.rank() == 0 and pending.is_file():
@@ -369,18 +357,19 @@ def settle_best(directory: Path, best_epoch: int) -> None:
 
 
 def describe_corpus(name: str, utterances: Sequence[data.Utterance], seconds: Sequence[float]) -> dict:
-    """The corpus in numbers: utterances, speakers and hours of each split; and a SHA-256 of all but paths and sound."""
-    rows = [[Path(u.source).name, u.split, u.speaker, u.labels, s] for u, s in zip(utterances, seconds, strict=True)]
+    """The corpus in numbers: utterances, known speakers and hours by split; a SHA-256 of all but paths and sound."""
+    both = zip(utterances, seconds, strict=True)
+    rows: list[list] = [[Path(u.source).name, u.split, u.speaker, u.labels, s] for u, s in both]
     corpus: dict = {"name": name, "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
     for split in data.SPLITS:
-        chosen = [(u.speaker, s) for u, s in zip(utterances, seconds, strict=True) if u.split == split]
-        hours = sum(s for _, s in chosen) / 3600
-        corpus[split] = {"utterances": len(chosen), "speakers": len({speaker for speaker, _ in chosen}), "hours": hours}
+        chosen = [(speaker, s) for _, of, speaker, _, s in rows if of == split]
+        speakers = len({speaker for speaker, _ in chosen if not data.is_nobody(speaker)})
+        corpus[split] = {"utterances": len(chosen), "speakers": speakers, "hours": sum(s for _, s in chosen) / 3600}
     return corpus
 
 
 def report_corpus(corpus: dict) -> str:
-    """The same in a line a split."""
+    """The corpus in numbers, one line for each split."""
     lines = [DEMO_NOTE] if corpus["name"] == "demo" else []
     line = "{:6}{utterances:8,} utterances{speakers:6} speakers{hours:9.3f} h"
     return "\n".join([*lines, *(line.format(split, **corpus[split]) for split in data.SPLITS)])
@@ -388,28 +377,31 @@ def report_corpus(corpus: dict) -> str:
 
 def summarise(config: Config, progress: dict, tested: Sequence[data.Utterance], predictions: np.ndarray) -> dict:
     """Scores of the test set (predictions in the corpus scale) and what they cost."""
-    test, speakers = {}, [utterance.speaker for utterance in tested]
+    test, groups = {}, speaker_groups([utterance.speaker for utterance in tested])
     for k, target in enumerate(config.targets):
         label = np.array([utterance.labels[target] for utterance in tested])
         score = ccc(torch.from_numpy(predictions[:, k : k + 1]).double(), torch.from_numpy(label[:, None])).item()
-        ci95 = bootstrap_ci(predictions[:, k], label, speakers)
+        ci95 = bootstrap_ci(predictions[:, k], label, groups)
         test[target] = {"ccc": score, "ci95": ci95, "utterances": len(tested)}
-    log = progress["log"]
-    per_epoch = statistics.median(row["train_seconds"] for row in log)
-    return {
-        **({"note": DEMO_NOTE} if config.corpus == "demo" else {}),
-        "test": test,
-        "seconds": {"total": progress["seconds"], "cache_build": progress["cache_build"], "per_epoch": per_epoch},
-        "epochs": progress["epoch"],
-        "best_epoch": progress["best_epoch"],
-        "dev_ccc": progress["best"],
-        "peak_memory_bytes": progress["peak"],
-        "trainable_parameters": progress["trainable_parameters"],
-        "total_parameters": progress["total_parameters"],
-        "audio_seconds_per_second": statistics.median(row["audio_seconds_per_second"] for row in log),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "config": plain(config),
-    }
+    per_epoch, speed = (
+        statistics.median(row[key] for row in progress["log"]) for key in ("train_seconds", "audio_seconds_per_second")
+    )
+    seconds = {"total": progress["seconds"], "cache_build": progress["cache_build"], "per_epoch": per_epoch}
+    result: dict = {"note": DEMO_NOTE} if config.corpus == "demo" else {}
+    result |= {"test": test, "seconds": seconds, "epochs": progress["epoch"], "best_epoch": progress["best_epoch"]}
+    result |= {"dev_ccc": progress["best"], "peak_memory_bytes": progress["peak"]}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return result | {"audio_seconds_per_second": speed, "versions": versions, "config": plain(config)}
+
+
+def speaker_groups(speakers: Sequence[str]) -> list[str]:
+    """What a bootstrap over speakers draws as a whole, by name: an utterance of nobody (`data.is_nobody`) by itself.
+
+    With fewer than two known speakers there is but one group, of which there is no interval.
+    """
+    known = {speaker for speaker in speakers if not data.is_nobody(speaker)}
+    groups = [speaker if speaker in known else f" {number}" for number, speaker in enumerate(speakers)]
+    return groups if len(known) > 1 else [""] * len(speakers)
 
 
 def write_predictions(
@@ -420,30 +412,27 @@ def write_predictions(
     Where utterances are parts of files, columns `start` and `end` in seconds follow; an empty `end` is the file's.
     """
     times = ["start", "end"] if any(utterance.source != utterance.path for utterance in utterances) else []
+    rows = [["file", "speaker", *targets, *(f"{target}_label" for target in targets), *times]]
+    for utterance, row in zip(utterances, predictions.tolist(), strict=True):
+        labels = [utterance.labels[target] for target in targets] + [getattr(utterance, time) for time in times]
+        names = map(data.text_cell, (utterance.path, utterance.speaker))
+        rows.append([*names, *(f"{value:.4f}" for value in row), *labels])
 
     def save(file: Path) -> None:
         with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["file", "speaker", *targets, *(f"{target}_label" for target in targets), *times])
-            for utterance, row in zip(utterances, predictions.tolist(), strict=True):
-                labels = [utterance.labels[target] for target in targets]
-                labels += [getattr(utterance, time) for time in times]
-                names = map(data.text_cell, (utterance.path, utterance.speaker))
-                writer.writerow([*names, *(f"{value:.4f}" for value in row), *labels])
+            csv.writer(stream).writerows(rows)
 
     hardware.replace(path, save)
 
 
 def report(result: dict, directory: Path) -> str:
     """A finished run in a few lines."""
-    lines = []
+    lines, seconds = [], result["seconds"]
     for target, score in result["test"].items():
         interval = "" if score["ci95"] is None else "   95% [{:.3f}, {:.3f}] over speakers".format(*score["ci95"])
         lines.append(f"test CCC  {target:12}{score['ccc']:6.3f}{interval}")
-    seconds, memory = result["seconds"], result["peak_memory_bytes"] / 1e9
-    lines.append(
-        f"{result['epochs']} epochs, the best was {result['best_epoch']}; {seconds['total']:.0f} s in all, "
-        f"{seconds['per_epoch']:.1f} s an epoch, peak memory {memory:.2f} GB"
-    )
+    cost = f"{seconds['total']:.0f} s in all, {seconds['per_epoch']:.1f} s an epoch"
+    memory = f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB"
+    lines.append(f"{result['epochs']} epochs, the best was {result['best_epoch']}; {cost}, {memory}")
     lines.append(f"{directory}: result.json, predictions_test.csv, best.pt, log.jsonl")
     return "\n".join([*lines, *filter(None, [result.get("note")])])

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,12 @@ from freeze import count, load_trained, table, train_mode, trained_state
 from machine import fast, hardware
 from machine.hardware import parallel
 from metrics import ccc
-from model import EmotionModel
 
 
 @dataclass
 class Progress:
     """What the loop changes beside parameters, optimizer and scaler; `last.pt` keeps it."""
 
-    total_parameters: int = 0
-    trainable_parameters: int = 0
     epoch: int = 0  # finished
     best: float = -2.0  # mean CCC over the targets on the development set
     best_epoch: int = 0
@@ -52,52 +49,114 @@ class Progress:
     peak: int = 0  # bytes of memory, of every process that worked on this run
 
 
-@dataclass
 class Experiment:
-    """All that a run works with."""
+    """All that a run works with: corpus, model, frozen prefix with its cache, optimizer, and how far it has come.
 
-    config: Config
-    directory: Path
-    device: torch.device
-    identity: dict  # backbone, corpus and precision: the same at every start
-    utterances: list[data.Utterance]
-    label_range: tuple[float, float]
-    labels: Tensor  # (utterances, K), scaled to 0..1
-    seconds: list[float]  # of audio of each utterance
-    model: EmotionModel
-    prefix: Prefix
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    progress: Progress
-    began: float  # when the run would have begun if it had never been stopped
-    batches: list[Sequence[int]] = field(default_factory=list)  # of the epoch under way
+    A stopped run continues from `last.pt`. Raises ValueError, also if backbone, corpus or precision have changed.
+    """
 
-    @property
-    def together(self) -> int:
-        """Utterances that are evaluated at once, over all processes."""
-        return min(self.config.batch_size, (self.config.micro_batch_size or self.config.batch_size) * parallel.size())
+    def __init__(self, config: Config, directory: Path, began: float):
+        self.config, self.directory = config, directory
+        self.began = began  # when the run would have begun if it had never been stopped
+        self.device = device = hardware.pick_device(config.device, parallel.local_rank(), config.compile)
+        path = directory / "last.pt"
+        last = run.load_checkpoint(path) if path.is_file() else {}
+        wanted = last.get("precision", "auto") if config.precision == "auto" else config.precision
+        precision = hardware.pick_precision(wanted, device)
+        hardware.require_tier(config.cache_tier, device)
+        with parallel.first_alone():  # it writes the demo corpus
+            self.utterances, self.label_range = run.load_utterances(config)
+        self.seconds = data.check_audio(self.utterances)  # of each
+        corpus = run.describe_corpus(config.corpus, self.utterances, self.seconds)
+        labels = [[utterance.labels[target] for target in config.targets] for utterance in self.utterances]
+        self.labels = data.scale_labels(torch.tensor(labels), self.label_range)  # (utterances, K), from 0 to 1
+        print(run.report_corpus(corpus))
+        with parallel.first_alone():  # it downloads
+            self.model, backbone = run.build_model(config, self.label_range)
+        print(f"{table(self.model)}\n{hardware.device_name(device)}, {precision}, {fast.Kernels.describe(device)}")
+        self.identity = {"backbone": backbone, "corpus": corpus, "precision": precision}  # the same at every start
+        paths, cache = [utterance.source for utterance in self.utterances], None
+        if config.cache:
+            how = {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
+            cache = open_cache(config.cache_dir, self.model, paths, tf32=config.tf32 and device.type == "cuda", **how)
+            hardware.require_space({cache.directory: cache.space(sum(self.seconds))})
+            cache.note_user(directory, backbone["source"])
+        self.prefix = Prefix(self.model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
+        parallel.wait()
+        self.prefix.release_if_cached(config.cache_tier)
+        run.require_finite(self.model, backbone)
+        hardware.prepare(self.model, device, precision, config.tf32, config.compile)
+        self.optimizer = run.make_optimizer(self.model, config.lr, config.head_lr, config.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.progress = Progress()
+        self.batches: list[Sequence[int]] = []  # of the epoch under way
+        if last:
+            self.resume(last, path)
+        parallel.require_same(**self.identity, epoch=self.progress.epoch, step=len(self.progress.losses))
+
+    def resume(self, last: dict, path: Path) -> None:
+        """Put model, optimizer, scaler and progress where the run was stopped."""
+        for kind, now in self.identity.items():
+            run.require_same(path, kind, last, now)
+        try:
+            load_trained(self.model, last["trained"])
+            self.optimizer.load_state_dict(last["optimizer"])
+            self.scaler.load_state_dict(last["scaler"])
+            before = vars(self.progress)
+            state = {key: last["state"][key] for key in before}
+            if [*map(type, state.values())] != [*map(type, before.values())]:
+                raise TypeError("its state is not that of a run")
+            before.update(state, losses=[loss.to(self.device) for loss in state["losses"]])
+        except Exception as error:  # of a file of something else, nearly any of them
+            reason = hardware.first_line(error)
+            raise ValueError(f"{path}: does not fit this run ({reason}); delete it to train anew") from None
+        self.began -= self.progress.seconds
+        run.settle_best(self.directory, self.progress.best_epoch)
+        print(f"resuming after epoch {self.progress.epoch} and {len(self.progress.losses)} steps of the next")
 
     def split(self, name: str) -> list[int]:
         """The indices of the utterances of a split."""
         return [i for i, utterance in enumerate(self.utterances) if utterance.split == name]
 
+    def evaluate(self, name: str, watch: hardware.Watch) -> Tensor:
+        """Predictions `(utterances, K)` of a split on the CPU, from 0 to 1."""
+        size = self.config.batch_size
+        size = min(size, (self.config.micro_batch_size or size) * parallel.size())  # at once, over all processes
+        return run.evaluate(self.model, self.prefix, self.split(name), size, watch)
+
+    def account(self) -> None:
+        """Note what the run has cost so far."""
+        p = self.progress
+        p.seconds, p.cache_build = time.perf_counter() - self.began, p.cache_build + self.prefix.seconds
+        p.peak, self.prefix.seconds = max(p.peak, hardware.peak_memory(self.device)), 0.0
+
+    def save(self) -> None:
+        """Write `last.pt`: what a resumed run continues from. Losses that are not finite are refused."""
+        check_losses(self)
+        self.account()
+        last = self.identity | {"trained": trained_state(self.model), "optimizer": self.optimizer.state_dict()}
+        last |= {"scaler": self.scaler.state_dict(), "state": vars(self.progress)}
+        hardware.save(self.directory / "last.pt", last)
+        parallel.wait()  # until it is there: torchrun stops all where one ends
+
 
 def train(config: Config) -> dict:
     """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
-    began, device = time.perf_counter(), hardware.pick_device(config.device, parallel.local_rank(), config.compile)
-    directory = Path(config.output_dir) / config.name
+    began, directory = time.perf_counter(), Path(config.output_dir) / config.name
     with hardware.locked(directory), hardware.out_of_memory() as short:
         run.open_directory(config, directory)
         if parallel.any_of((directory / "result.json").is_file()):
-            return json.loads((directory / "result.json").read_text(encoding="utf-8"))
-        e = set_up(config, directory, device, began)
+            result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+            run.require_content(config, result, directory)
+            return result
+        e = Experiment(config, directory, began)
         with hardware.watched_signals() as watch, closing(e.prefix.cache) if e.prefix.cache else nullcontext():
             try:
                 fit(e, watch)
             except hardware.Stopped:
-                save(e)
+                e.save()
                 raise
-            return finish(e, watch)  # saves nothing at a stop: the model holds the best epoch, not the last
+            return finish(e, watch)  # a stop here saves nothing: the model holds the best epoch, not the last
     raise MemoryError(f"{short[0]}\n{hardware.memory_advice(config.saves_memory(parallel.size()))}")
 
 
@@ -116,9 +175,9 @@ def fit(e: Experiment, watch: hardware.Watch) -> None:
         rest = e.batches[len(p.losses) :]
         bar.set_description(f"epoch {p.epoch + 1}")
         train_mode(model, prefix.depth)
-        for batch, (x, lengths) in watch(zip(rest, prefix(list(map(parallel.share, rest))), strict=True)):
+        for batch, (x, lengths) in watch(zip(rest, prefix([parallel.share(batch) for batch in rest]), strict=True)):
             number = steps * p.epoch + len(p.losses)
-            run.set_rates(e.optimizer, run.schedule(number, total, config.warmup))
+            run.set_rates(e.optimizer, number, total, config.warmup)
             run.seed_step(config.seed, number, e.device)
             loss, _ = run.step(model, x, lengths, fast.send(e.labels[batch], e.device), **how)
             p.losses.append(loss)
@@ -126,71 +185,42 @@ def fit(e: Experiment, watch: hardware.Watch) -> None:
             p.train_seconds = time.perf_counter() - start
             bar.update()
             if e.device.type == "cpu" or len(p.losses) % 20 == 0 or len(p.losses) == steps:  # reading makes a GPU wait
-                run.check_losses(p.epoch + 1, p.losses, e.scaler, e.batches, prefix.paths)
+                check_losses(e)
                 so_far = f", dev CCC {p.best:.3f}" if p.log else ""
                 speed = run.per_second(p.done, p.train_seconds)
                 bar.set_postfix_str(f"loss {loss.item():.3f}{so_far}, {speed:.0f} s of audio/s")
-        p.train_seconds = time.perf_counter() - start
         end_epoch(e, watch, bar)
     bar.close()
     if e.scaler.is_enabled() and e.scaler.get_scale() <= 2**16 / 2 ** (steps * p.epoch):  # halved at every step
         raise ValueError(f"no gradient of any step was finite, so nothing has been trained; {run.ADVICE}")
 
 
-def set_up(config: Config, directory: Path, device: torch.device, began: float) -> Experiment:
-    """Corpus, model, frozen prefix with its cache, optimizer; from `last.pt` if the run was stopped."""
-    precision = hardware.pick_precision(config.precision, device)
-    hardware.require_tier(config.cache_tier, device)
-    with parallel.first_alone():  # it writes the demo corpus
-        utterances, label_range = run.load_utterances(config)
-    paths, seconds = [utterance.source for utterance in utterances], data.check_audio(utterances)
-    labels = torch.tensor([[utterance.labels[target] for target in config.targets] for utterance in utterances])
-    corpus = run.describe_corpus(config.corpus, utterances, seconds)
-    print(run.report_corpus(corpus))
-    with parallel.first_alone():  # it downloads
-        model, backbone = run.build_model(config, label_range)
-    print(f"{table(model)}\n{hardware.device_name(device)}, {precision}, {fast.Kernels.describe(device)}")
-    cache, how = None, {"backbone": backbone["sha256"], "precision": precision, "dtype": config.cache_dtype}
-    if config.cache:
-        cache = open_cache(config.cache_dir, model, paths, tf32=config.tf32 and device.type == "cuda", **how)
-        hardware.require_space({cache.directory: cache.space(sum(seconds))})
-        cache.note_user(directory, backbone["source"])
-    prefix = Prefix(model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
-    parallel.wait()
-    prefix.release_if_cached(config.cache_tier)
-    run.require_finite(model, backbone)
-    hardware.prepare(model, device, precision, config.tf32, config.compile)
-    e = Experiment(
-        config=config,
-        directory=directory,
-        device=device,
-        identity={"backbone": backbone, "corpus": corpus, "precision": precision},
-        utterances=utterances,
-        label_range=label_range,
-        labels=data.scale_labels(labels, label_range),
-        seconds=seconds,
-        model=model,
-        prefix=prefix,
-        optimizer=run.make_optimizer(model, config.lr, config.head_lr, config.weight_decay),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        progress=Progress(*count(model)),
-        began=began,
-    )
-    if (directory / "last.pt").is_file():
-        resume(e)
-    parallel.require_same(**e.identity, epoch=e.progress.epoch, step=len(e.progress.losses))
-    return e
+def check_losses(e: Experiment) -> None:
+    """Raise ValueError if one of the last twenty losses is not finite; it names the files of the batch.
+
+    In fp16 this also happens once the scale has fallen below 1: then gradients are not finite even unscaled.
+    """
+    losses = e.progress.losses
+    finite = torch.stack(losses[-20:]).isfinite().tolist() if losses else []
+    if losses and e.scaler.is_enabled() and e.scaler.get_scale() < 1:
+        finite[-1] = False
+    if False in finite:
+        step = len(losses) - len(finite) + finite.index(False)
+        what = f"epoch {e.progress.epoch + 1}, step {step + 1}: loss or gradient is not finite"
+        files = [e.prefix.paths[utterance] for utterance in e.batches[step]]
+        what = f"{what}, and nothing since the last save is kept; {run.ADVICE}; the files of the batch"
+        data.raise_listed(what, files)
 
 
 def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
     """Score the development set, keep the best model, write the log, save."""
-    p, config, prefix, indices = e.progress, e.config, e.prefix, e.split("dev")
+    p, config, prefix = e.progress, e.config, e.prefix
     train_loss = torch.stack(p.losses).mean().item()
-    dev = ccc(run.evaluate(e.model, prefix, indices, e.together, watch), e.labels[indices]).tolist()
+    dev = ccc(e.evaluate("dev", watch), e.labels[e.split("dev")]).tolist()
     if not torch.tensor(dev).isfinite().all():  # the last step may have been the one too many
         raise ValueError(f"epoch {p.epoch + 1}: dev CCC {dev} is not finite, and the epoch is not saved; {run.ADVICE}")
     if prefix.cache and parallel.any_of(prefix.cache.writable and not prefix.cache.has(e.split("test"))):
-        run.evaluate(e.model, prefix, e.split("test"), e.together, watch)  # so that the cache is whole
+        e.evaluate("test", watch)  # so that the cache is whole
     parallel.wait()
     prefix.release_if_cached(config.cache_tier)
     row = {"epoch": p.epoch + 1, "train_loss": train_loss, "train_seconds": p.train_seconds}
@@ -204,69 +234,28 @@ def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:
         best |= {"config": run.plain(config), "label_range": list(e.label_range)}
         hardware.save(e.directory / run.PENDING, best)
     hardware.write_text(e.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in p.log))
-    save(e)
+    e.save()
     run.settle_best(e.directory, p.best_epoch)
     shown = "  ".join(f"{target} {value:6.3f}" for target, value in zip(config.targets, dev, strict=True))
     bar.write(f"epoch {p.epoch:3}  loss {train_loss:.3f}  dev CCC  {shown}  {row['train_seconds']:8.1f} s")
 
 
-def save(e: Experiment) -> None:
-    """Write `last.pt`: what a resumed run continues from. Losses that are not finite are refused."""
-    p = e.progress
-    run.check_losses(p.epoch + 1, p.losses, e.scaler, e.batches, e.prefix.paths)
-    p.seconds, p.cache_build = time.perf_counter() - e.began, p.cache_build + e.prefix.seconds
-    e.prefix.seconds = 0.0
-    p.peak = max(p.peak, hardware.peak_memory(e.device))
-    last = e.identity | {"trained": trained_state(e.model), "optimizer": e.optimizer.state_dict()}
-    hardware.save(e.directory / "last.pt", last | {"scaler": e.scaler.state_dict(), "state": vars(p)})
-    parallel.wait()  # until it is there: torchrun stops all where one ends
-
-
-def resume(e: Experiment) -> None:
-    """Put model, optimizer, scaler and progress where the run was stopped.
-
-    Raises ValueError, also where backbone, corpus or precision differ from what they were.
-    """
-    path, p = e.directory / "last.pt", e.progress
-    last = run.load_checkpoint(path, e.identity["backbone"])
-    if last.get("corpus") != e.identity["corpus"]:
-        found = "other utterances, labels or lengths than the corpus has now"
-        raise ValueError(f"{path}: was trained on {found}; put it back, or train anew under another name")
-    if last.get("precision") != e.identity["precision"]:
-        found = f"in {last.get('precision')}, but this device takes {e.identity['precision']}"
-        raise ValueError(f"{path}: was trained {found}; go on with one of that kind, or anew under another name")
-    try:
-        load_trained(e.model, last["trained"])
-        e.optimizer.load_state_dict(last["optimizer"])
-        e.scaler.load_state_dict(last["scaler"])
-        state = {item.name: last["state"][item.name] for item in fields(p)}
-        if [*map(type, state.values())] != [type(getattr(p, name)) for name in state]:
-            raise TypeError("its state is not that of a run")
-        vars(p).update(state, losses=[loss.to(e.device) for loss in state["losses"]])
-    except Exception as error:  # of a file of something else, nearly any of them
-        what = f"{path}: does not fit this run ({hardware.first_line(error)})"
-        raise ValueError(f"{what}; delete it to train anew") from None
-    e.began -= p.seconds
-    run.settle_best(e.directory, p.best_epoch)
-    print(f"resuming after epoch {p.epoch} and {len(p.losses)} steps of the next")
-
-
 def finish(e: Experiment, watch: hardware.Watch) -> dict:
     """Test the best model and write predictions and `result.json`, which it returns."""
-    p = e.progress
-    best = run.load_checkpoint(e.directory / "best.pt", e.identity["backbone"])
+    path, cache = e.directory / "best.pt", e.prefix.cache
+    best = run.load_checkpoint(path)
+    run.require_same(path, "backbone", best, e.identity["backbone"])
     parallel.require_same(best_epoch=best["epoch"])
     load_trained(e.model, best["trained"])
-    scaled = run.evaluate(e.model, e.prefix, e.split("test"), e.together, watch)
-    predictions = data.unscale_labels(scaled, e.label_range).numpy()
+    predictions = data.unscale_labels(e.evaluate("test", watch), e.label_range).numpy()
     tested = [e.utterances[i] for i in e.split("test")]
     run.write_predictions(e.directory / "predictions_test.csv", e.config.targets, tested, predictions)
-    p.peak = max(p.peak, hardware.peak_memory(e.device))  # before the statistics, no part of the method
-    p.seconds, p.cache_build = time.perf_counter() - e.began, p.cache_build + e.prefix.seconds
-    result = run.summarise(e.config, asdict(p), tested, predictions)
-    result |= {"device": hardware.device_name(e.device), "processes": parallel.size(), **e.identity, "cache_bytes": 0}
-    if e.prefix.cache:
-        result["cache_bytes"] = e.prefix.cache.stored_bytes()
+    e.account()  # before the statistics, which are no part of the method
+    result = run.summarise(e.config, vars(e.progress), tested, predictions)
+    result |= {"device": hardware.device_name(e.device), "processes": parallel.size(), **e.identity}
+    total, trainable = count(e.model)
+    result |= {"total_parameters": total, "trainable_parameters": trainable}
+    result["cache_bytes"] = cache.stored_bytes() if cache else 0
     hardware.write_text(e.directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 

@@ -1,24 +1,18 @@
 """The machine below: which device, in what precision, how much memory, one process or several, and atomic writes."""
 
 import ctypes
-import gc
 import importlib.util
 import os
 import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-import traceback
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -29,26 +23,19 @@ from freeze import cast_frozen
 from model import EmotionModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 SHORT = ("out of memory", "ALLOC_FAILED")  # of CUDA and MPS; of cuBLAS, which allocates its workspace itself
 
 
 @contextmanager
 def out_of_memory() -> Iterator[list[str]]:
-    """End the work within where a GPU has no memory left, free what it held, and leave the reason in the list."""
+    """End the work within when a GPU runs out of memory, and put the reason into the list."""
     reasons: list[str] = []
     try:
         yield reasons
     except RuntimeError as error:
         if not any(words in str(error) for words in SHORT):
             raise
-        reasons.append(str(error).splitlines()[0])
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors
-    if reasons:
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        reasons.append(first_line(error))
 
 
 def pick_device(name: str, local_rank: int | None = None, compiled: bool = False) -> torch.device:
@@ -57,20 +44,18 @@ def pick_device(name: str, local_rank: int | None = None, compiled: bool = False
     Of several processes each takes the GPU with its `local_rank`. Raises ValueError if the device is not there, if this
     build of PyTorch has no code for it, or if `compiled` and what torch.compile needs there is missing.
     """
-    alone = local_rank is None
-    found = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in found.items() if there)
+    mps = local_rank is None and torch.backends.mps.is_available()
+    there = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", mps), ("cpu", True)) if found]
     try:
-        device = torch.device(name)
+        device = torch.device(there[0] if name == "auto" else name)
     except RuntimeError:
         raise ValueError(f"device: {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":  # set_device refuses one without an index
-        index = device.index if device.index is not None else torch.cuda.current_device() if found["cuda"] else 0
+        index = torch.cuda.current_device() if device.index is None and "cuda" in there else device.index or 0
         device = torch.device("cuda", index if local_rank is None else local_rank)
-    if not found.get(device.type) or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
-        there = ", ".join(kind for kind, is_there in found.items() if is_there)
-        raise ValueError(f"device: {device} is not there for PyTorch {torch.__version__}; this machine has {there}")
+    if device.type not in there or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
+        found = f"PyTorch {torch.__version__}; this machine has {', '.join(there)}"
+        raise ValueError(f"device: {device} is not there for {found}")
     if device.type == "cuda":
         require_code(device)
     if compiled:
@@ -83,37 +68,32 @@ def require_code(device: torch.device) -> None:
 
     Code for capability x.y runs on x.z with z >= y; what a build calls compute_xy is translated for all later ones.
     """
-    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list()]
-    codes = [(match[1], (int(match[2]), int(match[3]))) for match in built if match]  # AMD's names do not match
+    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))  # AMD's names do not match
+    codes = [((int(major), int(minor)), kind == "compute") for kind, major, minor in built]
     own = torch.cuda.get_device_capability(device)
-    runs = (code <= own and (kind == "compute" or code[0] == own[0]) for kind, code in codes)
-    if not codes or any(runs):
+    if not codes or any(code <= own and (translated or code[0] == own[0]) for code, translated in codes):
         return
-    built_for = sorted({code for _, code in codes})
-    known = ", ".join(f"{major}.{minor}" for major, minor in built_for)
-    kind = "for an older CUDA, such as cu126" if own < built_for[0] else "for a newer CUDA"
-    raise ValueError(
-        f"device: {device} ({torch.cuda.get_device_name(device)}) has compute capability {own[0]}.{own[1]}, but "
-        f"PyTorch {torch.__version__} has code for {known}; "
-        f"install a build {kind} (pytorch.org/get-started), or set device: cpu"
-    )
+    known = ", ".join(f"{major}.{minor}" for major, minor in sorted({code for code, _ in codes}))
+    age = "an older CUDA, such as cu126" if own < min(codes)[0] else "a newer CUDA"
+    name = f"{torch.cuda.get_device_name(device)}) has compute capability {own[0]}.{own[1]}"
+    built_for = f"PyTorch {torch.__version__} has code for {known}"
+    advice = f"install a build for {age} (pytorch.org/get-started), or set device: cpu"
+    raise ValueError(f"device: {device} ({name}, but {built_for}; {advice}")
 
 
 def require_compiler(device: torch.device) -> None:
     """Raise ValueError if what torch.compile needs is missing: a C++ compiler for the CPU, Triton for CUDA."""
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError(
-                "compile: found no Triton, which torch.compile needs on a GPU; `pip install triton` "
-                "(triton-windows on Windows), or set compile: false"
-            )
-        return
-    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if shutil.which(compiler) is None and shutil.which(compiler.split()[0]) is None:
-        raise ValueError(
-            f"compile: found no C++ compiler ({compiler}), which torch.compile needs on a {device.type} device; "
-            "install one or name it in CXX, or set compile: false"
-        )
+        tool, found = "Triton", importlib.util.find_spec("triton") is not None
+        advice = "`pip install triton` (triton-windows on Windows)"
+    else:
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        tool = f"C++ compiler ({compiler})"
+        found = any(map(shutil.which, (compiler, compiler.split()[0])))
+        advice = "install one or name it in CXX"
+    if not found:
+        what = f"found no {tool}, which torch.compile needs on a {device.type} device"
+        raise ValueError(f"compile: {what}; {advice}, or set compile: false")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -127,9 +107,8 @@ def pick_precision(name: str, device: torch.device) -> str:
         return ("bf16" if has_bf16(device) else "fp16") if device.type == "cuda" else "fp32"
     warning = ""
     if name == "bf16" and device.type == "cuda" and not has_bf16(device):
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        warning = f"{torch.cuda.get_device_name(device)} (compute capability {capability}) only emulates bf16, without "
-        warning += "tensor cores: several times slower than fp16; set precision: fp16 or auto"
+        warning = f"{torch.cuda.get_device_name(device)} only emulates bf16, several times slower than fp16; "
+        warning += "set precision: fp16 or auto"
     if name == "fp16" and device.type == "cpu":
         warning = "fp16 is slow on most CPUs, often slower than fp32; set precision: fp32 or auto"
     if warning and parallel.rank() == 0:
@@ -141,8 +120,11 @@ def prepare(
     model: EmotionModel, device: torch.device, precision: str, tf32: bool = False, compiled: bool = False
 ) -> None:
     """Move what is in memory to its device, frozen matrices in the type in which they are used."""
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu":  # let glibc keep what PyTorch frees: fresh pages take several times as long to write
+        with suppress(OSError, AttributeError):  # another C library
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
@@ -151,21 +133,12 @@ def prepare(
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
-    layers: Iterable[Any] = model.backbone.layers if compiled else ()
-    for layer in layers:
-        layer.finish = torch.compile(layer.finish, dynamic=True)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what PyTorch frees: a large tensor in fresh pages takes several times as long to write."""
-    with suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing given back
+    for layer in model.backbone.layers if compiled else ():
+        layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore
 
 
 def require_tier(name: str, device: torch.device) -> None:
-    """Raise ValueError for a cache that is to be kept on the GPU where none is in use; "ram" is no longer kept."""
+    """Raise ValueError if the cache is to be kept on a GPU and none is in use. The tier "ram" no longer exists."""
     if name == "gpu" and device.type == "cpu":
         raise ValueError("cache_tier: found gpu, but the device is the CPU; expected auto or disk")
     if name == "ram":
@@ -182,22 +155,12 @@ def device_name(device: torch.device) -> str:
     """A GPU's name; of a CPU the processor, the vector instructions that PyTorch uses, and the threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+    if hasattr(torch.cpu, "get_capabilities"):  # not in every build
+        names.append(torch.cpu.get_capabilities().get("cpu_name"))
+    processor = next(filter(None, [*names, platform.processor()]), platform.machine())
     vectors = torch.backends.cpu.get_cpu_capability()
-    return f"{processor()} ({device.type}, {vectors}, {torch.get_num_threads()} threads)"
-
-
-@lru_cache
-def processor() -> str:
-    """The processor's name as the operating system tells it, else its kind."""
-    with suppress(OSError, subprocess.SubprocessError):
-        if sys.platform == "linux":
-            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-            return names[0] if names else platform.machine()
-        if sys.platform == "darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return platform.processor() or platform.machine()
+    return f"{processor} ({device.type}, {vectors}, {torch.get_num_threads()} threads)"
 
 
 def peak_memory(device: torch.device) -> int:
@@ -250,7 +213,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     """
     if parallel.rank() > 0:
         return
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    beside = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         write(beside)
         os.replace(beside, path)
@@ -285,10 +248,9 @@ def require_space(needed: dict[Path, int]) -> None:
     for directories in disks.values():
         total, free = sum(needed[directory] for directory in directories), shutil.disk_usage(directories[0]).free
         if total > free:
-            raise OSError(
-                f"cache {', '.join(map(str, directories))}: needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} "
-                "GB; free space, or set cache_dir or cache: false"
-            )
+            sizes = f"needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
+            names = ", ".join(map(str, directories))
+            raise OSError(f"cache {names}: {sizes}; free space, or set cache_dir or cache: false")
 
 
 # ---------------------------------------------------------------- stopping, and one command at a time
@@ -326,8 +288,8 @@ def watched_signals() -> Iterator[Watch]:
                 raise Stopped
             yield item
 
-    caught = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, note) for number in caught}
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS if in_main_thread}
     try:
         yield watch
     finally:
@@ -339,7 +301,7 @@ def watched_signals() -> Iterator[Watch]:
 def locked(directory: Path) -> Iterator[None]:
     """Hold a run's directory; of several processes the first does. Raises ValueError if another command holds it.
 
-    The operating system gives up the lock of a process that is killed, on a shared disk as well (NFS by its server).
+    The operating system releases the lock of a killed process, on a shared disk too (on NFS the server does).
     """
     if parallel.rank() > 0:
         yield
@@ -353,14 +315,12 @@ def locked(directory: Path) -> Iterator[None]:
         told = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
         raise ValueError(f"{directory}: {told} is at work there; wait for it, or choose another name=") from None
     except (NotImplementedError, OSError) as error:  # a disk without locks, or one that is read-only
-        print(
-            f"warning: {directory}: cannot be locked ({first_line(error)}); run one command at a time there",
-            file=sys.stderr,
-        )
+        told = f"cannot be locked ({first_line(error)}); run one command at a time there"
+        print(f"warning: {directory}: {told}", file=sys.stderr)
+    with suppress(OSError):
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder.write_text(f"process {os.getpid()} on {platform.node()}, since {since},", encoding="utf-8")
     try:
-        with suppress(OSError):
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder.write_text(f"process {os.getpid()} on {platform.node()}, since {started},", encoding="utf-8")
         yield
     finally:
         with suppress(OSError):
@@ -371,8 +331,6 @@ def locked(directory: Path) -> Iterator[None]:
 def memory_advice(settings: Sequence[str]) -> str:
     """What to do after a GPU ran out of memory; `settings` are the `key=value` that are left to save some."""
     if not settings:
-        return (
-            "one utterance at a time does not fit; take a smaller backbone, shorter recordings or fewer trained layers"
-        )
+        return "one utterance at a time does not fit; take a smaller backbone, shorter recordings or train fewer layers"
     words = [word + " (or half of that again)" * word.startswith("micro_batch_size") for word in settings]
     return f"set {', or '.join(words)}: the loss stays the same, and the same command continues"

@@ -1,10 +1,9 @@
 """Several processes that train as one: `torchrun --nproc_per_node=2 train.py configs/full.yaml`.
 
 Each holds the model and computes every size-th utterance of each batch. What travels: the predictions, since CCC is a
-statistic of the whole batch, and the gradients of what trains. A sum over processes with zeros in the place of the
-others' rows is how rows travel, so shares may differ in size. A process alone has `machine.hardware.Alone` instead.
-
-On GPUs tensors travel by NCCL; those on the CPU, and all words between processes, by gloo.
+statistic of the whole batch, and the gradients of what trains. Rows travel as a sum over processes, with zeros in place
+of the others' rows, so shares may differ in size. On GPUs tensors travel by NCCL; those on the CPU, and all words
+between processes, by gloo. A process alone has `machine.hardware.Alone` instead.
 """
 
 import os
@@ -27,7 +26,7 @@ def start() -> None:
 
 
 def finish() -> None:
-    """Part from the others, at the end of it all."""
+    """Part from the others at the end."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -71,8 +70,6 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
 
 def gather(rows: Tensor, count: int) -> Tensor:
     """The rows `(count, K)` of a whole batch, of which each process has those of its `share`, with gradient."""
-    if size() == 1:
-        return rows
     whole = rows.new_zeros(count, *rows.shape[1:])
     own = whole[rank() :: size()]
     own.copy_(rows.detach()[: len(own)])
@@ -84,8 +81,6 @@ def gather(rows: Tensor, count: int) -> Tensor:
 
 def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sum every gradient over the processes. A parameter that has none in any of them is left without."""
-    if size() == 1:
-        return
     there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
     with connected():
         dist.all_reduce(there)
@@ -97,7 +92,7 @@ def add_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def even(batch: Sequence[int], cost: Sequence[float]) -> Sequence[int]:
-    """The batch in an order in which every process's share costs about the same."""
+    """The batch in an order that gives every process a share of about the same cost."""
     return sorted(batch, key=cost.__getitem__) if size() > 1 else batch
 
 
@@ -108,8 +103,6 @@ def any_of(flag: bool) -> bool:
 
 def largest(number: float) -> float:
     """The largest of the processes' numbers."""
-    if size() == 1:
-        return number
     value = torch.tensor(number, dtype=torch.double)
     with connected():
         dist.all_reduce(value, dist.ReduceOp.MAX)
@@ -117,7 +110,7 @@ def largest(number: float) -> float:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     largest(0.0)
 
 
@@ -133,15 +126,11 @@ def first_alone() -> Iterator[None]:
 
 def require_same(**values: object) -> None:
     """Raise ValueError if a process has other values than the first: they would train something else together."""
-    if size() == 1:
-        return
     others: list[dict] = [{}] * size()
     with connected():
         dist.all_gather_object(others, values)
     for number, other in enumerate(others):
         for key in values:
             if other[key] != others[0][key]:
-                raise ValueError(
-                    f"{key}: {others[0][key]!r} in process 0 and {other[key]!r} in process {number}; "
-                    "all need the same files, and output_dir on a disk that they share"
-                )
+                found = f"{others[0][key]!r} in process 0 and {other[key]!r} in process {number}"
+                raise ValueError(f"{key}: {found}; all need the same files, and output_dir on a disk that they share")

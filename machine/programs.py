@@ -1,10 +1,9 @@
 """Programs of this repository: what all commands share, processes of their own, and what they say in a log.
 
 A process has its time and its memory to itself, and whatever ends it ends no other. But Python and PyTorch take two to
-five seconds to start, and the first optimizer as long again: minutes for a hundred runs. So a server imports them once
-and forks for each program. A program's seconds then leave out these imports, and on a CPU its peak memory counts, of
-PyTorch's own files, only what it touches: 65 MB less than when it is started by itself. Where there is no fork, Python
-starts anew each time.
+five seconds to start, and the first optimizer as long again. So a server imports them once and forks for each program,
+where there is fork. A program's seconds then leave out these imports, and on a CPU its peak memory counts, of PyTorch's
+own files, only what it touches: 65 MB less than when it is started by itself.
 """
 
 import codecs
@@ -48,7 +47,7 @@ codecs.register_error("as_named", as_named)
 
 
 def logged(words: Sequence[str], log: Path) -> int:
-    """Run `python WORDS`, all that it says into `log`; its exit code, of which the log's last line tells.
+    """Run `python WORDS` with its output in `log`; returns the exit code. The last line of the log tells of a failure.
 
     Ctrl-C asks the program to end, and waits for it.
     """
@@ -70,10 +69,8 @@ def logged(words: Sequence[str], log: Path) -> int:
         raise
     if code := process.exitcode:
         reason = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
-        if code == -9:
-            reason += ", perhaps for memory"
         with open(log, "ab") as file:
-            file.write(f"\n{FAILED}{reason}\n".encode())
+            file.write(f"\n{FAILED}{reason}{', perhaps for memory' if code == -9 else ''}\n".encode())
     return code
 
 
@@ -84,21 +81,18 @@ def be(words: Sequence[str], log: str) -> None:
             os.dup2(file.fileno(), number)
             stream.reconfigure(line_buffering=True)  # what a killed process has said is in the file
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = list(words)
     if words[0] == "-m":
-        sys.argv = sys.argv[1:]
+        sys.argv = list(words[1:])
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
+        sys.argv = list(words)
         sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
 
 
 def last_lines(log: Path, count: int = 5) -> list[str]:
-    """Of a process that failed, its last lines as a terminal would show them and how it ended; else none."""
-    if not log.is_file():
-        return []
-    lines = [line.rstrip().split("\r")[-1] for line in log.read_bytes().decode(errors="replace").split("\n")]
-    lines = [line for line in lines if line]
-    if not lines or not lines[-1].startswith(FAILED):
-        return []
-    return [*lines[-1 - count : -1], lines[-1].removeprefix(FAILED)]
+    """The last lines of a program that failed, as a terminal would show them, and how it ended; else none."""
+    text = log.read_bytes().decode(errors="replace") if log.is_file() else ""
+    lines = [line for line in (line.rstrip().split("\r")[-1] for line in text.split("\n")) if line]
+    failed = bool(lines) and lines[-1].startswith(FAILED)
+    return [*lines[-1 - count : -1], lines[-1].removeprefix(FAILED)] if failed else []

@@ -9,16 +9,18 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import filterfalse
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import from_cell
+from data import from_cell, is_nobody
 from metrics import bootstrap, ccc, interval
 from report import tables
 from report.statistics import bootstrap_p, holm, paired_t_test
+from run import speaker_groups
 from weights import read_json
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")
@@ -139,7 +141,8 @@ def pool(runs: dict[int, Run]) -> Run:
     tested, corpus = [part.result.get("corpus", {}).get("test") for part in parts], {}
     if all(tested):
         hours = sum(split["hours"] for split in tested)
-        corpus = {"test": {"utterances": len(labels), "speakers": len(set(speakers)), "hours": hours}}
+        known = len(set(filterfalse(is_nobody, speakers)))
+        corpus = {"test": {"utterances": len(labels), "speakers": known, "hours": hours}}
     result = result | {"test": test, "corpus": corpus, "config": result["config"] | {"fold": None}}
     return Run(result, [], speakers, labels, predictions, runs)
 
@@ -199,8 +202,9 @@ class Draws:
         predictions = np.stack([each.predictions[:, k] for each in chosen.values()])
         self.column = {job: number for number, job in enumerate(chosen)}
         self.score = {job: each.result["test"][target]["ccc"] for job, each in chosen.items()}
-        self.speakers, self.utterances = len(set(some.speakers)), len(some.speakers)
-        self.by_speaker = bootstrap(predictions, some.labels[:, k], some.speakers)
+        groups = speaker_groups(some.speakers)
+        self.speakers, self.utterances = len(set(groups)), len(groups)
+        self.by_speaker = bootstrap(predictions, some.labels[:, k], groups)
         self.by_utterance = bootstrap(predictions, some.labels[:, k], range(self.utterances))
 
     def mean(self, draws: np.ndarray, name: str, seeds: Sequence[int]) -> np.ndarray:
@@ -381,7 +385,7 @@ def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
     cached = {name for name, _, each in finished if each.result["config"]["cache"]}
     if unknown := [r["method"] for r in records if r["method"] in cached and r["build_seconds"] is None]:
         found.append(f"A cache was complete before its first run, what it cost is in no total: {', '.join(unknown)}.")
-    speakers = len(set(finished[0][2].speakers))
+    speakers = len(set(filterfalse(is_nobody, finished[0][2].speakers)))
     return found + [text.format(speakers=speakers) for text in (*(POOLED if folds else ONE_SET), *READING)]
 
 

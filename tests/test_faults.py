@@ -3,6 +3,7 @@
 import math
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,12 +88,14 @@ def test_fp16_passes_over_a_gradient_that_overflows_and_stops_at_a_loss_that_doe
 def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monkeypatch):
     """On a GPU losses are looked at every twenty steps: what a stop would save is looked at before, as here."""
     config, losses = settings(epochs=2), [torch.tensor(0.5), torch.tensor(math.nan)]
-    off = torch.amp.GradScaler("cpu", enabled=False)
+    e = SimpleNamespace(progress=train.Progress(epoch=6, losses=losses), batches=[[0], [1, 2]])
+    e.scaler, e.prefix = torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(paths=["a", "b", "c"])
     with pytest.raises(ValueError, match=r"epoch 7, step 2: .*\(2\):\n  b\n  c$"):
-        run.check_losses(7, losses, off, [[0], [1, 2]], ["a", "b", "c"])
-    run.check_losses(7, losses[:1], off, [[0], [1, 2]], ["a", "b", "c"])
-    run.check_losses(7, [], off, [], [])
-    checks, real_check, real_step = [], run.check_losses, run.step
+        train.check_losses(e)
+    for finite in (losses[:1], []):
+        e.progress.losses = finite
+        train.check_losses(e)
+    checks, real_check, real_step = [], train.check_losses, run.step
 
     def check(*arguments):
         checks.append(None)
@@ -104,7 +107,7 @@ def test_a_signal_after_a_step_that_was_not_finite_saves_nothing(settings, monke
         return real_step(*arguments, **how)[0] * math.nan, None
 
     monkeypatch.setattr(run, "step", step)
-    monkeypatch.setattr(run, "check_losses", check)
+    monkeypatch.setattr(train, "check_losses", check)
     with pytest.raises(ValueError, match="epoch 1, step 1: loss or gradient"):
         train.train(config)
     assert not (directory_of(config) / "last.pt").exists()

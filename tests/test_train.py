@@ -448,7 +448,7 @@ def test_a_signal_ends_the_command_with_a_message(settings, tmp_path, monkeypatc
     path = write_config(tmp_path, **run.plain(settings()))
     before = {number: signal.getsignal(number) for number in hardware.STOP_SIGNALS}
     ends = []
-    for function in ("describe_corpus", "schedule"):  # called before the loop, and in it
+    for function in ("describe_corpus", "set_rates"):  # called before the loop, and in it
         real = getattr(run, function)
         monkeypatch.setattr(run, function, lambda *given, real=real: (signal.raise_signal(15), real(*given))[1])
         monkeypatch.setattr(sys, "argv", ["train.py", str(path)])

@@ -116,7 +116,7 @@ def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Ve
         pretrained, identity = run.find_backbone(config)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; if the backbone is elsewhere now, say so with --backbone") from None
-    run.require_backbone(directory / "best.pt", checkpoint, identity)
+    run.require_same(directory / "best.pt", "backbone", checkpoint, identity)
     model = run.assemble(config, copy.deepcopy(pretrained), tuple(checkpoint["label_range"]))
     load_trained(model, checkpoint["trained"])
     return pretrained, model, identity["source"]
