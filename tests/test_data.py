@@ -506,6 +506,8 @@ BAD_AUDIO = {
     "cut_by_one.wav": (write_then_cut(1 - 1 / 64_044), "truncated: 63999 of 64000 bytes of samples"),
     "cut_24.wav": (write_then_cut(0.6, subtype="PCM_24"), "truncated: .* of 96000 bytes"),
     "cut_float.wav": (write_then_cut(0.6, subtype="FLOAT"), "truncated: .* of 128000 bytes"),
+    "cut_rf64.wav": (write_then_cut(0.6, format="RF64"), "truncated: .* of 64000 bytes"),
+    "cut.aiff": (write_then_cut(0.6), "truncated: .* of 64008 bytes"),
     "cut.flac": (write_then_cut(0.6), "truncated or damaged: "),
     "cut_a_little.flac": (write_then_cut(0.99), "truncated or damaged: "),
     "cut.ogg": (write_then_cut(0.6), "truncated: its last Ogg page is cut"),
