@@ -22,11 +22,14 @@ import argparse
 import importlib.util
 import itertools
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,7 +121,7 @@ def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Act
     from transformers import Wav2Vec2FeatureExtractor
 
     device, dtype = hardware.pick_device(config.device), hardware.DTYPES[config.precision]
-    model, base = (naive_model if naive else peer_model)(config)
+    model, base = peer_model(config, naive)
     width, targets = base.config.hidden_size, len(config.targets)
     head = nn.Sequential(nn.Linear(width, config.head_width), nn.GELU(), nn.Linear(config.head_width, targets))
     model.to(device).train(phase == "step")
@@ -154,91 +157,72 @@ def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Act
     return {"step": step}, parameters
 
 
-def peer_model(config: Config) -> tuple[nn.Module, nn.Module]:
-    """A transformers model set up as well as it can be for what `config` trains, and itself without PEFT around it."""
+def peer_model(config: Config, naive: bool = False) -> tuple[nn.Module, nn.Module]:
+    """A transformers model set up as well as it can be for what `config` trains, and itself without PEFT around it.
+
+    `naive`: as it is often copied, nothing but `requires_grad` set, and the defaults of transformers and PEFT.
+    """
     from transformers import Wav2Vec2Model
 
-    same = {"feat_proj_dropout": config.projection_dropout, "layerdrop": config.layer_drop}
+    settings: dict = {"feat_proj_dropout": config.projection_dropout, "layerdrop": config.layer_drop}
     for key in ("hidden_dropout", "attention_dropout", "activation_dropout", "mask_time_prob", "mask_feature_prob"):
-        same[key] = getattr(config, key)
-    base = Wav2Vec2Model.from_pretrained(config.backbone, attn_implementation="sdpa", **same)
-    layers, adapted = chosen_layers(config, len(base.encoder.layers))
+        settings[key] = getattr(config, key)
+    settings["attn_implementation"] = "sdpa"
+    base = Wav2Vec2Model.from_pretrained(config.backbone, **({} if naive else settings))
     base.requires_grad_(config.trainable_layers == "all")
-    base.freeze_feature_encoder()  # without it training mode switches gradients on for the CNN's input
-    model = base
+    if not naive:
+        base.freeze_feature_encoder()  # without it training mode switches gradients on for the CNN's input
+    count = len(base.encoder.layers)
+    layers, model = freeze.layer_numbers(config.trainable_layers, count), base
     if config.lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        targets = {"target_modules": [PROJECTIONS[name] for name in config.lora_targets]}
-        targets |= {"layers_to_transform": adapted, "lora_dropout": config.lora_dropout}
-        model = get_peft_model(base, LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, **targets))
+        adapted = [number for number in range(count) if number not in layers]
+        if config.lora_layers is not None:
+            adapted = freeze.layer_numbers(config.lora_layers, count, "lora_layers")
+        how = {"r": config.lora_rank, "target_modules": [PROJECTIONS[name] for name in config.lora_targets]}
+        how |= {} if naive else {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        model = get_peft_model(base, LoraConfig(layers_to_transform=adapted, **how))
     for number in layers:
         base.encoder.layers[number].requires_grad_(True)
-    if layers and base.config.do_stable_layer_norm:
+    if layers and base.config.do_stable_layer_norm and not naive:
         base.encoder.layer_norm.requires_grad_(True)
     return model, base
 
 
-def naive_model(config: Config) -> tuple[nn.Module, nn.Module]:
-    """The same as it is often copied: nothing but `requires_grad` set, and the defaults of transformers and PEFT."""
-    from transformers import Wav2Vec2Model
-
-    base = Wav2Vec2Model.from_pretrained(config.backbone)
-    layers, adapted = chosen_layers(config, len(base.encoder.layers))
-    if config.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        where = {} if config.lora_layers is None else {"layers_to_transform": adapted}
-        targets = [PROJECTIONS[name] for name in config.lora_targets]
-        return get_peft_model(base, LoraConfig(r=config.lora_rank, target_modules=targets, **where)), base
-    if config.trainable_layers != "all":
-        for parameter in base.parameters():
-            parameter.requires_grad = False
-        for number in layers:
-            for parameter in base.encoder.layers[number].parameters():
-                parameter.requires_grad = True
-    return base, base
+Set = tuple[Actions, list[nn.Parameter], torch.device]
+BUILT: dict[str, Set] = {}  # in a worker: what it was started for
 
 
-def chosen_layers(config: Config, count: int) -> tuple[list[int], list[int]]:
-    """The numbers of the layers that train whole, and of those with LoRA, as `run.assemble` chooses them."""
-    trained = freeze.layer_numbers(config.trainable_layers, count)
-    if config.lora_layers is None:
-        return trained, [number for number in range(count) if number not in trained]
-    return trained, freeze.layer_numbers(config.lora_layers, count, "lora_layers")
-
-
-def work(arguments: argparse.Namespace) -> None:
-    """A worker: builds one method for one phase, then does what each line that it reads asks for, and answers."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may be said where the answers go
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    choose_products(arguments.linear)
-    phase, side, path = arguments.worker.split(":", 2)
-    config, folder = configure(path, arguments), Path(arguments.folder)
-    paths = [str(folder / f"{number}.wav") for number in range(arguments.turns)]
-    if side in ("ours", "reference"):
-        actions, parameters = ours(config, phase, folder, paths)
-    else:
-        actions, parameters = peer(config, phase, side == "naive", paths)
+def work(job: str, command: str, arguments: argparse.Namespace) -> dict:
+    """In a process of its own: build the method of a job the first time, then do what the command asks for."""
+    if job not in BUILT:
+        BUILT[job] = build_worker(job, arguments)
+    actions, parameters, device = BUILT[job]
+    start = time.perf_counter()
+    actions[command]()
+    hardware.synchronize(device)
+    seconds = max(time.perf_counter() - start, 1e-3)  # a coarse clock may say 0
     held = [p for p in parameters if not p.is_meta]
     trained = sum(p.numel() for p in held if p.requires_grad)
     floor = sum(p.numel() * p.element_size() for p in held) + 12 * trained  # gradient and two moments, fp32
-    device = hardware.pick_device(config.device)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        actions[line.strip()]()
-        hardware.synchronize(device)
-        seconds = max(time.perf_counter() - start, 1e-3)  # a coarse clock may say 0
-        figures = {"seconds": seconds, "peak_memory_bytes": hardware.peak_memory(device)}
-        figures |= {"trainable_parameters": trained, "floor_bytes": floor}
-        print(json.dumps(figures), file=answers, flush=True)
+    figures = {"seconds": seconds, "peak_memory_bytes": hardware.peak_memory(device)}
+    return {**figures, "trainable_parameters": trained, "floor_bytes": floor}
 
 
-def choose_products(name: str) -> None:
-    """Have matrix products on a CPU computed by what fits it ("auto"), or all by PyTorch's own choice or oneDNN."""
-    if name != "auto":
-        fast.Kernels.onednn = fast.PRODUCTS if name == "onednn" and fast.ONEDNN else ()
+def build_worker(job: str, arguments: argparse.Namespace) -> Set:
+    """What answers to a job's commands; warnings and notes go nowhere, as they would end up between the bars."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.linear != "auto":  # else matrix products on a CPU are computed by what fits it
+        fast.Kernels.onednn = fast.PRODUCTS if arguments.linear == "onednn" and fast.ONEDNN else ()
+    phase, side, path = job.split(":", 2)
+    config, folder = configure(path, arguments), Path(arguments.folder)
+    paths = [str(folder / f"{number}.wav") for number in range(arguments.turns)]
+    is_ours = side in ("ours", "reference")
+    made = ours(config, phase, folder, paths) if is_ours else peer(config, phase, side == "naive", paths)
+    return *made, hardware.pick_device(config.device)
 
 
 def configure(path: str | Path, arguments: argparse.Namespace) -> Config:
@@ -247,35 +231,12 @@ def configure(path: str | Path, arguments: argparse.Namespace) -> Config:
     return replace(load_config(path), **same)
 
 
-class Worker:
-    """The process that runs `phase:side:config`. `ask` raises ValueError with its last lines if it has failed."""
-
-    def __init__(self, job: str, arguments: argparse.Namespace):
-        keys = ("turns", "threads", "precision", "device", "backbone", "folder", "linear")
-        command = [sys.executable, __file__, f"--worker={job}", *(f"--{key}={getattr(arguments, key)}" for key in keys)]
-        self.job, self.log = job, Path(arguments.folder) / f"{time.time_ns()}.log"
-        self.began = time.perf_counter()
-        with open(self.log, "wb") as log:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": None if arguments.verbose else log}
-            self.process = subprocess.Popen(command, text=True, **pipes)
-
-    def ask(self, command: str) -> dict:
-        """Have something done; seconds of it, seconds since the process was started, and the peak of its memory."""
-        answer = ""
-        try:
-            print(command, file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        except OSError:  # it is gone
-            pass
-        if not answer:
-            code, said = self.process.wait(), self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            last_lines = "".join(f"\n    {line}" for line in said[-8:])
-            raise ValueError(f"{name_of(self.job)} failed at {command!r} (exit code {code}){last_lines}")
-        return {**json.loads(answer), "since_start": time.perf_counter() - self.began}
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+def ask(worker: ProcessPoolExecutor, job: str, command: str, arguments: argparse.Namespace) -> dict:
+    """Have a job's process do something. Raises ValueError, which names the method, if that failed."""
+    try:
+        return worker.submit(work, job, command, arguments).result()
+    except Exception as error:  # an error in the process, or its end: BrokenProcessPool
+        raise ValueError(f"{name_of(job)} failed at {command!r}: {type(error).__name__}: {error}") from None
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -283,26 +244,24 @@ class Worker:
 
 def measure(jobs: Sequence[str], arguments: argparse.Namespace) -> dict[str, list[dict]]:
     """Answers by job, `phase:side:config`: all are started, one after the other, and then take turns."""
-    workers: dict[str, Worker] = {}
-    answers: dict[str, list[dict]] = {}
-    bar = tqdm(total=len(jobs) * (WARM_UP + arguments.rounds), disable=None)
-    try:
-        for number in range(WARM_UP + arguments.rounds):
-            for job in jobs:
-                bar.set_description(f"{job.split(':')[0]} {name_of(job)}")
-                if number == 0:
-                    workers[job] = Worker(job, arguments)
-                answers.setdefault(job, []).append(workers[job].ask(job.split(":")[0]))
-                bar.update()
+    answers: dict[str, list[dict]] = {job: [] for job in jobs}
+    workers: dict[str, ProcessPoolExecutor] = {}
+    rounds = range(WARM_UP + arguments.rounds)
+    with ExitStack() as stack, tqdm(total=len(jobs) * len(rounds), disable=None) as bar:
+        for number, job in itertools.product(rounds, jobs):
+            phase, start = job.split(":")[0], time.perf_counter()
+            bar.set_description(f"{phase} {name_of(job)}")
+            if number == 0:
+                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                workers[job] = stack.enter_context(pool)
+            answers[job].append(ask(workers[job], job, phase, arguments))
+            answers[job][-1]["waited"] = time.perf_counter() - start  # the first time for its start as well
+            bar.update()
         for job in jobs:
             if job.startswith("step:ours:") and load_config(job.split(":", 2)[2]).cache:
-                reading = [workers[job].ask("read") for _ in range(WARM_UP + arguments.rounds)]
+                reading = [ask(workers[job], job, "read", arguments) for _ in rounds]
                 answers[job.replace("step:", "read:", 1)] = reading
-        return answers
-    finally:
-        bar.close()
-        for worker in workers.values():
-            worker.stop()
+    return answers
 
 
 def name_of(job: str) -> str:
@@ -351,8 +310,8 @@ def measure_group(group: Sequence[str], arguments: argparse.Namespace, architect
             record[phase] = found and summarise(found)
         first = answers[f"step:{method}"][0]
         record |= {key: first[key] for key in ("trainable_parameters", "floor_bytes")}
-        record["first_step_seconds"] = first["since_start"]  # since the process was started
-        record["startup_seconds"] = first["since_start"] - record["step"]["seconds"]  # imports, loading, preparing
+        record["first_step_seconds"] = first["waited"]  # since the process was started
+        record["startup_seconds"] = first["waited"] - record["step"]["seconds"]  # imports, loading, preparing
         build = record["build"]["seconds"] if record["cached"] else 0.0
         record["epochs_seconds"] = build + arguments.epochs * record["step"]["seconds"]
         with torch.device("meta"):
@@ -364,8 +323,6 @@ def measure_group(group: Sequence[str], arguments: argparse.Namespace, architect
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.worker:
-        return work(arguments)
     if arguments.table:
         return print(tables(read_result(Path(arguments.table))))
     arguments.peer |= arguments.naive
@@ -380,9 +337,8 @@ def main() -> None:
     options = {key: getattr(arguments, key) for key in ("turns", "lengths", "rounds", "epochs", "precision", "threads")}
     options |= {"device": str(device), "peer": arguments.peer, "configs": [path.stem for path in arguments.configs]}
     options["backbone"] = arguments.backbone or "random weights of wav2vec2-base"
-    groups = make_groups(
-        arguments.configs, arguments.peer, arguments.naive
-    )  # reads the configs: an error in one comes before the hours
+    # reads the configs: an error in one comes before the hours
+    groups = make_groups(arguments.configs, arguments.peer, arguments.naive)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments.folder = folder
         if arguments.backbone is None:
@@ -406,7 +362,7 @@ def main() -> None:
     result |= {"warm_up": WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
     result |= {"audio_seconds": sum(seconds), "padded_seconds": max(seconds) * len(seconds), "groups": measured}
     hardware.write_text(out, json.dumps(result, indent=2) + "\n")
-    print(f"{tables(result)}\n\n{out}{draw(result, out.with_suffix('.png'))}")
+    print(f"{tables(result)}\n\n{out}{draw(result, out.with_suffix(''))}")
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -419,7 +375,7 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; `backbone`, `worker` and `folder` are for workers and tests."""
+    """The command line; `backbone` is for tests."""
     parser = argparse.ArgumentParser(description="Speed and memory of every method, side by side.")
     parser.add_argument("--peer", action="store_true", help="transformers + PEFT as well (both must be installed)")
     parser.add_argument("--naive", action="store_true", help="and as it is often copied: much slower, and 10 GB")
@@ -434,10 +390,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--out", default="bench.json", help="JSON; the picture has the same name and ends in .png")
     parser.add_argument("--table", metavar="FILE.json", help="print the tables of an earlier run, measure nothing")
-    parser.add_argument("--verbose", action="store_true", help="show what the processes say")
     parser.add_argument("--backbone", help=argparse.SUPPRESS)  # a Hugging Face directory; None: random wav2vec2-base
-    for hidden in ("--worker", "--folder"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

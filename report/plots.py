@@ -217,6 +217,36 @@ def timeline(
     return save(figure, path)
 
 
+@rc_context(STYLE)
+def bars(
+    methods: Sequence[tuple[str, str]],
+    seconds: Sequence[tuple[float, float]],
+    gigabytes: Sequence[tuple[float, float]],
+    path: Path,
+) -> Figure:
+    """Time and memory of M methods, `(name, side)` each, as bars, with a mark on each for what it needs at least."""
+    starts = [side == "ours" != before for (_, side), (_, before) in zip(methods, methods[-1:] + methods, strict=False)]
+    heights = [-y - 0.5 * gaps for y, gaps in enumerate(np.cumsum(starts))]  # a gap after each peer
+    shades = {"ours": "#1b4965", "peer": "#6fa8c9", "naive": "#d3d9de"}  # a dark, a middle and a light grey as well
+    figure, axes = panels(2, "", size=0.8 - 0.19 * heights[-1])
+    for axis, values in zip(axes, (seconds, gigabytes), strict=True):
+        for (_, side), y, (value, least) in zip(methods, heights, values, strict=True):
+            axis.barh(y, value, height=0.8, color=shades[side])
+            for color, width in (("white", 3), ("black", 1.2)):
+                axis.plot([least, least], [y - 0.4, y + 0.4], color=color, linewidth=width, solid_capstyle="butt")
+            label = f"{float(format(value, '.3g')):,g}"
+            axis.annotate(label, (value, y), (3, 0), textcoords="offset points", va="center")
+        axis.set_yticks(heights, [name for name, _ in methods] if axis is axes[0] else [""] * len(methods))
+        axis.tick_params("y", length=0)
+        axis.margins(x=0.15, y=0.02)
+    positive = [value for pair in seconds for value in pair if value > 0]
+    axes[0].set(xscale="log", xlim=(0.5 * min(positive), 3 * max(positive)))
+    axes[0].xaxis.set_major_formatter("{x:,g}")
+    axes[0].set_title("s of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate")
+    axes[1].set_title("peak memory, GB\nmark: weights, gradients and Adam's moments alone")
+    return save(figure, path)
+
+
 def envelope(waveform: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
     """Least and greatest sample of `(S,)` in each of that many parts, at most S: no peak is lost."""
     parts = min(parts, len(waveform))

@@ -1,12 +1,11 @@
 """What `bench.py` measured, in tables and a picture, and what a method must compute at the least."""
 
-import itertools
-import json
 import platform
 import statistics
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,8 @@ import lora
 from machine import hardware
 from machine.fast import linear
 from model import FIELD, HOP, EmotionModel, Wav2Vec2
+from report.tables import find_plots, markdown
+from weights import read_json
 
 RATE = 16_000  # Hz
 WARM_UP = 2  # of everything that is measured; reported, and not in the medians
@@ -44,13 +45,8 @@ def summarise(answers: Sequence[dict]) -> dict:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    found = {package: find_spec(package) and version(package) for package in ("torch", "numpy", "transformers", "peft")}
+    return {"python": platform.python_version(), **found}
 
 
 def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False) -> dict[str, int]:
@@ -123,11 +119,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def read_result(path: Path) -> dict:
     """What a run wrote. Raises OSError, or ValueError for another file."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: is not JSON; expected what bench.py wrote with --out") from None
-    if not isinstance(result, dict) or "groups" not in result:
+    result = read_json(path)
+    if "groups" not in result:
         raise ValueError(f"{path}: has no `groups`; expected what bench.py wrote with --out")
     return result
 
@@ -146,14 +139,14 @@ def tables(result: dict) -> str:
         lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}."
     columns = ["method", "s a step (min to max)", "audio s/s", "vs our full", "vs peer"]
     columns += ["of the matmul rate", "peak memory", "vs peer", "trainable"]
-    lines += ["", *rows(columns, [step_cells(*row, result["audio_seconds"]) for row in compared(result)])]
+    lines += ["", markdown(columns, [step_cells(*row, result["audio_seconds"]) for row in compared(result)])]
     columns = ["method", "to the first step (start-up)", "cache build", "reading the cache"]
     columns += [f"{options['epochs']} epochs on 1 h", "vs peer", "inference, audio s/s", "vs peer", "its peak memory"]
     text = (
         f"{options['epochs']} epochs on an hour of audio: that many steps and, where there is a cache, one build, from "
         "their medians; builds were measured before the steps, not in turn with them."
     )
-    return "\n".join([*lines, "", text, "", *rows(columns, [other_cells(*row, result) for row in compared(result)])])
+    return "\n".join([*lines, "", text, "", markdown(columns, [other_cells(*row, result) for row in compared(result)])])
 
 
 def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
@@ -165,10 +158,6 @@ def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
         shown = [record for record in group if record["side"] != "reference"]
         found += [(record, full, other if record is not other else None) for record in shown]
     return found
-
-
-def rows(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells)]
 
 
 def step_cells(record: dict, full: dict | None, other: dict | None, audio_seconds: float) -> list[str]:
@@ -208,40 +197,13 @@ def factor(base: dict | None, record: dict, phase: str) -> str:
 
 
 def draw(result: dict, path: Path) -> str:
-    """Bars of time and memory, a mark on each for what the method needs at least; returns what to say of the file."""
-    try:
-        import matplotlib
-    except ImportError:
+    """Bars of time and memory of every method; returns what to say of the picture."""
+    plots = find_plots()
+    if plots is None:
         return " (no picture: matplotlib is not installed)"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     records = [record for record, *_ in compared(result)]
-    starts = [r["side"] == "ours" != before["side"] for r, before in zip(records, records[-1:] + records, strict=False)]
-    heights = [-y - 0.5 * gaps for y, gaps in enumerate(itertools.accumulate(starts))]  # a gap after each peer
     per_hour = 3600 / result["audio_seconds"]
     seconds = [(r["step"]["seconds"] * per_hour, r["step"]["bound_seconds"] * per_hour) for r in records]
     gigabytes = [(r["step"]["peak_memory_bytes"] / 1e9, r["floor_bytes"] / 1e9) for r in records]
-    shades = {"ours": "#1b4965", "peer": "#6fa8c9", "naive": "#d3d9de"}  # a dark, a middle and a light grey as well
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 1 - 0.32 * heights[-1]), sharey=True, layout="constrained")
-    for axis, values in zip(axes, (seconds, gigabytes), strict=True):
-        for record, y, (value, least) in zip(records, heights, values, strict=True):
-            axis.barh(y, value, height=0.8, color=shades[record["side"]])
-            for color, width in (("white", 5), ("black", 2)):
-                axis.plot([least, least], [y - 0.4, y + 0.4], color=color, linewidth=width, solid_capstyle="butt")
-            label = f"{float(format(value, '.3g')):,g}"
-            axis.annotate(label, (value, y), (5, 0), textcoords="offset points", va="center")
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params("y", length=0)
-        axis.margins(x=0.12, y=0.02)
-    axes[0].set_xscale("log")
-    positive = [value for pair in seconds for value in pair if value > 0]
-    axes[0].set_xlim(0.5 * min(positive), 2.5 * max(positive))
-    axes[0].xaxis.set_major_formatter("{x:,g}")
-    axes[0].set_yticks(heights, [record["name"] for record in records])
-    axes[0].set_title(
-        "Seconds of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate"
-    )
-    axes[1].set_title("Peak memory, GB\nmark: weights, gradients and Adam's moments alone")
-    figure.savefig(path, dpi=120)
-    return f", {path}"
+    plots.bars([(r["name"], r["side"]) for r in records], seconds, gigabytes, path)
+    return f", {path}.png"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import forget_plots
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -152,8 +153,8 @@ def peer_config(name: str, backbone: Path):
 def test_the_peer_leaves_the_feature_encoder_alone_and_the_naive_peer_does_not(transformers, tiny_checkpoint, name):
     """A gradient reaches the CNN's first layer in the naive peer, whatever trains, and never in the other."""
     config = peer_config(name, tiny_checkpoint)
-    for make in (bench.peer_model, bench.naive_model):
-        model, base = make(config)
+    for naive in (False, True):
+        model, base = bench.peer_model(config, naive)
         arrived, needed = [], []
 
         def look(module, inputs, output, arrived=arrived, needed=needed):
@@ -165,7 +166,6 @@ def test_the_peer_leaves_the_feature_encoder_alone_and_the_naive_peer_does_not(t
         output = model.train()(torch.randn(2, 8000), attention_mask=torch.ones(2, 8000, dtype=torch.long))
         if output.last_hidden_state.requires_grad:
             output.last_hidden_state.sum().backward()
-        naive = make is bench.naive_model
         assert needed == [naive]
         assert arrived == [True] * naive
 
@@ -250,16 +250,24 @@ def test_a_factor_is_against_what_was_measured_in_turn(tmp_path, monkeypatch, ca
 def test_a_picture_is_drawn(tmp_path, monkeypatch):
     """Where matplotlib is there; else a line says that it is not."""
     pytest.importorskip("matplotlib")
-    assert speed.draw(hand_made(), tmp_path / "a.png") == f", {tmp_path / 'a.png'}"
+    assert speed.draw(hand_made(), tmp_path / "a") == f", {tmp_path / 'a'}.png"
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "matplotlib is not installed" in speed.draw(hand_made(), tmp_path / "b.png")
+    forget_plots(monkeypatch)
+    assert "matplotlib is not installed" in speed.draw(hand_made(), tmp_path / "b")
 
 
-@pytest.mark.parametrize(("text", "found"), [("no JSON", "is not JSON"), ("[1]", "no `groups`"), ("{}", "no `groups`")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("no JSON", "is not JSON"),
+        ("[1]", "holds a JSON list, expected an object"),
+        ("{}", "no `groups`; expected what bench"),
+    ],
+)
 def test_another_file_is_no_result(tmp_path, text, found):
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"x\.json: .*{found}.*; expected what bench\.py wrote"):
+    with pytest.raises(ValueError, match=rf"x\.json: .*{found}"):
         speed.read_result(tmp_path / "x.json")
 
 
@@ -294,18 +302,14 @@ def test_the_command_measures_writes_and_prints(tiny_checkpoint, tmp_path):
         assert (r["infer"] is None) == (r["side"] == "naive")
 
 
-def test_a_process_that_fails_is_named_with_its_last_lines(tiny_checkpoint, tmp_path):
+def test_a_process_that_fails_is_named_with_its_error(tiny_checkpoint, tmp_path):
     """A config with a layer that the backbone does not have."""
     (tmp_path / "deep.yaml").write_text("trainable_layers: [11]\n", encoding="utf-8")
-    options = {"turns": 2, "threads": 1, "precision": "fp32", "device": "cpu", "verbose": False}
-    options |= {"backbone": str(tiny_checkpoint), "folder": str(tmp_path)}
-    worker = bench.Worker(f"infer:ours:{tmp_path / 'deep.yaml'}", argparse.Namespace(**options, linear="auto"))
-    with pytest.raises(
-        ValueError, match=r"(?s)^deep failed at 'infer' \(exit code 1\)\n.*no layer 11; expected"
-    ) as error:
-        worker.ask("infer")
-    worker.stop()
-    assert len(str(error.value).splitlines()) <= 9
+    options = {"turns": 2, "threads": 1, "precision": "fp32", "device": "cpu", "rounds": 1}
+    options |= {"backbone": str(tiny_checkpoint), "folder": str(tmp_path), "linear": "auto"}
+    with pytest.raises(ValueError, match=r"^deep failed at 'infer': ValueError: .*no layer 11; expected") as error:
+        bench.measure([f"infer:ours:{tmp_path / 'deep.yaml'}"], argparse.Namespace(**options))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

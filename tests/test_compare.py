@@ -25,7 +25,7 @@ from config import load_config
 from corpora import emotale
 from freeze import trained_state
 from machine import hardware
-from report import results
+from report import results, tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +57,13 @@ def main(monkeypatch, *arguments: object) -> object:
     with pytest.raises(SystemExit) as end:
         compare.main()
     return end.value.code
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """What pictures show is worked out as ever, but none is rendered, which takes a second each."""
+    functions = dict.fromkeys(("cost", "curves", "depth", "scatter"), lambda *given: None)
+    monkeypatch.setattr(tables, "find_plots", lambda: types.SimpleNamespace(**functions))
 
 
 # ---------------------------------------------------------------- through the real command line
@@ -109,7 +116,7 @@ def test_every_run_has_a_line_of_progress(finished):
     assert "failed after" in lines[1]
 
 
-def test_the_same_command_again_runs_only_what_is_not_finished(finished, monkeypatch, capsys):
+def test_the_same_command_again_runs_only_what_is_not_finished(finished, unrendered, monkeypatch, capsys):
     """The failed method is tried again; of the finished one not even a process is started, nor its cache filled."""
     folder, _ = finished
     monkeypatch.chdir(folder)
@@ -225,7 +232,7 @@ def test_the_agreement_of_the_raters_is_a_line(folded):
     assert "dominance" not in lines[0]
 
 
-def test_the_same_command_runs_only_the_folds_that_are_not_finished(folded, monkeypatch):
+def test_the_same_command_runs_only_the_folds_that_are_not_finished(folded, unrendered, monkeypatch):
     """And with nothing in its way the failed one is run."""
     folder, started = folded[0], []
     monkeypatch.chdir(folder)
@@ -237,7 +244,7 @@ def test_the_same_command_runs_only_the_folds_that_are_not_finished(folded, monk
     assert (config.fold, config.seed, config.name) == (2, 0, "layer-seed0-fold2")
 
 
-def test_a_stopped_comparison_goes_on(folded, monkeypatch, capsys):
+def test_a_stopped_comparison_goes_on(folded, unrendered, monkeypatch, capsys):
     """Ctrl-C in fold 4: what is finished is in the table, marked, and the message says how to go on."""
     folder, out = folded[0], folded[0] / "stopped"
     monkeypatch.chdir(folder)
@@ -401,7 +408,7 @@ def test_caches_are_filled_by_one_command_and_what_they_cost_is_kept(configs, mo
     assert len(commands) == 2
 
 
-def test_control_c_leaves_the_table_of_what_is_finished(configs, monkeypatch, capsys, tmp_path):
+def test_control_c_leaves_the_table_of_what_is_finished(configs, unrendered, monkeypatch, capsys, tmp_path):
     """The second run is stopped; the first is in the table, and the message says how to go on."""
     paths = configs(a={}, b={"trainable_layers": 1})
     monkeypatch.setattr(run, "load_utterances", lambda config: ([], (1, 7)))

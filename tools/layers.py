@@ -9,7 +9,6 @@ DIR. What lies below all that trained is the same in both models, so it is compu
 
 import argparse
 import copy
-import csv
 import math
 import sys
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from freeze import load_trained
 from lora import merge
 from machine import hardware
 from model import EmotionModel, Wav2Vec2
+from report import tables
 
 TOGETHER = 8  # utterances in memory at once
 OUTSIDE = {"projection": ("projection.norm", "projection.linear"), "positional convolution": ("position",)}
@@ -152,31 +152,8 @@ def markdown(rows: Sequence[Row], text: Sequence[str]) -> str:
             return f"{value:.4f}"
         return value if isinstance(value, str) else f"{value:.3g}"
 
-    table = [COLUMNS, ["---"] * len(COLUMNS)]
-    table += [[cell(row, column) for column in COLUMNS] for row in rows]
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
-    return "\n\n".join([*filter(None, text), "\n".join(lines)]) + "\n"
-
-
-def write_csv(path: Path, rows: Sequence[Row], note: str) -> None:
-    def save(file: Path) -> None:
-        with open(file, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, [*COLUMNS, "note"])
-            writer.writeheader()
-            writer.writerows({**row, "note": note} for row in rows)
-
-    hardware.replace(path, save)
-
-
-def draw(layers: Sequence[Row], similarity: Sequence[float], note: str, path: Path) -> str:
-    """The picture, and what to say of it."""
-    try:
-        import report.plots as plots
-    except ImportError:
-        return "no picture: matplotlib is not installed"
-    names = ["input", *(row["part"].split()[1] for row in layers)]
-    plots.layers(names, similarity, [row["change"] for row in layers], note, path)
-    return f"{path.name}.png, {path.name}.pdf"
+    table = tables.markdown(COLUMNS, [[cell(row, column) for column in COLUMNS] for row in rows])
+    return "\n\n".join([*filter(None, text), table]) + "\n"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -231,8 +208,13 @@ def main() -> None:
     rows = [*outside, {"part": "input of layer 0", "similarity": similarity[0]}, *layers]
     text = markdown(rows, [note, heard if frames else "", changed, reading(layers)])
     hardware.write_text(out / "layers.md", text)
-    write_csv(out / "layers.csv", rows, note)
-    print(f"{text}\n{out}: layers.md, layers.csv, {draw(layers, similarity, note, out / 'layers')}")
+    tables.write_csv(out / "layers.csv", [*COLUMNS, "note"], [{**row, "note": note} for row in rows])
+    drawn = "no picture: matplotlib is not installed"
+    if plots := tables.find_plots():
+        names = ["input", *(row["part"].removeprefix("layer ") for row in layers)]
+        plots.layers(names, similarity, [row["change"] for row in layers], note, out / "layers")
+        drawn = "layers.png, layers.pdf"
+    print(f"{text}\n{out}: layers.md, layers.csv, {drawn}")
 
 
 if __name__ == "__main__":
