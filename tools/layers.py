@@ -11,7 +11,6 @@ import argparse
 import copy
 import csv
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from config import Config
 from freeze import load_trained
 from lora import merge
 from machine import hardware
+from machine.programs import command
 from model import EmotionModel, Wav2Vec2
 
 TOGETHER = 8  # utterances in memory at once
@@ -236,7 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    command(main)
