@@ -33,7 +33,7 @@ import run
 from config import Config, extra, load_config, parse, split_words
 from data import text_cell
 from machine import hardware
-from machine.programs import last_lines, logged
+from machine.programs import command, last_lines, logged
 from report import results, tables
 from report.results import Job, Run, Runs
 from weights import read_json
@@ -379,7 +379,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    command(main)

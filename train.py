@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # no encoding of a terminal or pipe ends a run
     for number in hardware.STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     config = load_config(arguments.config, arguments.overrides)

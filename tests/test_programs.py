@@ -3,13 +3,16 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
+import yaml
+from conftest import tiny_settings
 
-from machine.programs import command, last_lines, logged
+from machine.programs import ROOT, command, last_lines, logged
 
 
 def fail(error: BaseException):
@@ -106,3 +109,22 @@ def test_programs_are_processes_of_their_own_that_need_not_import_pytorch(tmp_pa
     assert len(set(parents)) == 1
     assert first[0].endswith("True True") and second[0].endswith("True True")
     assert [first[1], second[1]] == ["False ['0'] __main__", "False ['1'] __main__"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there it is the console's encoding that decides")
+def test_a_terminal_of_ascii_ends_no_command(tmp_path, tiny_checkpoint, tiny_manifest):
+    """A run, what reads it and what lists its cache, in a folder that ASCII cannot name."""
+    folder = tmp_path / "é"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_settings(folder, tiny_checkpoint, tiny_manifest, epochs=1)))
+    cache = folder / "cache"
+    keys = ["name=ü", "cache=true", f"cache_dir={cache}", f"output_dir={folder}"]
+    for words in (
+        ["train.py", str(tmp_path / "run.yaml"), *keys],
+        ["-m", "tools.layers", str(folder / "ü")],
+        ["-m", "tools.caches", "list", str(cache)],
+        ["compare.py", str(tmp_path / "run.yaml"), "--table", "--out", str(folder)],
+    ):
+        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, timeout=120)
+        assert done.returncode == 0, (words, done.stderr)
+        assert b"\\xe9" in done.stdout, words

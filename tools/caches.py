@@ -33,6 +33,7 @@ from machine import hardware
 from machine.audio import file_state
 from machine.fast import send
 from machine.hardware import parallel, replace
+from machine.programs import command
 
 PARTS = (".bin", ".index", ".user", ".tmp", ".csv")  # of a cache, beside cache.json; .csv: the index until format 2
 DEPTH = attrgetter("depth")
@@ -310,9 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command continues")
+    command(main, "stopped; the same command continues")

@@ -10,7 +10,6 @@ DIR. What lies below all that trained is the same in both models, so it is compu
 import argparse
 import copy
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from config import Config
 from freeze import load_trained
 from lora import merge
 from machine import hardware
+from machine.programs import command
 from model import EmotionModel, Wav2Vec2
 from report import tables
 
@@ -218,7 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    command(main)
