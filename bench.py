@@ -44,6 +44,7 @@ import weights
 from cache import Prefix, open_cache
 from config import Config, load_config
 from machine import fast, hardware
+from machine.programs import command
 from metrics import ccc_loss
 from model import Wav2Vec2, Wav2Vec2Config
 from report.speed import (
@@ -395,9 +396,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; nothing is written")
+    command(main, "stopped; nothing is written")
