@@ -77,8 +77,8 @@ def test_an_interrupt_waits_until_the_run_has_saved(tmp_path):
     """However long its step takes, where `subprocess.run` would kill it after a quarter of a second."""
     program, log = tmp_path / "program.py", tmp_path / "log.txt"
     program.write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.6), print('saved'), sys.exit(1)))\n"
+        "import os, signal, sys, time\n"  # os.write: the signal may come while print still holds the stream
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.6), os.write(1, b'saved\\n'), sys.exit(1)))\n"
         "print('begun', flush=True)\ntime.sleep(60)\n"
     )
 
