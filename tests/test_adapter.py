@@ -69,7 +69,7 @@ def head_adapter(transformers, checkpoint: Path, folder: Path, **settings) -> to
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape))
+                parameter.add_(0.1 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     return model.eval()
 
