@@ -169,11 +169,11 @@ def test_a_manifest_of_300_000_rows_is_read_in_seconds(tmp_path):
     splits = ["train"] * 8 + ["dev", "test"]
     rows = (f"audio/{i:06d}.wav,{splits[i % 10]},s{i % 10},{1 + i % 7},{7 - i % 7}" for i in range(300_000))
     path = write_manifest(tmp_path, *rows)
-    start = time.perf_counter()
+    start = time.process_time()
     utterances = data.read_manifest(path)
     data.check_labels(utterances, ["activation", "valence"], (1, 7))
     assert len(utterances) == 300_000
-    assert time.perf_counter() - start < 15  # 1.5 s when the machine has nothing else to do
+    assert time.process_time() - start < 15  # 1.5 s when the machine has nothing else to do
 
 
 def test_manifests_of_wav_need_no_folder_beside_machine(tmp_path):
