@@ -12,7 +12,6 @@ read: a damaged activation is never used. `python -m tools.caches` builds, verif
 
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import threading
@@ -45,7 +44,6 @@ LINE_BYTES = 100  # of an index, beside the path
 FULL_DISK = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 ENTRY = np.dtype([("crc32", "u4"), ("shard", "i4"), ("offset", "i8"), ("frames", "i4"), ("checked", "?")])
 CPU = torch.device("cpu")
-TIER = "machine.tier"  # optional
 
 
 class Line(NamedTuple):
@@ -340,7 +338,8 @@ def open_cache(
     identity: dict[str, Any] = {"backbone": backbone, "depth": depth, "precision": precision}
     identity["normalize_waveform"] = config.normalize_waveform
     if depth > config.layers:
-        identity["pooling"], rows = model.pooling, len(model.sources(depth)) * (1 + (model.pooling == "mean_std"))
+        identity["pooling"] = model.pooling
+        rows = {"mean_std": 2, "layers": config.layers + 1}.get(model.pooling, 1)
     if tf32:  # products with 10 bits of mantissa are other numbers
         identity["tf32"] = True
     width = config.conv_channels[-1] if depth < 0 else config.width
@@ -378,7 +377,7 @@ class Prefix:
 
     def __post_init__(self) -> None:
         self.depth = prefix_depth(self.model)
-        self.reader: Any = self.cache  # or `machine.tier.OnGPU`
+        self.reader: Any = self.cache  # or `machine.gpu.OnGPU`
 
     def __call__(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[int]]]:
         """Packed activations `(N, width)` in fp32 on the device, and lengths, of each batch; one is read ahead."""
@@ -415,5 +414,5 @@ class Prefix:
             return
         drop_prefix(self.model, self.depth)
         self.complete = True
-        if tier == "gpu" or (tier == "auto" and self.device.type == "cuda" and importlib.util.find_spec(TIER)):
-            self.reader = extra(TIER, f"cache_tier: {tier}").pick(tier, self.cache, self.device)
+        if tier == "gpu" or (tier == "auto" and self.device.type == "cuda"):
+            self.reader = extra("machine.gpu", f"cache_tier: {tier}").pick(tier, self.cache, self.device)

@@ -162,7 +162,7 @@ def absolute(key: str, value: object) -> object:
 
 
 def build_caches(methods: Methods, jobs: Sequence[Job]) -> None:
-    """Fill every cache that a run will want, in one pass over the corpus. Where that fails the runs do it.
+    """Fill every cache that a run will want. Where that fails the runs do it.
 
     The entries of a cache are files, whatever their split, so that of the first fold serves all.
     """

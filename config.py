@@ -60,7 +60,7 @@ class Config:
     cache: bool = False  # keep the frozen prefix's output on disk: computed once, whatever the epochs, heads and rates
     cache_dir: str = "cache"
     cache_dtype: Literal["float16", "float32", "int8"] = "float16"  # float32: exactly as without; int8: half the size
-    cache_tier: Literal["auto", "disk", "ram", "gpu"] = "auto"  # auto: gpu if a whole cache fits half of it, else disk
+    cache_tier: Literal["auto", "disk", "ram", "gpu"] = "auto"  # auto: gpu if half of it holds all; ram is disk
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the GPU has it, else fp16; CPU fp32
     tf32: bool = False  # fp32 products on an NVIDIA GPU with 10 bits of mantissa: faster, and no longer exact

@@ -13,7 +13,7 @@ utterance. Such a number is called a *depth*.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -348,29 +348,18 @@ class EmotionModel(nn.Module):
         At depth L+1 the result is the pooled utterances, packed too: a row `(D,)` each, two with "mean_std", one for
         each hidden state with "layers".
         """
-        return self.join(list(self.states(waveforms, self.sources(depth))), depth)
-
-    def sources(self, depth: int) -> list[int]:
-        """The hidden states of which `encode` makes its result."""
         layers = self.backbone.config.layers
-        return list(range(layers + 1)) if depth > layers and self.pooling == "layers" else [min(depth, layers)]
-
-    @torch.no_grad()
-    def states(self, waveforms: Sequence[Tensor], depths: Sequence[int]) -> Iterator[tuple[Tensor, list[int]]]:
-        """Packed hidden states at rising depths, each computed from the one before it, and their lengths."""
         if self.backbone.config.normalize_waveform:
             waveforms = [normalize(waveform) for waveform in waveforms]
         x, lengths = self.backbone.feature_encoder(waveforms)
-        for first, last in pairwise([-1, *depths]):
+        if depth <= layers:
+            return self.backbone(x, lengths, -1, depth), lengths
+        rows = []
+        for first, last in pairwise([-1, *(range(layers + 1) if self.pooling == "layers" else [layers])]):
             x = self.backbone(x, lengths, first, last)
-            yield x, lengths
-
-    def join(self, states: Sequence[tuple[Tensor, list[int]]], depth: int) -> tuple[Tensor, list[int]]:
-        """What `encode` makes of the hidden states and lengths in `sources(depth)`."""
-        if depth <= self.backbone.config.layers:
-            return states[0]
-        rows = torch.cat([self.statistics(x, lengths) for x, lengths in states], 1)  # (B, R, D)
-        return rows.flatten(0, 1), [rows.shape[1]] * len(rows)
+            rows.append(self.statistics(x, lengths))
+        pooled = torch.cat(rows, 1)  # (B, R, D)
+        return pooled.flatten(0, 1), [pooled.shape[1]] * len(pooled)
 
     def statistics(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed frames `(N, D)` -> `(B, R, D)` in fp32, R rows for each utterance."""

@@ -141,12 +141,6 @@ def corpus_keys(config: Config) -> dict:
     return {"name": config.corpus, "root": config.data_root} | {key: getattr(config, key) for key in keys}
 
 
-def find_corpus(config: Config) -> dict:
-    """The corpus in numbers, as `describe_corpus` has them; all its audio files are looked at."""
-    utterances, _ = load_utterances(config)
-    return describe_corpus(config.corpus, utterances, data.check_audio(utterances))
-
-
 def build_model(config: Config, label_range: tuple[float, float]) -> tuple[EmotionModel, dict[str, str]]:
     """The model as configured, on the CPU and in eval mode, and the identity of its backbone: source and SHA-256."""
     backbone, identity = find_backbone(config)
@@ -156,11 +150,12 @@ def build_model(config: Config, label_range: tuple[float, float]) -> tuple[Emoti
 def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
     """The pretrained backbone, an adapter merged into it, and the identity of both.
 
-    Only the demo corpus falls back to `small`, which the repository holds, or without that to random weights.
+    Only the demo corpus falls back to `small`, which the repository holds.
     """
     if config.backbone == "logmel":
-        backbone = extra("report.logmel", "backbone: logmel").LogMel()
-        return backbone, {"source": "logmel", "sha256": weights.sha256_of(backbone)}
+        logmel = extra("report.logmel", "backbone: logmel").LogMel()
+        content = b"".join(tensor.numpy().tobytes() for tensor in logmel.state_dict().values())
+        return logmel, {"source": "logmel", "sha256": hashlib.sha256(content).hexdigest()}
     regularisation = {key: getattr(config, key) for key in REGULARISATION}
     try:
         files = weights.locate(config.backbone)
@@ -168,12 +163,8 @@ def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
     except weights.UnavailableError as error:
         if config.corpus != "demo" or config.adapter is not None:
             raise
-        if weights.SMALL.is_dir() and config.backbone != "small":
-            print(f"note: {error}\nnote: the demo goes on with the small backbone of this repository", file=sys.stderr)
-            return find_backbone(replace(config, backbone="small"))
-        print(f"warning: {error}\nwarning: the demo goes on with RANDOM weights of wav2vec2-base", file=sys.stderr)
-        backbone = weights.random_backbone(Wav2Vec2Config(**regularisation))
-        return backbone, {"source": f"random, as {config.backbone}", "sha256": weights.sha256_of(backbone)}
+        print(f"note: {error}\nnote: the demo goes on with the small backbone of this repository", file=sys.stderr)
+        return find_backbone(replace(config, backbone="small"))
     source = config.backbone
     if len(files) > 1 and "classifier.out_proj.weight" in weights.read(files)[0]:  # a published emotion model
         data.say_once(f"note: {source}: its emotion head is left out; {LICENCE}")
@@ -219,7 +210,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
             model = weights.load_emotion_model(source)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
-        require_finite(model, {"source": str(source)})
+        weights.require_finite(dict(model.named_parameters()), source)
         data.say_once(f"note: {LICENCE}")
         return model.to(pick_device(device))
     path, (best, config) = directory / "best.pt", load_best(directory)
@@ -228,7 +219,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
         model, identity = build_model(config, data.find_label_range(config.corpus, config.label_range))
         require_same(path, "backbone", best, identity)
         load_trained(model, best["trained"])
-        require_finite(model, identity)
+        weights.require_finite(dict(model.named_parameters()), identity["source"])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: {error}; if the backbone is elsewhere now, say so with --backbone") from None
     except ValueError as error:
@@ -270,11 +261,6 @@ def load_checkpoint(path: Path) -> dict:
             raise ValueError(f"{path}: {key} {problem}")
     weights.require_finite(trained, path)
     return checkpoint
-
-
-def require_finite(model: EmotionModel, identity: dict[str, str]) -> None:
-    """Raise ValueError for NaN or infinite weights among those in memory, which are the ones that are used."""
-    weights.require_finite(dict(model.named_parameters()), identity["source"])
 
 
 def require_same(path: Path, kind: str, saved: dict, now: Any) -> None:
@@ -337,7 +323,11 @@ def require_content(config: Config, result: dict, path: Path, kinds: Sequence[st
         moved = any(place != result["config"].get(key) for key, place in places.items())
         if moved or any(place and os.path.exists(place) for place in places.values()):
             with nullcontext() if moved else suppress(OSError, ValueError):
-                now = find_backbone(config)[1] if kind == "backbone" else find_corpus(config)
+                if kind == "backbone":
+                    now = find_backbone(config)[1]
+                else:
+                    utterances, _ = load_utterances(config)
+                    now = describe_corpus(config.corpus, utterances, data.check_audio(utterances))
         if now and kind in result:  # older runs do not tell their corpus
             require_same(path, kind, result, now)
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import data
 import run
+import weights
 from cache import Prefix, open_cache
 from config import Config, load_config
 from freeze import count, load_trained, table, train_mode, trained_state
@@ -63,7 +64,8 @@ class Experiment:
         last = run.load_checkpoint(path) if path.is_file() else {}
         wanted = last.get("precision", "auto") if config.precision == "auto" else config.precision
         precision = hardware.pick_precision(wanted, device)
-        hardware.require_tier(config.cache_tier, device)
+        if config.cache_tier == "gpu" and device.type == "cpu":
+            raise ValueError("cache_tier: found gpu, but the device is the CPU; expected auto or disk")
         with parallel.first_alone():  # it writes the demo corpus
             self.utterances, self.label_range = run.load_utterances(config)
         self.seconds = data.check_audio(self.utterances)  # of each
@@ -84,7 +86,7 @@ class Experiment:
         self.prefix = Prefix(self.model, paths, device, hardware.DTYPES[precision], cache, config.micro_batch_size)
         parallel.wait()
         self.prefix.release_if_cached(config.cache_tier)
-        run.require_finite(self.model, backbone)
+        weights.require_finite(dict(self.model.named_parameters()), backbone["source"])
         hardware.prepare(self.model, device, precision, config.tf32, config.compile)
         self.optimizer = run.make_optimizer(self.model, config.lr, config.head_lr, config.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

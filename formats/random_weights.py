@@ -1,6 +1,4 @@
-"""A backbone with random weights: for tests, benchmarks, and a demo that can have no checkpoint."""
-
-import hashlib
+"""A backbone with random weights: for tests and benchmarks."""
 
 import torch
 from torch import nn
@@ -27,11 +25,3 @@ def random_backbone(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
             nn.init.zeros_(module.bias)
     nn.init.uniform_(backbone.projection.mask_embedding, generator=generator)
     return backbone
-
-
-def sha256_of(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers, for weights that are in no file."""
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.numpy())
-    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """The machine below: which device, in what precision, how much memory, one process or several, and atomic writes."""
 
 import ctypes
-import importlib.util
 import os
 import platform
 import re
@@ -56,44 +55,9 @@ def pick_device(name: str, local_rank: int | None = None, compiled: bool = False
     if device.type not in there or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
         found = f"PyTorch {torch.__version__}; this machine has {', '.join(there)}"
         raise ValueError(f"device: {device} is not there for {found}")
-    if device.type == "cuda":
-        require_code(device)
-    if compiled:
-        require_compiler(device)
+    if device.type == "cuda" or compiled:
+        extra("machine.gpu", f"device: {device}").require_usable(device, compiled)
     return device
-
-
-def require_code(device: torch.device) -> None:
-    """Raise ValueError if this build of PyTorch has no machine code for a GPU, and none to translate for it.
-
-    Code for capability x.y runs on x.z with z >= y; what a build calls compute_xy is translated for all later ones.
-    """
-    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))  # AMD's names do not match
-    codes = [((int(major), int(minor)), kind == "compute") for kind, major, minor in built]
-    own = torch.cuda.get_device_capability(device)
-    if not codes or any(code <= own and (translated or code[0] == own[0]) for code, translated in codes):
-        return
-    known = ", ".join(f"{major}.{minor}" for major, minor in sorted({code for code, _ in codes}))
-    age = "an older CUDA, such as cu126" if own < min(codes)[0] else "a newer CUDA"
-    name = f"{torch.cuda.get_device_name(device)}) has compute capability {own[0]}.{own[1]}"
-    built_for = f"PyTorch {torch.__version__} has code for {known}"
-    advice = f"install a build for {age} (pytorch.org/get-started), or set device: cpu"
-    raise ValueError(f"device: {device} ({name}, but {built_for}; {advice}")
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raise ValueError if what torch.compile needs is missing: a C++ compiler for the CPU, Triton for CUDA."""
-    if device.type == "cuda":
-        tool, found = "Triton", importlib.util.find_spec("triton") is not None
-        advice = "`pip install triton` (triton-windows on Windows)"
-    else:
-        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        tool = f"C++ compiler ({compiler})"
-        found = any(map(shutil.which, (compiler, compiler.split()[0])))
-        advice = "install one or name it in CXX"
-    if not found:
-        what = f"found no {tool}, which torch.compile needs on a {device.type} device"
-        raise ValueError(f"compile: {what}; {advice}, or set compile: false")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -135,14 +99,6 @@ def prepare(
             tensor.data = tensor.data.to(device)
     for layer in model.backbone.layers if compiled else ():
         layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore
-
-
-def require_tier(name: str, device: torch.device) -> None:
-    """Raise ValueError if the cache is to be kept on a GPU and none is in use. The tier "ram" no longer exists."""
-    if name == "gpu" and device.type == "cpu":
-        raise ValueError("cache_tier: found gpu, but the device is the CPU; expected auto or disk")
-    if name == "ram":
-        print("note: cache_tier: ram reads from the disk, which the system keeps in memory anyway", file=sys.stderr)
 
 
 def synchronize(device: torch.device) -> None:

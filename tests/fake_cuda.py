@@ -33,7 +33,7 @@ import run
 from cache import ActivationCache, Prefix
 from config import Config
 from machine import hardware
-from machine.tier import OnGPU, pick
+from machine.gpu import OnGPU, pick
 
 machine = SimpleNamespace(capabilities=[(8, 0)], flash=True, packed=0, built=["sm_70", "sm_75", "sm_80", "sm_90"])
 ARCHITECTURE = {"conv_channels": (32,) * 7, "width": 64, "heads": 4, "ffn": 128, "layers": 2}

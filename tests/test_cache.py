@@ -26,7 +26,7 @@ import run
 import weights
 from cache import ActivationCache, Prefix, make_line
 from machine import audio, hardware
-from machine.tier import OnGPU
+from machine.gpu import OnGPU
 from model import EmotionModel, Wav2Vec2Config
 from tools.caches import verify
 
@@ -872,16 +872,12 @@ def test_a_config_that_says_ram_reads_from_the_disk(tmp_path, corpus):
     assert prefix.complete and prefix.reader is prefix.cache
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_the_tier_of_a_gpu_is_optional(tmp_path, corpus, monkeypatch, there):
-    """Where only the core was copied, `auto` reads from the disk."""
+def test_on_a_gpu_auto_may_keep_a_whole_cache_there(tmp_path, corpus, monkeypatch):
     prefix = prefix_with_cache(tmp_path, corpus)
     prefix.device = torch.device("cuda", 0)
-    monkeypatch.setattr("machine.tier.pick", lambda tier, cache, device: "on the GPU")
-    if not there:
-        monkeypatch.setattr(cache_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("machine.gpu.pick", lambda tier, cache, device: "on the GPU")
     prefix.release_if_cached("auto")
-    assert prefix.reader == ("on the GPU" if there else prefix.cache)
+    assert prefix.reader == "on the GPU"
 
 
 def test_runs_that_differ_above_the_prefix_share_a_cache(tmp_path, corpus):

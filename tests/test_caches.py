@@ -1,4 +1,4 @@
-"""What `tools.caches` promises: one pass over the audio for several caches, damage found, nothing lost by mistake."""
+"""What `tools.caches` promises: caches filled before a run, damage found, nothing lost by mistake."""
 
 import json
 import os
@@ -144,19 +144,6 @@ def test_a_build_into_a_cache_that_may_not_be_written_is_refused(several, monkey
         caches.build([path, "cache_dtype=float32"])
 
 
-def test_only_the_deepest_model_of_a_build_stays_in_memory(several, monkeypatch):
-    """The others' prefixes are computed by it."""
-    real, held = caches.fill, []
-
-    def fill(jobs, *how):
-        held.extend((job.depth, next(job.model.parameters()).is_meta) for job in jobs)
-        return real(jobs, *how)
-
-    monkeypatch.setattr(caches, "fill", fill)
-    caches.build([str(several[name]) for name in ("lora", "heads", "last2")])
-    assert sorted(held) == [(0, True), (1, True), (4, False)]
-
-
 def test_clear_deletes_caches_alone_and_says_what_it_freed(tmp_path, monkeypatch, capsys):
     """By directory, or by name below ./cache; if one is no cache, none is deleted; a file of others stays."""
     (_, one), (_, other) = filled(tmp_path, 5), filled(tmp_path, 2, torch.int8)
@@ -188,7 +175,7 @@ def test_a_run_and_a_build_are_told_as_users_of_their_cache(several, capsys, mon
     assert "20 utterances" in printed
 
 
-# ---------------------------------------------------------------- several caches in one pass
+# ---------------------------------------------------------------- several caches with one command
 
 
 @pytest.fixture
@@ -225,31 +212,28 @@ def activations(path: Path) -> tuple[Path, torch.Tensor, list[int]]:
     return cache.directory, stored, lengths
 
 
-def test_caches_of_several_configs_are_built_in_one_pass(several, tmp_path, monkeypatch):
-    """Bit for bit what each has when built alone; every audio file is read once, every layer run once a batch."""
-    read, layers = [], []
-    real_read, real_layer = data.read_audio, Layer.forward
+def test_one_command_builds_the_caches_of_several_configs(several, monkeypatch):
+    """Each activation is what a run computes, bit for bit; configs that share a cache fill it once."""
+    read, real_read = [], data.read_audio
     monkeypatch.setattr(data, "read_audio", lambda path: (read.append(path), real_read(path))[1])
-    monkeypatch.setattr(Layer, "forward", lambda self, *inputs: (layers.append(1), real_layer(self, *inputs))[1])
     built = caches.build([*map(str, several.values()), "batch_size=10"])
-    assert len(read) == 20
-    assert len(layers) == 2 * 3  # two batches, three layers
+    assert len(read) == 6 * 20
     assert list(built) == [str(path) for path in several.values()]
     assert len({report["directory"] for report in built.values()}) == 6
-    together = {name: activations(path) for name, path in several.items()}
-    shutil.rmtree(tmp_path / "cache")
+    rows = {}
     for name, path in several.items():
-        caches.build([str(path)])
         directory, stored, lengths = activations(path)
-        assert directory == Path(built[str(path)]["directory"]) == together[name][0]
-        assert lengths == together[name][2]
-        assert torch.equal(stored, together[name][1]), name
+        assert str(directory) == built[str(path)]["directory"]
         assert built[str(path)]["bytes"] == stored.numel() * stored.element_size()
-    rows = {name: set(lengths) for name, (_, _, lengths) in together.items()}
+        rows[name] = set(lengths)
+        shutil.rmtree(directory)
+        train.train(load_config(path, ["epochs=1", f"name={name}", "batch_size=10"]))
+        of_run = activations(path)
+        assert of_run[2] == lengths and torch.equal(of_run[1], stored), name
     assert (rows["heads"], rows["spread"], rows["layers"]) == ({1}, {2}, {4})
 
 
-def test_a_build_tells_what_each_cache_would_have_cost(several, monkeypatch):
+def test_a_build_tells_what_each_cache_has_cost(several, monkeypatch):
     """A deeper prefix costs more than a shallower one; what is complete costs nothing, which is told apart from 0."""
     clock = [0.0]
     real_layer = Layer.forward
@@ -279,7 +263,7 @@ def test_two_builds_at_once_share_the_work(several, monkeypatch):
 
     monkeypatch.setattr(data, "read_audio", read_audio)
     built = caches.build(paths)
-    assert len(read) == 20 + 4  # the batch in hand
+    assert len(read) == 2 * 20 + 4  # the batch in hand
     for path in paths:
         assert verify(built[path]["directory"]) == []
         assert sum(1 for _ in caches.read_index(Path(built[path]["directory"]))) == 20

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +29,7 @@ import freeze
 import metrics
 import run
 import train
-import weights
 from config import Config, load_config
-from corpora import published as corpora
 from lora import LoRALinear
 from machine import hardware
 from model import EmotionModel, FeatureEncoder, Layer
@@ -1038,31 +1035,6 @@ def test_without_a_network_the_demo_goes_on_with_the_small_backbone(settings, tm
     waveform = speech_like(8000)
     for one, other in zip(found.hidden_states([waveform]), named.hidden_states([waveform]), strict=True):
         assert torch.equal(one[0], other[0]) and one[0].isfinite().all()
-
-
-def test_without_a_network_the_demo_warns_and_goes_on_with_random_weights(settings, tmp_path, monkeypatch, capsys):
-    """And says with every score that it is none about emotion; the run comes back from disk."""
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    tiny = {"conv_channels": (32,) * 7, "width": 64, "heads": 4, "ffn": 128, "layers": 3}
-    real, synthesize = weights.random_backbone, corpora.synthesize_demo
-    monkeypatch.setattr(weights, "random_backbone", lambda config: real(replace(config, **tiny)), raising=False)
-    monkeypatch.setattr(weights, "SMALL", tmp_path / "not there")  # as in a copy of the core alone
-    monkeypatch.setattr(corpora, "synthesize_demo", lambda root: synthesize(root, 12, 4, 4))
-    demo = {"corpus": "demo", "manifest": None, "label_range": None, "data_root": str(tmp_path / "demo")}
-    config = settings(backbone="facebook/wav2vec2-base", lora_rank=2, epochs=1, **demo)
-    assert command_line(monkeypatch, write_config(tmp_path, **run.plain(config))) is None
-    out, err = capsys.readouterr()
-    assert err.count("warning: ") == 2
-    assert "warning: backbone: facebook/wav2vec2-base is neither a path here" in err
-    assert err.endswith("warning: the demo goes on with RANDOM weights of wav2vec2-base\n")
-    assert out.startswith(run.DEMO_NOTE) and out.endswith(f"{run.DEMO_NOTE}\n")
-    directory = directory_of(config)
-    assert json.loads((directory / "result.json").read_text())["note"] == run.DEMO_NOTE
-    row = read_csv(directory / "predictions_test.csv")[0]
-    predicted = run.load_run(directory).predict(data.read_audio(row["file"]), 16_000)
-    assert predicted["valence"] == pytest.approx(float(row["valence"]), abs=1e-3)
 
 
 # ---------------------------------------------------------------- seeds

@@ -1,6 +1,6 @@
 """The care of activation caches: fill them, find damage, list what they take and who uses them, delete them.
 
-python -m tools.caches build configs/partial3_cached.yaml      fill the caches that configs use, in one pass
+python -m tools.caches build configs/partial3_cached.yaml      fill the caches that configs use
 torchrun --nproc_per_node=2 -m tools.caches build ...          the same, each of two processes computing half of it
 python -m tools.caches verify cache/1f0c3a... [--repair]       read everything, name what is damaged, and forget it
 python -m tools.caches list cache                              size, content, last use and users of each cache
@@ -17,11 +17,9 @@ import uuid
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from operator import attrgetter
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import cache
@@ -31,12 +29,10 @@ from cache import Prefix, file_size, read_description, read_index, read_line
 from config import load_config, split_words
 from machine import hardware
 from machine.audio import file_state
-from machine.fast import send
 from machine.hardware import parallel, replace
 from machine.programs import command
 
 PARTS = (".bin", ".index", ".user", ".tmp", ".csv")  # of a cache, beside cache.json; .csv: the index until format 2
-DEPTH = attrgetter("depth")
 
 
 def list_caches(root: str | Path) -> str:
@@ -183,18 +179,18 @@ def read_rows(directory: Path, line: cache.Line, identity: dict) -> bytes | None
 
 
 def build(words: Sequence[str]) -> dict[str, dict]:
-    """Compute what the caches of configs lack; those alike in corpus and backbone share one pass over the audio.
+    """Compute what the caches of configs lack, one cache after the other.
 
     `words` are paths of configs, and `key=value` for all of them. For each path the cache's "directory", its "bytes",
-    and the "seconds" that building it alone would have taken, None if it was complete.
+    and the "seconds" that building it took, None if it was complete.
     """
     paths, overrides = split_words(words)
     if not paths:
         raise ValueError("build: expected at least one config")
-    groups: dict[tuple, dict[Path, Prefix]] = {}  # by all that must be alike, then by directory
+    jobs: dict[Path, tuple[Prefix, str, bool]] = {}  # by directory: what fills it, in what precision, with TF32
+    directories: dict[str, Path] = {}  # by path
     length: dict[tuple, float] = {}  # seconds of audio, by files
     needed: dict[Path, int] = {}  # bytes, by directory
-    caches: dict[str, cache.ActivationCache] = {}  # by config
     for path in paths:
         config = load_config(path, overrides)
         device = hardware.pick_device(config.device, parallel.local_rank())
@@ -213,61 +209,37 @@ def build(words: Sequence[str]) -> dict[str, dict]:
             raise OSError(f"cache {opened.directory}: {lacks}; set cache_dir")
         opened.note_user(path, backbone["source"])
         needed[opened.directory] = opened.space(length[audio])
-        kind = audio, backbone["sha256"], model.backbone.config.normalize_waveform, device, precision, tf32
-        group, size = groups.setdefault(kind, {}), config.micro_batch_size or config.batch_size
+        directories[path], size = opened.directory, config.micro_batch_size or config.batch_size
         prefix = Prefix(model, audio, device, hardware.DTYPES[precision], opened, size)
-        caches[path] = group.setdefault(opened.directory, prefix).cache
-        for other in sorted(group.values(), key=DEPTH)[:-1]:
-            other.model.to("meta")  # the deepest computes for all
+        jobs.setdefault(opened.directory, (prefix, precision, tf32))
     hardware.require_space(needed)
-    seconds: dict[Path, float] = {}
-    for (*_, precision, tf32), group in groups.items():
-        seconds |= fill(list(group.values()), precision, tf32)
-    return {
-        path: {"directory": str(one.directory), "seconds": seconds.get(one.directory), "bytes": one.stored_bytes()}
-        for path, one in caches.items()
-    }
+    built = {}
+    for directory, job in jobs.items():
+        seconds = fill(*job)
+        built[directory] = {"directory": str(directory), "seconds": seconds, "bytes": job[0].cache.stored_bytes()}
+    return {path: built[directory] for path, directory in directories.items()}
 
 
-@torch.no_grad()
-def fill(prefixes: Sequence[Prefix], precision: str, tf32: bool) -> dict[Path, float]:
-    """Complete caches that share backbone and audio: of a batch every hidden state is computed once.
+def fill(prefix: Prefix, precision: str, tf32: bool) -> float | None:
+    """Complete a cache; returns the seconds that it took, None if it was complete.
 
-    Returns the seconds that filling each alone would have taken, by the directories of those that were not complete.
     Several commands may do this at once, each in an order of its own and without what another has done by then. The
     processes of one command share the work.
     """
-    first, seconds = sorted(prefixes, key=DEPTH)[-1], {}
-    hardware.prepare(first.model, first.device, precision, tf32)
-    size, count = min(prefix.at_once for prefix in prefixes), len(first.paths)
-    batches = parallel.share([range(i, min(i + size, count)) for i in range(0, count, size)])
-    missing = [batch for batch in batches if not all(prefix.cache.has(batch) for prefix in prefixes)]
-    random.shuffle(missing)
-
-    def load(batch: Sequence[int]) -> list[Tensor]:
-        there = all(prefix.cache.has(batch) for prefix in prefixes)  # by now
-        return [] if there else [data.read_audio(first.paths[number]) for number in batch]
-
-    audio = data.prefetch(load, missing)
-    for batch in tqdm(missing, desc="cache", unit="batch", disable=parallel.rank() > 0 or None):
-        begin, waveforms = time.perf_counter(), [send(waveform, first.device) for waveform in next(audio)]
-        wanted = [prefix for prefix in prefixes if waveforms and not prefix.cache.has(batch)]
-        depths = sorted({depth for prefix in wanted for depth in prefix.model.sources(prefix.depth)})
-        states, reached = {}, {}  # by depth: hidden states, and the seconds until each was there
-        with torch.autocast(first.device.type, first.dtype, enabled=first.dtype != torch.float32):
-            for depth, state in zip(depths, first.model.states(waveforms, depths), strict=False):
-                hardware.synchronize(first.device)
-                states[depth], reached[depth] = state, time.perf_counter() - begin
-        for prefix in wanted:
-            begin, sources = time.perf_counter(), prefix.model.sources(prefix.depth)
-            prefix.cache.write(batch, *prefix.model.join([states[depth] for depth in sources], prefix.depth))
-            taken = reached[sources[-1]] + time.perf_counter() - begin
-            seconds[prefix.cache.directory] = seconds.get(prefix.cache.directory, 0.0) + taken
+    start, lacking = time.perf_counter(), bool(prefix.cache.missing)
+    if lacking:
+        hardware.prepare(prefix.model, prefix.device, precision, tf32)
+        size, count = prefix.at_once, len(prefix.paths)
+        batches = parallel.share([range(i, min(i + size, count)) for i in range(0, count, size)])
+        missing = [batch for batch in batches if not prefix.cache.has(batch)]
+        random.shuffle(missing)
+        progress = {"desc": "cache", "unit": "batch", "disable": parallel.rank() > 0 or None}
+        for _ in tqdm(prefix(missing), total=len(missing), **progress):
+            pass
     parallel.wait()
-    for prefix in prefixes:
-        prefix.cache.close()
-        prefix.cache.load_index()  # with what other processes have written
-    return seconds
+    prefix.cache.close()
+    prefix.release_if_cached()  # looks for what other processes have written, too
+    return time.perf_counter() - start if lacking else None
 
 
 # ---------------------------------------------------------------- the command
@@ -276,7 +248,7 @@ def fill(prefixes: Sequence[Prefix], precision: str, tf32: bool) -> dict[Path, f
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fill, check, list or delete activation caches.")
     commands = parser.add_subparsers(dest="command", required=True)
-    built = commands.add_parser("build", help="fill the caches that configs use, in one pass over the audio")
+    built = commands.add_parser("build", help="fill the caches that configs use")
     built.add_argument("words", nargs="+", metavar="config | key=value", help="keys are for all of the configs")
     built.add_argument("--report", help="JSON file to write: directory, bytes and seconds of each config's cache")
     verified = commands.add_parser("verify", help="name damaged activations")

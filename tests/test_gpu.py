@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_cache import activation, filled, open_cache, touch
 
-from machine.tier import OnGPU, pick
+from machine.gpu import OnGPU, pick
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +54,7 @@ def test_auto_is_the_gpu_if_half_of_its_free_memory_has_room(tmp_path, monkeypat
     paths, directory = filled(tmp_path, 5, dtype)
     cache, cuda = open_cache(tmp_path, paths, dtype), torch.device("cuda", 1)
     (shard,) = directory.glob("*.bin")
-    monkeypatch.setattr("machine.tier.OnGPU", lambda cache, device: ("held", device))
+    monkeypatch.setattr("machine.gpu.OnGPU", lambda cache, device: ("held", device))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
     free = 2 * shard.stat().st_size
     assert pick("auto", cache, cuda) == ("held", cuda)
