@@ -43,6 +43,8 @@ import run
 import weights
 from cache import Prefix, open_cache
 from config import Config, load_config
+from formats.huggingface import save_backbone
+from formats.random_weights import random_backbone
 from machine import fast, hardware
 from machine.programs import command
 from metrics import ccc_loss
@@ -344,7 +346,7 @@ def main() -> None:
         arguments.folder = folder
         if arguments.backbone is None:
             arguments.backbone = f"{folder}/backbone"
-            weights.save_backbone(weights.random_backbone(Wav2Vec2Config()), arguments.backbone)
+            save_backbone(random_backbone(Wav2Vec2Config()), arguments.backbone)
         architecture = weights.load_backbone(arguments.backbone).config
         turns = make_turns(arguments.turns, arguments.lengths)
         for number, turn in enumerate(turns):

@@ -26,7 +26,6 @@ from formats.onnx import save_onnx
 from machine.programs import command
 from model import EmotionModel
 
-RANDOM = "random, as "  # begins the source of a backbone of the demo that has no checkpoint
 FORMATS = ("transformers", "peft", "onnx")
 
 
@@ -40,7 +39,9 @@ def export(directory: str | Path, out: str | Path, form: str, backbone: str | No
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already, and not empty; expected a new directory")
     best, config = run.load_best(directory)
-    config, source = replace(config, backbone=backbone or config.backbone), best["backbone"]["source"]
+    source = best["backbone"]["source"]
+    was = "small" if source == "small" else config.backbone  # the demo may have gone on with it
+    config = replace(config, backbone=backbone or was)
     if not (directory / "result.json").is_file():
         raise ValueError(f"{directory}: has no result.json, so this run is not finished; train.py continues it")
     if config.backbone == "logmel":
@@ -56,15 +57,14 @@ def export(directory: str | Path, out: str | Path, form: str, backbone: str | No
         else:
             save_head(model, beside / "head.safetensors")
         if form == "transformers":
-            save_backbone(model.backbone, beside, family(source, config.backbone))
+            save_backbone(model.backbone, beside, family(config.backbone))
         if form == "peft":
             save_adapter(model.backbone, beside, config.backbone)
             settings = json.dumps(settings_of(model.backbone.config)[1], indent=2)
             (beside / "preprocessor_config.json").write_text(settings + "\n", encoding="utf-8")
         result, plain, default = weights.read_json(directory / "result.json"), run.plain(config), run.plain(Config())
         changed = {key: value for key, value in plain.items() if key not in run.PLACE_KEYS and value != default[key]}
-        base = source if source.startswith(RANDOM) else config.backbone
-        text = card(result, plain, changed, base, form, model.targets, model.label_range)
+        text = card(result, plain, changed, config.backbone, form, model.targets, model.label_range)
         (beside / "README.md").write_text(text, encoding="utf-8")
         if out.exists():
             out.rmdir()
@@ -83,7 +83,7 @@ def require_adapter(directory: Path, config: Config, source: str) -> None:
         "it has no LoRA (lora_rank is 0)": config.lora_rank == 0,
         f"layers of the backbone train besides (trainable_layers is {layers!r})": layers not in (0, []),
         f"its base is no checkpoint but {source}": config.adapter is not None,
-        "its backbone was random weights, which nobody else has": source.startswith(RANDOM),
+        "its backbone is the small one of this repository, of which PEFT does not know": source == "small",
         f"its backbone is a file, {config.backbone}, and PEFT loads directories and names of the hub": file,
     }
     for reason, holds in reasons.items():
@@ -91,10 +91,9 @@ def require_adapter(directory: Path, config: Config, source: str) -> None:
             raise ValueError(f"{directory}: cannot be a PEFT adapter: {reason}; export it with --format transformers")
 
 
-def family(source: str, backbone: str) -> str:
+def family(backbone: str) -> str:
     """`model_type` of the checkpoint that a run began with; wav2vec2 if no settings are with it."""
-    files = [] if source.startswith(RANDOM) else weights.locate(backbone)
-    settings = [weights.read_json(file) for file in files if file.name == "config.json"]
+    settings = [weights.read_json(file) for file in weights.locate(backbone) if file.name == "config.json"]
     return settings[0].get("model_type", "wav2vec2") if settings else "wav2vec2"
 
 

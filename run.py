@@ -198,7 +198,7 @@ def assemble(config: Config, backbone: Wav2Vec2, label_range: tuple[float, float
 def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backbone: str | None = None) -> EmotionModel:
     """The best model of a finished run, LoRA merged or still apart, in eval mode; or a published emotion model.
 
-    `source` is a run's directory, or what `weights.load_emotion_model` reads: a Hugging Face directory or a hub id.
+    `source` is a run's directory, or what `formats.emotion` reads: a Hugging Face directory or a hub id.
     `backbone` says where the backbone of a run is now, if it has moved. Raises FileNotFoundError or ValueError.
     """
     directory = Path(source)
@@ -207,7 +207,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
         if backbone is not None:
             raise ValueError(f"--backbone: {source} is a published emotion model, which has its own; leave it out")
         try:
-            model = weights.load_emotion_model(source)
+            model = extra("formats.emotion", f"{source}").load_emotion_model(source)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
         weights.require_finite(dict(model.named_parameters()), source)

@@ -75,19 +75,10 @@ MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
 PROCESSOR = "processor_config.json"  # transformers 5 writes the preprocessor's settings into this file alone
 SETTINGS_FILES = ("config.json", "preprocessor_config.json", PROCESSOR)  # a later one overrides
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
-MOVED = {"save_backbone": "huggingface", "random_backbone": "random_weights", "sha256_of": "random_weights"}
-MOVED |= {"load_emotion_model": "emotion"}
 
 
 class UnavailableError(FileNotFoundError):
     """A hub's checkpoint is neither in the local cache nor to be had from the network."""
-
-
-def __getattr__(name: str) -> Any:
-    """Functions that have moved to formats/ are still found here."""
-    if name in MOVED:
-        return getattr(extra(f"formats.{MOVED[name]}", f"weights.{name}"), name)
-    raise AttributeError(f"module 'weights' has no attribute {name!r}")
 
 
 def load_backbone(source: str | Path, **regularisation: Any) -> Wav2Vec2:

@@ -14,6 +14,7 @@ NOT_FOR_MONEY = "It is published under CC BY-NC-SA 4.0: not for commercial use, 
 LICENCES = {  # by how the name of a backbone begins: the hub's word, and a sentence
     "facebook/wav2vec2-": ("apache-2.0", "It is published under the Apache License 2.0."),
     "audeering/": ("cc-by-nc-sa-4.0", NOT_FOR_MONEY),
+    "small": ("cc-by-nc-sa-4.0", NOT_FOR_MONEY),
 }
 
 

@@ -14,6 +14,7 @@ import run
 import weights
 from config import Config
 from formats import adapter
+from formats.random_weights import random_backbone
 from model import Wav2Vec2Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,7 +217,7 @@ def test_lora_on_the_attention_of_wavlm_is_no_adapter_of_peft(tmp_path):
     """Loaded by PEFT it would change nothing, without a word; on the feed-forward layers it works and is written."""
     config = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=1, heads=4, ffn=128, relative_buckets=32)
     for targets, refused in ((["q", "fc1"], True), (["fc1"], False)):
-        backbone = weights.random_backbone(config)
+        backbone = random_backbone(config)
         lora.inject(backbone, 2, 4, targets)
         with pytest.raises(ValueError, match="WavLM's q, k, v or o") if refused else nullcontext():
             adapter.save_adapter(backbone, tmp_path, "microsoft/wavlm-base")

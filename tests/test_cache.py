@@ -23,8 +23,8 @@ import data
 import freeze
 import lora
 import run
-import weights
 from cache import ActivationCache, Prefix, make_line
+from formats.random_weights import random_backbone
 from machine import audio, hardware
 from machine.gpu import OnGPU
 from model import EmotionModel, Wav2Vec2Config
@@ -790,7 +790,7 @@ def fit(
     """Losses of three epochs, and the inputs of the part that trains, by epoch and utterance."""
     layers, rank, depth = method
     torch.manual_seed(0)
-    model = EmotionModel(weights.random_backbone(TINY), ["activation", "valence"], (1, 7), head_width=16)
+    model = EmotionModel(random_backbone(TINY), ["activation", "valence"], (1, 7), head_width=16)
     freeze.freeze(model, layers)
     if rank:
         lora.inject(model, rank, 2 * rank, ["q", "v"])
@@ -857,7 +857,7 @@ def test_training_is_the_same_from_every_tier(tmp_path, corpus, method):
 def prefix_with_cache(tmp_path: Path, corpus: list[str]) -> Prefix:
     """The prefix of a run whose cache is whole."""
     fit(corpus, LAST_LAYER, tmp_path, "float16")[2].cache.close()
-    model = EmotionModel(weights.random_backbone(TINY), ["activation"], (1, 7))
+    model = EmotionModel(random_backbone(TINY), ["activation"], (1, 7))
     freeze.freeze(model, 1)
     how = {"backbone": "tiny", "precision": "fp32", "dtype": "float16"}
     cache = cache_module.open_cache(str(tmp_path), model, corpus, **how)
@@ -1024,7 +1024,7 @@ def test_a_cache_of_an_earlier_version_is_read(tmp_path, dtype):
 )
 def test_the_directories_of_an_earlier_version_keep_their_names(tmp_path, layers, rank, pooling, name):
     """As that version named them; TF32, whose numbers are others, has a directory of its own."""
-    model = EmotionModel(weights.random_backbone(TINY), ["activation"], (1, 7), head_width=16, pooling=pooling)
+    model = EmotionModel(random_backbone(TINY), ["activation"], (1, 7), head_width=16, pooling=pooling)
     freeze.freeze(model, layers)
     if rank:
         lora.inject(model, rank, 2 * rank, ["q", "v"])
@@ -1035,7 +1035,7 @@ def test_the_directories_of_an_earlier_version_keep_their_names(tmp_path, layers
 
 def open_for_a_model(folder: Path, paths: list[str]) -> ActivationCache:
     """As a run opens its cache: with notes."""
-    model = EmotionModel(weights.random_backbone(TINY), ["activation"], (1, 7))
+    model = EmotionModel(random_backbone(TINY), ["activation"], (1, 7))
     how = {"backbone": "tiny", "precision": "fp32", "dtype": "float32"}
     return cache_module.open_cache(folder / "cache", model, paths, **how)
 

@@ -121,5 +121,5 @@ def test_the_published_emotion_model_at_its_size_has_the_outputs_of_its_recipe(f
     theirs = published_recipe(transformers, **sizes)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         theirs.save_pretrained(folder)
-        worst = assert_published(theirs, weights.load_emotion_model(folder), (400, 7331, 48_000))
+        worst = assert_published(theirs, load_emotion_model(folder), (400, 7331, 48_000))
     print(f"emotion model: outputs differ by {worst:.1e}")

@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 from conftest import perturb, speech_like, tiny_config, tiny_settings, write_tiny_checkpoint
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import data
 import export
 import run
 import train
@@ -212,6 +214,19 @@ def test_only_a_run_that_trains_lora_alone_becomes_an_adapter(runs, tmp_path, ti
     assert not (tmp_path / "out").exists()
 
 
+def test_a_demo_that_went_on_with_small_is_exported_as_what_it_is(tmp_path, tiny_manifest, monkeypatch):
+    """Without the network that it lacked; the card has the licence of `small`, and PEFT cannot name it."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    corpus = data.read_manifest(tiny_manifest)
+    monkeypatch.setattr(data, "load_corpus", lambda **_: corpus)
+    train.train(Config(name="demo", output_dir=str(tmp_path), lora_rank=2, epochs=1, device="cpu", batch_size=4))
+    card = (export.export(tmp_path / "demo", tmp_path / "out", "transformers") / "README.md").read_text("utf-8")
+    assert "license: cc-by-nc-sa-4.0" in card and "facebook" not in card
+    with pytest.raises(ValueError, match="cannot be a PEFT adapter: its backbone is the small one"):
+        export.export(tmp_path / "demo", tmp_path / "adapter", "peft")
+
+
 # ---------------------------------------------------------------- ONNX
 
 
@@ -296,15 +311,15 @@ def test_a_demo_says_beside_its_scores_that_it_is_one(runs, tmp_path):
     [
         ("facebook/wav2vec2-base", "apache-2.0", "Apache License 2.0"),
         ("audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim", "cc-by-nc-sa-4.0", "not for commercial use"),
+        ("small", "cc-by-nc-sa-4.0", "not for commercial use"),
         ("someone/wav2vec2", "other", "see the backbone's own"),
-        ("random, as facebook/wav2vec2-base", "other", "see the backbone's own"),
     ],
 )
 def test_the_licence_is_that_of_the_backbone(source, identifier, words):
     assert card.licence(source)[0] == identifier
     assert words in card.licence(source)[1]
     about = card.front_matter(source, "peft")
-    assert about.get("base_model") == (None if source.startswith("random") else source)
+    assert about.get("base_model") == (source if "/" in source else None)
     assert about["license"] == identifier
 
 

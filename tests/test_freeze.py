@@ -10,7 +10,7 @@ from torch import nn
 import freeze
 import lora
 import run
-import weights
+from formats.random_weights import random_backbone
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +48,7 @@ METHODS = {
 def build(method: str, config: Wav2Vec2Config = TINY) -> EmotionModel:
     trainable, with_lora, _ = METHODS[method]
     torch.manual_seed(0)
-    model = EmotionModel(weights.random_backbone(config), ["activation", "valence"], (1, 7), head_width=8)
+    model = EmotionModel(random_backbone(config), ["activation", "valence"], (1, 7), head_width=8)
     freeze.freeze(model, trainable)
     if with_lora:
         lora.inject(model, 2, 4, ["q", "v"], with_lora)
@@ -145,7 +145,7 @@ def test_freezing_again_forgets_what_was_before():
 def test_layers_that_do_not_exist_are_an_error(value, message):
     """It says how many there are."""
     with pytest.raises(ValueError, match=message):
-        freeze.freeze(weights.random_backbone(TINY), value)
+        freeze.freeze(random_backbone(TINY), value)
 
 
 # ---------------------------------------------------------------- where the prefix ends

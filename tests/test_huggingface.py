@@ -9,6 +9,7 @@ from test_weights import assert_same
 
 import weights
 from formats.huggingface import save_backbone
+from formats.random_weights import random_backbone
 from lora import inject
 from model import Wav2Vec2, Wav2Vec2Config
 
@@ -33,7 +34,7 @@ ARCHITECTURES = {
 def small_backbone(**settings) -> Wav2Vec2:
     """Random, small, every parameter with a value of its own."""
     sizes = {"conv_channels": (32,) * 7, "width": 64, "layers": 2, "heads": 4, "ffn": 96}
-    return perturb(weights.random_backbone(Wav2Vec2Config(**{**sizes, **settings})))
+    return perturb(random_backbone(Wav2Vec2Config(**{**sizes, **settings})))
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def test_what_is_no_whole_backbone_is_not_written(tmp_path):
 def test_random_weights_are_the_same_for_the_same_seed():
     """The demo without a network is reproducible: a golden sum, and every parameter finite."""
     config = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=2, heads=4, ffn=128)
-    one, same, other = (weights.random_backbone(config, seed) for seed in (0, 0, 1))
+    one, same, other = (random_backbone(config, seed) for seed in (0, 0, 1))
     assert_same(one, same)
     assert not torch.equal(one.layers[0].attention.q.weight, other.layers[0].attention.q.weight)
     assert all(parameter.isfinite().all() for parameter in one.parameters()) and not one.training
@@ -108,7 +109,7 @@ def test_random_weights_are_the_same_for_the_same_seed():
 @torch.no_grad()
 def test_random_weights_keep_the_signal():
     """Features and hidden states of the base shape have a usable scale: nothing vanishes on the way."""
-    backbone = weights.random_backbone(Wav2Vec2Config(layers=1))
+    backbone = random_backbone(Wav2Vec2Config(layers=1))
     features, lengths = backbone.feature_encoder([speech_like(4000)])
     assert 0.05 < features.std() < 20
     assert 0.5 < backbone(features, lengths).std() < 2

@@ -5,7 +5,6 @@ import math
 import runpy
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ import data
 import run
 import train
 from config import Config, make_config
-from formats import hub
 from machine import hardware
 from model import normalize
 from tools import layers
@@ -243,25 +241,16 @@ def test_the_split_and_the_number_of_utterances_are_those_asked_for(trained, mon
     assert "of 3 utterances of dev" in capsys.readouterr().out
 
 
-def test_a_demo_run_says_that_it_is_one_and_that_its_weights_were_random(tmp_path, monkeypatch, capsys, tiny_manifest):
+def test_a_demo_run_says_that_it_is_one(tmp_path, monkeypatch, capsys, tiny_checkpoint, tiny_manifest):
     """In the table, in the CSV and on the terminal."""
-    real, corpus = run.weights.random_backbone, data.read_manifest(tiny_manifest)
-    small = {"width": 64, "layers": 3, "heads": 4, "ffn": 128, "conv_channels": (32,) * 7}
-    monkeypatch.setattr(run.weights, "random_backbone", lambda config: real(replace(config, **small)))
-    monkeypatch.setattr(run.weights, "SMALL", tmp_path / "not there")  # as in a copy without the small backbone
-    monkeypatch.setattr(hub, "fetch", lambda *_: unavailable())
+    corpus = data.read_manifest(tiny_manifest)
     monkeypatch.setattr(data, "load_corpus", lambda **_: corpus)
-
-    def unavailable() -> None:
-        raise run.weights.UnavailableError("no network")
-
-    config = Config(name="demo", output_dir=str(tmp_path), trainable_layers=1, epochs=1, device="cpu")
-    train.train(config)
+    keys = {"backbone": str(tiny_checkpoint), "trainable_layers": 1, "epochs": 1, "device": "cpu"}
+    train.train(Config(name="demo", output_dir=str(tmp_path), **keys))
     assert command_line(monkeypatch, tmp_path / "demo") is None
-    note = f"{run.DEMO_NOTE}; the pretrained weights are random, as facebook/wav2vec2-base"
-    assert capsys.readouterr().out.count(note) == 1
-    assert (tmp_path / "demo" / "layers.md").read_text(encoding="utf-8").startswith(note + "\n")
-    assert {row["note"] for row in read_rows(tmp_path / "demo").values()} == {note}
+    assert capsys.readouterr().out.count(run.DEMO_NOTE) == 2  # by the run and by the command
+    assert (tmp_path / "demo" / "layers.md").read_text(encoding="utf-8").startswith(run.DEMO_NOTE + "\n")
+    assert {row["note"] for row in read_rows(tmp_path / "demo").values()} == {run.DEMO_NOTE}
 
 
 def test_no_note_on_a_corpus_of_ones_own(trained, monkeypatch, tmp_path, capsys):

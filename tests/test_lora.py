@@ -6,6 +6,7 @@ from torch import nn
 
 import lora
 import weights
+from formats.random_weights import random_backbone
 from freeze import count, freeze
 from machine.fast import Linear
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
@@ -47,7 +48,7 @@ def final(backbone: Wav2Vec2) -> torch.Tensor:
 
 def test_training_starts_at_exactly_the_base_model():
     """Bit for bit, at every hidden state: B is zero. A is not, else B would have no gradient."""
-    backbone = weights.random_backbone(TINY)
+    backbone = random_backbone(TINY)
     before = backbone.hidden_states(waveforms())
     lora.inject(backbone, 4, 8, lora.TARGETS)
     after = backbone.hidden_states(waveforms())
@@ -60,7 +61,7 @@ def test_training_starts_at_exactly_the_base_model():
 
 def test_inject_returns_the_names_of_what_it_wrapped():
     """They are module names of the backbone; all else stays as it was."""
-    model = EmotionModel(weights.random_backbone(TINY), ["valence"], (1, 7))
+    model = EmotionModel(random_backbone(TINY), ["valence"], (1, 7))
     names = lora.inject(model, 2, 4, ["q", "fc2"], layers=[0, 2])
     assert names == [
         "layers.0.attention.q",
@@ -102,7 +103,7 @@ def test_the_update_is_alpha_over_rank_times_b_a(rank, alpha):
 
 def test_merging_keeps_the_outputs_and_puts_the_plain_layers_back():
     """Differences of at most 1e-5, though the update was far from zero; nothing of LoRA remains."""
-    backbone = weights.random_backbone(TINY)
+    backbone = random_backbone(TINY)
     base, kinds = final(backbone), {name: type(module) for name, module in backbone.named_modules()}
     names = [name for name, _ in backbone.named_parameters()]
     lora.inject(backbone, 4, 8, lora.TARGETS)
@@ -187,7 +188,7 @@ def test_dropout_acts_in_training_alone_and_on_the_low_rank_path_alone():
 def test_after_a_step_every_lora_parameter_has_a_gradient_and_nothing_frozen_has(dropout):
     """B from the first step on, A from the second, when B is no longer zero."""
     torch.manual_seed(0)
-    model = EmotionModel(weights.random_backbone(TINY), ["activation", "valence"], (1, 7))
+    model = EmotionModel(random_backbone(TINY), ["activation", "valence"], (1, 7))
     freeze(model, 0)
     lora.inject(model, 4, 8, lora.TARGETS, dropout=dropout)
     model.train()
@@ -239,7 +240,7 @@ def test_gradients_are_those_of_the_formula(dropout):
 )
 def test_what_cannot_be_wrapped_is_an_error_and_leaves_the_model_whole(arguments, message):
     """The message names the key and what there is."""
-    backbone = weights.random_backbone(TINY)
+    backbone = random_backbone(TINY)
     with pytest.raises(ValueError, match=message):
         lora.inject(backbone, **{"rank": 4, "alpha": 8, "targets": ["q"], **arguments})
     assert not list(lora.adapters(backbone))
@@ -247,7 +248,7 @@ def test_what_cannot_be_wrapped_is_an_error_and_leaves_the_model_whole(arguments
 
 def test_wrapping_twice_is_an_error():
     """By name; other layers and targets can still be wrapped."""
-    backbone = weights.random_backbone(TINY)
+    backbone = random_backbone(TINY)
     lora.inject(backbone, 4, 8, ["q"], layers=[1])
     with pytest.raises(ValueError, match=r"layers\.1\.attention\.q has LoRA already"):
         lora.inject(backbone, 4, 8, ["q"], layers=[1])

@@ -22,6 +22,8 @@ import run
 import train
 import weights
 from config import Config
+from formats.huggingface import save_backbone
+from formats.random_weights import random_backbone
 from machine import fast, hardware
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
@@ -37,7 +39,7 @@ LENGTHS = (400, 720, 7331, 320_000, 16_000, 401)  # samples: one frame, two fram
 
 def build(config: Wav2Vec2Config, seed: int = 0) -> Wav2Vec2:
     """A random backbone in which every parameter has a value of its own, and attention a bias that matters."""
-    backbone = perturb(weights.random_backbone(config, seed), seed)
+    backbone = perturb(random_backbone(config, seed), seed)
     if config.relative_buckets:
         torch.nn.init.normal_(backbone.relative_bias.weight, generator=torch.Generator().manual_seed(seed))
     return backbone
@@ -589,7 +591,7 @@ def test_compiled_layers_are_the_same_and_compiled_once_for_all_lengths(backbone
 @pytest.mark.parametrize("method", [{"trainable_layers": 1}, {"lora_rank": 2}, {}], ids=["last layer", "LoRA", "heads"])
 def test_wavlm_trains_on_its_cache_as_without(tmp_path, tiny_manifest, method):
     """Losses to 1e-5 over three epochs, the prefix dropped after the first; the run comes back with its predictions."""
-    weights.save_backbone(build(KINDS["WavLM"]), tmp_path / "wavlm")
+    save_backbone(build(KINDS["WavLM"]), tmp_path / "wavlm")
     losses, predictions = [], []
     for name, cached in (("plain", {}), ("cached", {"cache": True, "cache_dtype": "float32"})):
         keys = tiny_settings(tmp_path, tmp_path / "wavlm", tiny_manifest, **method, **cached)
@@ -614,7 +616,7 @@ def test_lora_on_wavlm_is_a_change_of_its_weights(transformers, tmp_path):
     with torch.no_grad():
         found = backbone.hidden_states([speech_like(4000)])[-1][0]
         lora.merge(backbone)
-        weights.save_backbone(backbone, tmp_path)
+        save_backbone(backbone, tmp_path)
         expected = transformers.WavLMModel.from_pretrained(tmp_path).eval()(speech_like(4000)[None])[0][0]
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
     assert not torch.allclose(found, before, rtol=0, atol=1e-2)

@@ -382,17 +382,6 @@ def test_a_norm_before_the_projection_that_is_missing_is_no_distilhubert(tmp_pat
         weights.load_backbone(write(tmp_path, without(*names)))
 
 
-def test_names_that_have_moved_are_found_where_they_were():
-    """Other programs import them from here; a name that never was is an error as of any module."""
-    from formats import emotion, huggingface, random_weights
-
-    assert weights.load_emotion_model is emotion.load_emotion_model
-    assert weights.save_backbone is huggingface.save_backbone
-    assert weights.random_backbone is random_weights.random_backbone
-    with pytest.raises(AttributeError, match="module 'weights' has no attribute 'nothing'"):
-        _ = weights.nothing
-
-
 # ---------------------------------------------------------------- files of other trainers
 
 

@@ -110,8 +110,8 @@ def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: Prefix, coun
     return same + [cka.value() for cka in found], frames
 
 
-def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Vec2, EmotionModel, str]:
-    """A run's backbone as it was and its best model, LoRA not merged; and where the backbone came from."""
+def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Vec2, EmotionModel]:
+    """A run's backbone as it was and its best model, LoRA not merged."""
     try:
         pretrained, identity = run.find_backbone(config)
     except FileNotFoundError as error:
@@ -119,7 +119,7 @@ def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Ve
     run.require_same(directory / "best.pt", "backbone", checkpoint, identity)
     model = run.assemble(config, copy.deepcopy(pretrained), tuple(checkpoint["label_range"]))
     load_trained(model, checkpoint["trained"])
-    return pretrained, model, identity["source"]
+    return pretrained, model
 
 
 def choose(utterances: Sequence[data.Utterance], split: str, count: int) -> list[data.Utterance]:
@@ -184,7 +184,7 @@ def main() -> None:
     chosen = choose(run.load_utterances(config)[0], arguments.split, arguments.utterances)
     data.check_audio(chosen)
 
-    pretrained, model, source = load_pair(directory, checkpoint, config)
+    pretrained, model = load_pair(directory, checkpoint, config)
     paths = [utterance.source for utterance in chosen]
     prefix = Prefix(model, paths, device, torch.float32)  # ends before the first LoRA
     merge(model)
@@ -195,7 +195,6 @@ def main() -> None:
         row["similarity"] = value
 
     note = run.DEMO_NOTE if config.corpus == "demo" else ""
-    note += f"; the pretrained weights are {source}" if source.startswith("random") else ""
     noise = pretrained.config.width / (pretrained.config.width + frames)
     heard = (
         f"{directory}, epoch {checkpoint['epoch']}. Similarity to the pretrained model: linear CKA over {frames:,} "
