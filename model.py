@@ -12,16 +12,16 @@ the output of layer i-1, L the final output. In addition -1 is the output of the
 utterance. Such a number is called a *depth*.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import extra
 from machine import fast
 from machine.audio import resample
 from machine.fast import Frames, Linear, dropout
@@ -172,34 +172,16 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout = config.heads, config.attention_dropout
         self.q, self.k, self.v, self.o = (Linear(config.width, config.width) for _ in range(4))
-        if config.relative_buckets:
-            self.gate = Linear(config.width // config.heads, 8)
-            self.gate_scale = nn.Parameter(torch.ones(config.heads))
 
-    def forward(self, x: Tensor, frames: Frames, bias: Tensor | None = None) -> Tensor:
-        """`(N, D)` -> `(N, D)`. WavLM adds a bias `(H, T, T)` to the scores, times a gate for each frame and head."""
+    def forward(self, x: Tensor, frames: Frames, bias: fast.Bias | None = None) -> Tensor:
+        """`(N, D)` -> `(N, D)`; only WavLM has a bias."""
         q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q, self.k, self.v))  # (N, H, D/H)
-        gated = None if bias is None else (self.gates(x), bias)
-        return self.o(fast.attend(q, k, v, frames, self.dropout if self.training else 0.0, gated).flatten(1))
-
-    def gates(self, x: Tensor) -> Tensor:
-        """`a (b s - 1) + 2` from two sigmoids a and b and the scale s of each head: `(N, D)` -> `(N, H)`."""
-        logits = self.gate(x.reshape(len(x) * self.heads, -1)).float().view(len(x), self.heads, 2, 4).sum(-1)
-        a, b = logits.sigmoid().unbind(-1)
-        return a * (b * self.gate_scale - 1) + 2
+        return self.o(fast.attend(q, k, v, frames, self.dropout if self.training else 0.0, bias).flatten(1))
 
 
-def distance_buckets(frames: int, buckets: int, longest: int, device: torch.device) -> Tensor:
-    """The bucket of each distance between two frames, from `1 - T` to `T - 1`: int64 `(2T - 1,)`.
-
-    Half of the buckets are for either direction; of these half are for one distance each, and the rest for ranges up
-    to `longest` that grow with the logarithm (Chen et al. 2021, arXiv 2110.13900, WavLM).
-    """
-    distances = torch.arange(1 - frames, frames)
-    size, half, exact = distances.abs(), buckets // 2, buckets // 4
-    wide = torch.log(size.clamp_min(exact) / exact) / math.log(longest / exact) * (half - exact)
-    found = torch.where(size < exact, size, (exact + wide.long()).clamp_max(half - 1))
-    return fast.send(found + half * (distances > 0), device)
+def wavlm() -> Any:
+    """What WavLM has beyond Wav2Vec 2.0."""
+    return extra("formats.wavlm", "backbone: a WavLM")
 
 
 class FeedForward(nn.Module):
@@ -224,7 +206,7 @@ class Layer(nn.Module):
     def __init__(self, config: Wav2Vec2Config):
         super().__init__()
         self.pre_norm, self.dropout = config.pre_norm, config.hidden_dropout
-        self.attention = Attention(config)
+        self.attention = (wavlm().GatedAttention if config.relative_buckets else Attention)(config)
         self.attention_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -258,7 +240,7 @@ class Wav2Vec2(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)  # before the layers, or after them if pre-norm
         if config.relative_buckets:  # one for all layers, so it belongs to none
-            self.relative_bias = nn.Embedding(config.relative_buckets, config.heads)
+            self.relative_bias = wavlm().RelativeBias(config)
 
     def forward(self, x: Tensor, lengths: Sequence[int], first: int = -1, last: int | None = None) -> Tensor:
         """From packed hidden state `first` to hidden state `last` (the final output if None).
@@ -272,19 +254,13 @@ class Wav2Vec2(nn.Module):
             x = self.position(self.projection(x, frames), frames)
             x = dropout(x if c.pre_norm else self.norm(x), c.hidden_dropout, self.projection.training)
         layers = self.layers[max(first, 0) : max(last, 0)]
-        bias = self.attention_bias(max(frames)) if c.relative_buckets and len(layers) else None
+        bias = self.relative_bias(max(frames)) if c.relative_buckets and len(layers) else None
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in layers:
             if layer.training and c.layer_drop > 0 and torch.rand(()) < c.layer_drop:
                 continue
             x = fast.checkpoint(layer, x, frames, bias) if recompute else layer(x, frames, bias)
         return (self.norm(x) if c.pre_norm and first < last == c.layers else x)[:count]
-
-    def attention_bias(self, frames: int) -> Tensor:
-        """WavLM's bias for every pair of query and key, shared by all layers: `(H, T, T)`."""
-        c, weight = self.config, self.relative_bias.weight
-        biases = self.relative_bias(distance_buckets(frames, c.relative_buckets, c.relative_distance, weight.device))
-        return biases.T.unfold(1, frames, 1).flip(1)  # (2T - 1, H) -> (H, T, T): query i sees distances -i to T - 1 - i
 
     def before(self, depth: int) -> list[nn.Module]:
         """The modules that only lead up to hidden state `depth`."""

@@ -4,16 +4,17 @@ This is the only file that calls operators which PyTorch does not document.
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from config import extra
 
 # ---------------------------------------------------------------- matrix products on a CPU
 
@@ -136,27 +137,10 @@ def span_mask(size: int, probability: float, length: int) -> Tensor:
     return mask
 
 
-FORGOTTEN = {"mps"}  # devices whose random state PyTorch's `checkpoint` does not restore, up to 2.13
-
-
 def checkpoint(function: Callable, x: Tensor, *arguments: object) -> Tensor:
     """`function(x, ...)`, computed again in the backward pass with the same random numbers, on every device."""
-    if x.device.type not in FORGOTTEN:
-        return torch.utils.checkpoint.checkpoint(function, x, *arguments, use_reentrant=False)
-    device = torch if x.device.type == "cpu" else getattr(torch, x.device.type)
-    state = device.get_rng_state()
-
-    @contextmanager
-    def repeat() -> Iterator[None]:
-        now = device.get_rng_state()
-        device.set_rng_state(state)
-        yield
-        device.set_rng_state(now)
-
-    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": x.device.type != "cpu"}
-    return torch.utils.checkpoint.checkpoint(
-        function, x, *arguments, context_fn=lambda: (nullcontext(), repeat()), **how
-    )
+    how = {"context_fn": for_gpu().repeated} if x.device.type == "mps" else {}
+    return torch.utils.checkpoint.checkpoint(function, x, *arguments, use_reentrant=False, **how)
 
 
 # ---------------------------------------------------------------- packed frames
@@ -164,12 +148,6 @@ def checkpoint(function: Callable, x: Tensor, *arguments: object) -> Tensor:
 
 class Frames(tuple[int, ...]):
     """The lengths of a batch's utterances. Where their frames lie is computed once for the batch, on its device."""
-
-    def places(self, device: torch.device) -> Tensor:
-        """Where the packed frames lie in a padded batch whose utterances lie one after the other: int64 `(N,)`."""
-        starts = range(0, len(self) * max(self), max(self))
-        places = (torch.arange(start, start + n) for start, n in zip(starts, self, strict=True))
-        return self.once("_places", lambda: torch.cat(list(places)), device)
 
     def offsets(self, device: torch.device) -> Tensor:
         """Where utterances begin and end among the packed frames: int32 `(B + 1,)`."""
@@ -182,21 +160,14 @@ class Frames(tuple[int, ...]):
         return self.__dict__[name]
 
 
+def for_gpu() -> ModuleType:
+    """The forms for a GPU, which only a GPU needs."""
+    return extra("machine.gpu", "device: a GPU")
+
+
 def send(x: Tensor, device: torch.device) -> Tensor:
     """To the device; without waiting on CUDA alone, as MPS would read memory that is freed by then (pytorch#139550)."""
     return x.to(device, non_blocking=device.type == "cuda")
-
-
-def pad(x: Tensor, frames: Frames) -> Tensor:
-    """Packed `(N, ...)` -> `(B, T, ...)` with zeros behind each utterance, without waiting for a GPU."""
-    size = len(frames) * max(frames)
-    padded = x.new_zeros(size, *x.shape[1:]).index_copy(0, frames.places(x.device), x)
-    return padded.unflatten(0, (len(frames), -1))
-
-
-def unpad(x: Tensor, frames: Frames) -> Tensor:
-    """`(B, T, ...)` -> packed `(N, ...)`."""
-    return x.flatten(0, 1).index_select(0, frames.places(x.device))
 
 
 def round_up(frames: int) -> int:
@@ -228,14 +199,9 @@ def convolve(conv: nn.Conv1d, x: Tensor, frames: Frames) -> Tensor:
     Fourier: in half the time, and oneDNN's grouped convolution in bf16 is wrong where there is AMX (2.13).
     """
     if x.device.type != "cpu":
-        return convolve_padded(conv, x, frames)
+        return for_gpu().convolve(conv, x, frames)
     with torch.autocast("cpu", enabled=False):
         return by_fourier(conv, x.float(), frames)
-
-
-def convolve_padded(conv: nn.Conv1d, x: Tensor, frames: Frames) -> Tensor:
-    """`convolve` by one call for the padded batch."""
-    return unpad(conv(pad(x, frames).mT).mT[:, : max(frames)], frames)
 
 
 def by_fourier(conv: nn.Conv1d, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -260,26 +226,12 @@ def by_fourier(conv: nn.Conv1d, x: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([part.flatten(0, 1)[:n] for part, n in zip(y, lengths, strict=True)]) + conv.bias.float()
 
 
-def has_flash(device: torch.device) -> bool:
-    """Whether FlashAttention is built (it is not for Windows) and the GPU can run it: compute capability 8.0."""
-    built = torch.backends.cuda.is_flash_attention_available()
-    return built and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 Bias = tuple[Tensor, Tensor]  # gates `(N, H)`, and what they multiply `(H, T, T)`, T frames of the longest or more
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, frames: Frames, dropout: float = 0.0, bias: Bias | None = None) -> Tensor:
-    """Softmax attention of packed `(N, H, D/H)` within each utterance; the product of the bias is added to the scores.
-
-    On a GPU in one call: FlashAttention over packed sequences, which has no dropout and no bias, or padded and masked.
-    """
-    if q.is_cuda and q.dtype != torch.float32 and dropout == 0 and bias is None and has_flash(q.device):
-        from torch.nn.attention.varlen import varlen_attn
-
-        offsets, longest = frames.offsets(q.device), max(frames)
-        return cast(Tensor, varlen_attn(q, k, v, offsets, offsets, longest, longest))  # no tuple unless asked for one
-    return (attend_each if q.device.type == "cpu" else attend_padded)(q, k, v, frames, dropout, bias)
+    """Softmax attention of packed `(N, H, D/H)` within each utterance; the bias is added to the scores."""
+    return (attend_each if q.device.type == "cpu" else for_gpu().attend)(q, k, v, frames, dropout, bias)
 
 
 def attend_each(q: Tensor, k: Tensor, v: Tensor, frames: Frames, dropout: float, bias: Bias | None) -> Tensor:
@@ -294,15 +246,6 @@ def attend_each(q: Tensor, k: Tensor, v: Tensor, frames: Frames, dropout: float,
     return torch.cat(out)
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, frames: Frames, dropout: float, bias: Bias | None) -> Tensor:
-    """`attend` by one call for the padded batch; no frame attends to padding."""
-    mask = pad(q.new_ones(len(q), 1), frames)[:, None, None, :, 0] > 0  # (B, 1, 1, T)
-    if bias is not None:
-        mask = gated(pad(bias[0], frames), bias[1]).masked_fill(~mask, -torch.inf)
-    q, k, v = (pad(x, frames).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
-    return unpad(F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2), frames)
-
-
 def gated(gates: Tensor, bias: Tensor) -> Tensor:
     """What is added to the scores `(B, H, T, T)`: gates `(B, T, H)` of each query times the bias, cut to T frames."""
     frames = gates.shape[1]
@@ -310,22 +253,15 @@ def gated(gates: Tensor, bias: Tensor) -> Tensor:
 
 
 def mean(x: Tensor, frames: Frames) -> Tensor:
-    """Mean over each utterance's frames in fp32, `(N, D)` -> `(B, D)`; on a GPU in three calls."""
-    if x.device.type == "cpu":
-        return torch.stack([part.float().mean(0) for part in x.split(list(frames))])
-    return pad(x.float(), frames).sum(1) / frames.offsets(x.device).diff()[:, None]
+    """Mean over each utterance's frames in fp32, `(N, D)` -> `(B, D)`."""
+    if x.device.type != "cpu":
+        return for_gpu().mean(x, frames)
+    return torch.stack([part.float().mean(0) for part in x.split(list(frames))])
 
 
 def weighted_mean(x: Tensor, scores: Tensor, frames: Frames) -> Tensor:
     """The same, weighted by the softmax of scores `(N, 1)` over an utterance."""
     if x.device.type != "cpu":
-        return weighted_mean_padded(x, scores, frames)
+        return for_gpu().weighted_mean(x, scores, frames)
     parts = zip(x.split(list(frames)), scores.split(list(frames)), strict=True)
     return torch.stack([(part.float() * score.softmax(0)).sum(0) for part, score in parts])
-
-
-def weighted_mean_padded(x: Tensor, scores: Tensor, frames: Frames) -> Tensor:
-    """`weighted_mean` in a few calls for the whole batch."""
-    valid = pad(torch.ones_like(scores), frames) > 0  # (B, T, 1)
-    weights = pad(scores, frames).masked_fill(~valid, -torch.inf).softmax(1)
-    return (pad(x.float(), frames) * weights).sum(1)

@@ -1,18 +1,100 @@
-"""What only a GPU or torch.compile needs: is it usable here, and a complete cache kept in a GPU's memory."""
+"""What only a GPU needs: its forms of what `machine.fast` has for a CPU, a cache in its memory, and whether it works.
+
+`torch.compile` is looked at here too.
+"""
 
 import importlib.util
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from machine.fast import Bias, Frames, gated
 
 ActivationCache = Any  # of `cache`, which loads this file when it needs it
+
+# ---------------------------------------------------------------- one call for a whole batch
+
+
+def places(frames: Frames, device: torch.device) -> Tensor:
+    """Where the packed frames lie in a padded batch whose utterances lie one after the other: int64 `(N,)`."""
+    starts = range(0, len(frames) * max(frames), max(frames))
+    parts = (torch.arange(start, start + n) for start, n in zip(starts, frames, strict=True))
+    return frames.once("_places", lambda: torch.cat(list(parts)), device)
+
+
+def pad(x: Tensor, frames: Frames) -> Tensor:
+    """Packed `(N, ...)` -> `(B, T, ...)` with zeros behind each utterance, without waiting for the GPU."""
+    size = len(frames) * max(frames)
+    padded = x.new_zeros(size, *x.shape[1:]).index_copy(0, places(frames, x.device), x)
+    return padded.unflatten(0, (len(frames), -1))
+
+
+def unpad(x: Tensor, frames: Frames) -> Tensor:
+    """`(B, T, ...)` -> packed `(N, ...)`."""
+    return x.flatten(0, 1).index_select(0, places(frames, x.device))
+
+
+def convolve(conv: nn.Conv1d, x: Tensor, frames: Frames) -> Tensor:
+    """As `fast.convolve`."""
+    return unpad(conv(pad(x, frames).mT).mT[:, : max(frames)], frames)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, frames: Frames, dropout: float = 0.0, bias: Bias | None = None) -> Tensor:
+    """As `fast.attend`: FlashAttention over packed sequences, which has no dropout and no bias, else padded."""
+    if q.is_cuda and q.dtype != torch.float32 and dropout == 0 and bias is None and has_flash(q.device):
+        from torch.nn.attention.varlen import varlen_attn
+
+        offsets, longest = frames.offsets(q.device), max(frames)
+        return cast(Tensor, varlen_attn(q, k, v, offsets, offsets, longest, longest))  # no tuple unless asked for one
+    mask = pad(q.new_ones(len(q), 1), frames)[:, None, None, :, 0] > 0  # (B, 1, 1, T); no frame attends to padding
+    if bias is not None:
+        mask = gated(pad(bias[0], frames), bias[1]).masked_fill(~mask, -torch.inf)
+    q, k, v = (pad(x, frames).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D/H)
+    return unpad(F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2), frames)
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether FlashAttention is built (it is not for Windows) and the GPU can run it: compute capability 8.0."""
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def mean(x: Tensor, frames: Frames) -> Tensor:
+    """As `fast.mean`."""
+    return pad(x.float(), frames).sum(1) / frames.offsets(x.device).diff()[:, None]
+
+
+def weighted_mean(x: Tensor, scores: Tensor, frames: Frames) -> Tensor:
+    """As `fast.weighted_mean`."""
+    valid = pad(torch.ones_like(scores), frames) > 0  # (B, T, 1)
+    weights = pad(scores, frames).masked_fill(~valid, -torch.inf).softmax(1)
+    return (pad(x.float(), frames) * weights).sum(1)
+
+
+def repeated(device: Any = torch.mps) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For PyTorch's `checkpoint`, which up to 2.13 does not restore the random state of MPS for the second time."""
+    state = device.get_rng_state()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = device.get_rng_state()
+        device.set_rng_state(state)
+        yield
+        device.set_rng_state(now)
+
+    return nullcontext(), again()
+
+
+# ---------------------------------------------------------------- a cache in the GPU's memory
 
 
 class OnGPU:
@@ -46,6 +128,9 @@ def pick(tier: str, cache: ActivationCache, device: torch.device) -> ActivationC
     """What to read from: for "gpu" the GPU; for "auto" the GPU if the cache fits into half of its free memory."""
     fits = tier == "gpu" or cache.stored_bytes() <= torch.cuda.mem_get_info(device)[0] / 2
     return OnGPU(cache, device) if fits else cache
+
+
+# ---------------------------------------------------------------- whether it works here
 
 
 def require_usable(device: torch.device, compiled: bool) -> None:

@@ -189,7 +189,7 @@ def test_every_import_is_ours_pythons_or_in_the_requirements(name):
 
 def test_the_core_is_small():
     assert len(CORE) <= 13
-    assert sum(map(code_lines, CORE)) <= 3200
+    assert sum(map(code_lines, CORE)) <= 3075
 
 
 def test_the_whole_is_not_large():
@@ -216,8 +216,8 @@ def test_private_operators_of_pytorch_stand_in_one_file():
     assert {name for name in TREES if private.search(FILES[name].read_text(encoding="utf-8"))} <= {"machine.fast"}
 
 
-def test_there_are_at_most_twelve_modules():
-    """Subclasses of `nn.Module` over all files, direct or not: ten of the model, the baseline, an ONNX graph."""
+def test_there_are_at_most_fourteen_modules():
+    """Subclasses of `nn.Module` over all files: ten of the model, two of WavLM, the baseline, an ONNX graph."""
     classes = {node.name: node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     modules: set[str] = set()
     for _ in classes:  # a base may come after what it is a base of
@@ -226,7 +226,7 @@ def test_there_are_at_most_twelve_modules():
             if any(base in modules or re.fullmatch(r"(torch\.)?nn\.(?!Parameter)\w+", base) for base in bases):
                 modules.add(name)
     assert {"Wav2Vec2", "EmotionModel", "LoRALinear", "LogMel"} <= modules
-    assert len(modules) <= 12, sorted(modules)
+    assert len(modules) <= 14, sorted(modules)
 
 
 # ---------------------------------------------------------------- words

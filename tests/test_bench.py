@@ -21,7 +21,7 @@ import model as model_module
 import run
 from config import load_config
 from freeze import count, prefix_depth, train_mode
-from machine import fast
+from machine import fast, gpu
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 from report import speed
 
@@ -79,7 +79,7 @@ def test_operations_of_a_step_are_those_that_pytorch_counts(name, pre_norm, monk
         return x + torch.cat([self.conv(part.T)[:, : len(part)].T for part in x.split(list(lengths))])
 
     # off the CPU a batch is padded for these two, and padding would be counted
-    monkeypatch.setattr(fast, "attend_padded", partial(each, fast.attend_padded))
+    monkeypatch.setattr(gpu, "attend", partial(each, gpu.attend))
     monkeypatch.setattr(model_module.PositionalConvolution, "forward", convolve)
     # one group: PyTorch counts a grouped convolution's weight gradient as if it had one
     model = base_model(name, position_groups=1, pre_norm=pre_norm)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from test_model import SMALL, build, packed
 from torch import Tensor
 
 import model
-from machine import fast
+from machine import fast, gpu
 from machine.fast import Frames
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def explicit_attention(
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("attention", [fast.attend, fast.attend_padded])
+@pytest.mark.parametrize("attention", [fast.attend, gpu.attend])
 def test_attention_is_softmax_attention_of_each_utterance(attention, biased):
     """Values and gradients against the formula, for lengths from one frame up; padded is the one call of a GPU in fp32.
 
@@ -60,10 +61,10 @@ def test_attention_is_softmax_attention_of_each_utterance(attention, biased):
 def test_unpad_takes_back_what_pad_did():
     lengths = Frames([3, 1, 5])
     x = torch.randn(9, 2, 4)
-    padded = fast.pad(x, lengths)
+    padded = gpu.pad(x, lengths)
     assert padded.shape == (3, 5, 2, 4)
     assert padded[0, 3:].count_nonzero() == padded[1, 1:].count_nonzero() == 0
-    assert torch.equal(fast.unpad(padded, lengths), x)
+    assert torch.equal(gpu.unpad(padded, lengths), x)
 
 
 def test_batches_come_in_few_sizes():
@@ -105,7 +106,7 @@ def test_the_positional_convolution_of_a_padded_batch_is_that_of_each_utterance(
     lengths = Frames([1, 130, 40])
     x = packed(config, lengths).double()
     expected = torch.cat([module.conv(part.T)[:, : len(part)].T for part in x.split(lengths)])
-    assert torch.allclose(fast.convolve_padded(module.conv, x, lengths), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(gpu.convolve(module.conv, x, lengths), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -163,7 +164,7 @@ def test_attention_over_padded_frames_is_that_of_each_utterance():
     """The path for a GPU, which pads and masks, against the one utterance by utterance."""
     x, scores, lengths = torch.randn(9, 8), torch.randn(9, 1), Frames([3, 1, 5])
     expected = fast.weighted_mean(x, scores, lengths)
-    padded = fast.weighted_mean_padded(x, scores, lengths)
+    padded = gpu.weighted_mean(x, scores, lengths)
     assert torch.allclose(padded, expected, rtol=0, atol=1e-6)
 
 
@@ -231,7 +232,7 @@ def test_a_processor_limited_to_avx2_gives_the_same_numbers():
     code = """
 import torch
 from test_model import SMALL, build
-from machine import fast
+from machine import fast, gpu
 wave = torch.sin(torch.arange(9000) / 7) * torch.linspace(0, 1, 9000)
 states = build(SMALL).hidden_states([wave])
 print(fast.processor()[1], *(f"{x[0].double().pow(2).mean().sqrt().item():.7f}" for x in states))
@@ -270,7 +271,7 @@ def test_packed_attention_is_asked_for_only_where_there_is_flash_attention(flash
     """Not on V100, T4 and RTX 20, and not on Windows, where the build has none."""
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert fast.has_flash(torch.device("cuda", 0)) == expected
+    assert gpu.has_flash(torch.device("cuda", 0)) == expected
 
 
 @pytest.mark.parametrize("lengths", [[100] * 256, [30, 2], [1], [5000], [49] * 511 + [60], [3, 4, 5] * 100])
@@ -307,8 +308,12 @@ def test_recomputation_repeats_the_random_numbers_where_pytorch_forgets_them(mon
     expected = gradient(lambda function, y: function(y))
     lost = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
     assert not torch.allclose(gradient(lost), expected)
-    monkeypatch.setattr(fast, "FORGOTTEN", {"cpu"})
-    assert torch.allclose(gradient(fast.checkpoint), expected)
+    repeating = functools.partial(lost, context_fn=lambda: gpu.repeated(torch))
+    assert torch.allclose(gradient(repeating), expected)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *_, **how: how)
+    for kind, repeats in (("mps", True), ("cuda", False), ("cpu", False)):
+        how = fast.checkpoint(abs, types.SimpleNamespace(device=torch.device(kind)))
+        assert how.get("context_fn") == (gpu.repeated if repeats else None)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "cuda"])

@@ -22,6 +22,7 @@ import run
 import train
 import weights
 from config import Config
+from formats import wavlm
 from formats.huggingface import save_backbone
 from formats.random_weights import random_backbone
 from machine import fast, hardware
@@ -520,7 +521,7 @@ def test_span_masks_have_the_expected_number_of_spans(size, probability, length)
 
 def test_distances_share_buckets_as_in_wavlm():
     """Of 320 buckets 80 in either direction are for one distance each; from 800 frames on there is one."""
-    buckets = model.distance_buckets(1000, 320, 800, torch.device("cpu"))
+    buckets = wavlm.distance_buckets(1000, 320, 800, torch.device("cpu"))
     behind, ahead = buckets[:1000].flip(0), buckets[999:]  # by distance
     assert behind[:80].tolist() == list(range(80))
     assert ahead[1:80].tolist() == list(range(161, 240))
@@ -539,7 +540,7 @@ def test_the_bias_of_attention_is_that_of_transformers(transformers):
         config = replace(SMALL, layers=0, relative_buckets=buckets, relative_distance=longest)
         backbone, theirs = build(config), WavLMAttention(64, 4, num_buckets=buckets, max_distance=longest)
         theirs.rel_attn_embed.weight.data = backbone.relative_bias.weight.data
-        assert torch.equal(backbone.attention_bias(frames), theirs.compute_bias(frames, frames))
+        assert torch.equal(backbone.relative_bias(frames), theirs.compute_bias(frames, frames))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
