@@ -128,14 +128,6 @@ class Config:
         """Whether anything but the head trains."""
         return self.trainable_layers not in (0, []) or self.lora_rank > 0
 
-    def saves_memory(self, processes: int) -> list[str]:
-        """The `key=value` settings that are left to save memory and leave the loss as it is."""
-        at_once = min(self.micro_batch_size or self.batch_size, -(-self.batch_size // processes))  # in each process
-        settings = [f"micro_batch_size={at_once // 2}"] if at_once > 1 else []
-        if self.trains_layers and not self.gradient_checkpointing:
-            settings.append("gradient_checkpointing=true")
-        return settings + (["cache_tier=disk"] if self.cache and self.cache_tier != "disk" else [])
-
     def require(self, key: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:
             raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")

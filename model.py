@@ -1,4 +1,4 @@
-"""Wav2Vec 2.0, HuBERT and WavLM, and the emotion model on top of them, without padding.
+"""Wav2Vec 2.0, and the emotion model on top of it, without padding; HuBERT and WavLM are of the same architecture.
 
 A batch is its utterances' frames one after the other, `(N, D)`, and their `lengths`. Whatever mixes frames
 (convolutions, normalisation over time, attention, pooling) stays inside an utterance, so an utterance's output does not
@@ -66,9 +66,8 @@ class Wav2Vec2Config:
 class FeatureEncoder(nn.Module):
     """Waveforms to 50 frames a second: seven convolutions, never with a gradient.
 
-    A frame depends on 400 samples, so an utterance is worked through in pieces: the buffers stay in the processor's
-    cache and do not grow with the utterance. The one thing that looks further is the group kind's normalisation over
-    time, and its statistics are known before the first layer runs.
+    A frame depends on 400 samples, so an utterance is worked through in pieces that stay in the processor's cache. The
+    one thing that looks further is the group kind's normalisation over time; its statistics are computed beforehand.
     """
 
     def __init__(self, config: Wav2Vec2Config):

@@ -31,7 +31,6 @@ from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
 ADVICE = "lower lr or head_lr, or set precision: fp32, under another name"  # where numbers are not finite
-LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
 
 
 # ---------------------------------------------------------------- one step
@@ -52,10 +51,9 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """One training step on packed hidden state `depth`; returns the loss and the predictions `(B, K)`.
 
-    CCC is a statistic of the batch, not a mean over it. Micro-batches therefore only bound the memory: each is
-    recomputed in the backward pass, and the loss is that of the whole batch, exactly. With several processes `x` is
-    this one's share of the batch, `labels` and predictions are those of all. In fp32 and bf16, where a step is taken
-    whatever its gradient, a gradient that is not finite makes the returned loss NaN.
+    Micro-batches only bound the memory: each is recomputed in the backward pass, and the loss is that of the whole
+    batch, exactly. With several processes `x` is this one's share of the batch, `labels` and predictions are those of
+    all. Where no scaler leaves out a step, a gradient that is not finite makes the returned loss NaN.
     """
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         if micro_batch_size is None:
@@ -167,7 +165,8 @@ def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
         return find_backbone(replace(config, backbone="small"))
     source = config.backbone
     if len(files) > 1 and "classifier.out_proj.weight" in weights.read(files)[0]:  # a published emotion model
-        data.say_once(f"note: {source}: its emotion head is left out; {LICENCE}")
+        licence = extra("formats.emotion", source).LICENCE
+        data.say_once(f"note: {source}: its emotion head is left out; {licence}")
     if config.adapter is not None:
         adapter = extra("formats.adapter", f"adapter: {config.adapter}")
         adapter.merge_adapter(backbone, config.adapter, source)
@@ -206,13 +205,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
     if is_hub_id or (directory / "config.json").is_file():
         if backbone is not None:
             raise ValueError(f"--backbone: {source} is a published emotion model, which has its own; leave it out")
-        try:
-            model = extra("formats.emotion", f"{source}").load_emotion_model(source)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
-        weights.require_finite(dict(model.named_parameters()), source)
-        data.say_once(f"note: {LICENCE}")
-        return model.to(pick_device(device))
+        return extra("formats.emotion", f"{source}").load_published(source).to(pick_device(device))
     path, (best, config) = directory / "best.pt", load_best(directory)
     config = replace(config, backbone=backbone or config.backbone)
     try:

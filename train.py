@@ -27,7 +27,7 @@ import data
 import run
 import weights
 from cache import Prefix, open_cache
-from config import Config, load_config
+from config import Config, extra, load_config
 from freeze import count, load_trained, table, train_mode, trained_state
 from machine import fast, hardware
 from machine.hardware import parallel
@@ -145,21 +145,31 @@ class Experiment:
 def train(config: Config) -> dict:
     """Run an experiment to its end, from where it was left if it was begun; returns what `result.json` holds."""
     began, directory = time.perf_counter(), Path(config.output_dir) / config.name
-    with hardware.locked(directory), hardware.out_of_memory() as short:
-        run.open_directory(config, directory)
-        if parallel.any_of((directory / "result.json").is_file()):
-            result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-            run.require_content(config, result, directory)
-            return result
-        e = Experiment(config, directory, began)
-        with hardware.watched_signals() as watch, closing(e.prefix.cache) if e.prefix.cache else nullcontext():
-            try:
-                fit(e, watch)
-            except hardware.Stopped:
-                e.save()
-                raise
-            return finish(e, watch)  # a stop here saves nothing: the model holds the best epoch, not the last
-    raise MemoryError(f"{short[0]}\n{hardware.memory_advice(config.saves_memory(parallel.size()))}")
+    try:
+        with hardware.locked(directory):
+            return start_or_resume(config, directory, began)
+    except RuntimeError as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        reason = hardware.first_line(error)
+    raise MemoryError(f"{reason}\n{extra('machine.gpu', reason).memory_advice(run.plain(config), parallel.size())}")
+
+
+def start_or_resume(config: Config, directory: Path, began: float) -> dict:
+    """All of `train` that holds memory."""
+    run.open_directory(config, directory)
+    if parallel.any_of((directory / "result.json").is_file()):
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        run.require_content(config, result, directory)
+        return result
+    e = Experiment(config, directory, began)
+    with hardware.watched_signals() as watch, closing(e.prefix.cache) if e.prefix.cache else nullcontext():
+        try:
+            fit(e, watch)
+        except hardware.Stopped:
+            e.save()
+            raise
+        return finish(e, watch)  # a stop here saves nothing: the model holds the best epoch, not the last
 
 
 def fit(e: Experiment, watch: hardware.Watch) -> None:
@@ -255,8 +265,7 @@ def finish(e: Experiment, watch: hardware.Watch) -> dict:
     e.account()  # before the statistics, which are no part of the method
     result = run.summarise(e.config, vars(e.progress), tested, predictions)
     result |= {"device": hardware.device_name(e.device), "processes": parallel.size(), **e.identity}
-    total, trainable = count(e.model)
-    result |= {"total_parameters": total, "trainable_parameters": trainable}
+    result["total_parameters"], result["trainable_parameters"] = count(e.model)
     result["cache_bytes"] = cache.stored_bytes() if cache else 0
     hardware.write_text(e.directory / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -8,7 +8,6 @@ beside them, else from what is published about the family. A note says what is a
 import hashlib
 import json
 import re
-import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config import extra
+from data import say_once
 from model import Wav2Vec2, Wav2Vec2Config
 
 SMALL = Path(__file__).parent / "small"  # the backbone that the repository holds; `small` names it anywhere
@@ -106,12 +106,6 @@ def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, 
     require_shapes(state, expected, sources, path)
     backbone.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return backbone.eval()
-
-
-@cache
-def note(line: str) -> None:
-    """Print a note to stderr, the same one only once."""
-    print(f"note: {line}", file=sys.stderr)
 
 
 def hub_id(source: object) -> tuple[str, str | None] | None:
@@ -307,7 +301,7 @@ def rename(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor]
         what = f"{len(unknown)} tensors of no known place: {first(unknown, 8)}" if roots else what
         raise extra("formats.others", f"{path}: {what}").refusal(tensors, path, what)
     if beside:
-        note(f"{path}: what lies beside the backbone is left out: {first(beside, 4)}")
+        say_once(f"note: {path}: what lies beside the backbone is left out: {first(beside, 4)}")
     return state, sources
 
 
@@ -351,8 +345,8 @@ def setting(settings: Mapping, path: Path, *names: str, default: Any, guess: boo
     value = settings.get(name, default)
     if name is None and guess:
         file = SETTINGS_FILES[names[0] == "do_normalize"]
-        more = " and rename the weights to .bin" if path.suffix == ".pt" else ""
-        note(f"{path}: no settings give {names[0]}; assumed {json.dumps(value)}. Put it into a {file} beside it{more}")
+        advice = f"Put it into a {file} beside it" + " and rename the weights to .bin" * (path.suffix == ".pt")
+        say_once(f"note: {path}: no settings give {names[0]}; assumed {json.dumps(value)}. {advice}")
     if type(value) is not type(default) or (not isinstance(value, bool | list) and not 0 < value < 2**31):
         raise ValueError(f"{path}: {name} is {value!r} in its settings; expected a value such as {default!r}")
     return value

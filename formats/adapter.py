@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import raise_listed
+from data import raise_listed, say_once
 from formats.huggingface import hugging_face_key
 from lora import LoRALinear
 from model import Wav2Vec2
-from weights import OWN, PREFIX, ROOT, hub_id, note, our_name, read, read_json, require_finite, unusable
+from weights import OWN, PREFIX, ROOT, hub_id, our_name, read, read_json, require_finite, unusable
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 KNOWN = (  # settings that are read below, or that change nothing in what the tensors compute
@@ -82,7 +82,7 @@ def merge_adapter(backbone: Wav2Vec2, directory: str | Path, base: str | None = 
         problems = [f"{module} is no part of this backbone" for module in beside] or ["it holds no tensors"]
     raise_listed(f"{directory}: the adapter does not fit the backbone{f' {base}' if base else ''}", problems, limit=8)
     if beside:
-        note(f"{directory}: what was trained beside the backbone is left out: {', '.join(beside)}")
+        say_once(f"note: {directory}: what was trained beside the backbone is left out: {', '.join(beside)}")
     for name, tensor in updates.items():
         module, _, attribute = name.rpartition(".")
         merged = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data import say_once
 from model import EmotionModel
-from weights import locate, make_backbone, note, read, refuse, unusable
+from weights import locate, make_backbone, read, refuse, require_finite, unusable
 
+LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
 PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
 TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
 PUBLISHED = ("activation", "dominance", "valence")  # their order where a file does not name them
@@ -46,13 +48,24 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     return model.eval()
 
 
+def load_published(source: str | Path) -> EmotionModel:
+    """As `load_emotion_model`, with finite weights and a note of the licence, for who may have meant a run."""
+    try:
+        model = load_emotion_model(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
+    require_finite(dict(model.named_parameters()), source)
+    say_once(f"note: {LICENCE}")
+    return model
+
+
 def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
     """The targets of an emotion head by our names, in the order of its outputs: from `id2label` if that names them."""
     labels = settings.get("id2label")
     names = [str(name).lower() for _, name in sorted(labels.items())] if isinstance(labels, dict) else []
     if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
         names, advice = list(PUBLISHED), "To set them, put id2label into its config.json"
-        note(f"{path}: no settings name its {count} outputs; assumed {', '.join(names)}. {advice}")
+        say_once(f"note: {path}: no settings name its {count} outputs; assumed {', '.join(names)}. {advice}")
     targets = tuple(TARGETS.get(name, "") for name in names)
     if "" in targets or len(set(targets)) != len(targets) or len(targets) != count:
         expected = "each of arousal, dominance and valence at most once"

@@ -10,8 +10,9 @@ from pathlib import Path
 import huggingface_hub as hub
 from huggingface_hub import constants, errors
 
+from data import say_once
 from machine.hardware import first_line
-from weights import PROCESSOR, SETTINGS_FILES, WAYS_OUT, WEIGHT_FILES, UnavailableError, list_shards, note, sha256
+from weights import PROCESSOR, SETTINGS_FILES, WAYS_OUT, WEIGHT_FILES, UnavailableError, list_shards, sha256
 
 TIMEOUT = 5  # seconds, for the one look whether there is a network: the library itself would try half a minute
 
@@ -49,7 +50,7 @@ def fetch(repository: str, revision: str | None = None) -> Path:
         if directory is None:
             raise failure from None
         lacking = f"lacks {', '.join(needed)}, which could not be fetched: {first_line(error)[:200]}"
-        note(f"{repository}: the Hugging Face cache {lacking}")
+        say_once(f"note: {repository}: the Hugging Face cache {lacking}")
     if directory is None:
         raise FileNotFoundError(f"backbone: the hub's {repository} holds none of {', '.join(WEIGHT_FILES)}")
     return directory

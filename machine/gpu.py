@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -172,3 +172,16 @@ def require_compiler(device: torch.device) -> None:
     if not found:
         what = f"found no {tool}, which torch.compile needs on a {device.type} device"
         raise ValueError(f"compile: {what}; {advice}, or set compile: false")
+
+
+def memory_advice(config: Mapping[str, Any], processes: int) -> str:
+    """What to set after a GPU ran out of memory: what saves some, is not set yet and leaves the loss as it is."""
+    at_once = min(config["micro_batch_size"] or config["batch_size"], -(-config["batch_size"] // processes))
+    settings = [f"micro_batch_size={at_once // 2} (or half of that again)"] if at_once > 1 else []
+    if not config["gradient_checkpointing"] and (config["trainable_layers"] not in (0, []) or config["lora_rank"]):
+        settings.append("gradient_checkpointing=true")
+    if config["cache"] and config["cache_tier"] != "disk":
+        settings.append("cache_tier=disk")
+    if not settings:
+        return "one utterance at a time does not fit; take a smaller backbone, shorter recordings or train fewer layers"
+    return f"set {', or '.join(settings)}: the loss stays the same, and the same command continues"

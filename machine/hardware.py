@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -22,19 +22,11 @@ from freeze import cast_frozen
 from model import EmotionModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHORT = ("out of memory", "ALLOC_FAILED")  # of CUDA and MPS; of cuBLAS, which allocates its workspace itself
 
 
-@contextmanager
-def out_of_memory() -> Iterator[list[str]]:
-    """End the work within when a GPU runs out of memory, and put the reason into the list."""
-    reasons: list[str] = []
-    try:
-        yield reasons
-    except RuntimeError as error:
-        if not any(words in str(error) for words in SHORT):
-            raise
-        reasons.append(first_line(error))
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is a GPU's: of CUDA or MPS, or of cuBLAS, which allocates its workspace itself."""
+    return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
 
 
 def pick_device(name: str, local_rank: int | None = None, compiled: bool = False) -> torch.device:
@@ -198,14 +190,12 @@ def write_yaml(path: Path, value: dict) -> None:
 
 def require_space(needed: dict[Path, int]) -> None:
     """Raise OSError if a disk has less room than its caches, by directory, need together."""
-    disks: dict[int, list[Path]] = {}
-    for directory in needed:
-        disks.setdefault(os.stat(directory).st_dev, []).append(directory)
-    for directories in disks.values():
+    for disk in {os.stat(directory).st_dev for directory in needed}:
+        directories = [directory for directory in needed if os.stat(directory).st_dev == disk]
         total, free = sum(needed[directory] for directory in directories), shutil.disk_usage(directories[0]).free
         if total > free:
-            sizes = f"needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
             names = ", ".join(map(str, directories))
+            sizes = f"needs {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
             raise OSError(f"cache {names}: {sizes}; free space, or set cache_dir or cache: false")
 
 
@@ -282,11 +272,3 @@ def locked(directory: Path) -> Iterator[None]:
         with suppress(OSError):
             holder.unlink()
         lock.release()
-
-
-def memory_advice(settings: Sequence[str]) -> str:
-    """What to do after a GPU ran out of memory; `settings` are the `key=value` that are left to save some."""
-    if not settings:
-        return "one utterance at a time does not fit; take a smaller backbone, shorter recordings or train fewer layers"
-    words = [word + " (or half of that again)" * word.startswith("micro_batch_size") for word in settings]
-    return f"set {', or '.join(words)}: the loss stays the same, and the same command continues"

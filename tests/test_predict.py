@@ -27,7 +27,7 @@ import run
 import train
 from config import Config
 from corpora.tree import folders_below
-from formats import hub
+from formats import emotion, hub
 from model import EmotionModel
 from report import plots
 
@@ -515,7 +515,7 @@ def test_the_published_emotion_model_predicts_by_name_and_shows_its_licence_once
         data.say_once.cache_clear()
         assert command_line(monkeypatch, source, recordings) is None
         out, errors = capsys.readouterr()
-        assert errors == f"note: {run.LICENCE}\n"
+        assert errors == f"note: {emotion.LICENCE}\n"
         assert "CC BY-NC-SA 4.0" in errors
         printed.append(out)
     assert printed[0] == printed[1]
@@ -538,7 +538,7 @@ def test_training_starts_from_the_published_model_without_its_head(
     data.say_once.cache_clear()
     keys = tiny_settings(tmp_path, folder, tiny_manifest, trainable_layers=1, epochs=1)
     train.train(Config(name="run", **keys))
-    said = f"note: {folder}: its emotion head is left out; {run.LICENCE}"
+    said = f"note: {folder}: its emotion head is left out; {emotion.LICENCE}"
     assert command_line(monkeypatch, tmp_path / "runs" / "run", recordings) is None
     out, errors = capsys.readouterr()
     assert errors.splitlines().count(said) == 1
