@@ -58,7 +58,9 @@ def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False
     """
     backbone, depth = model.backbone, freeze.prefix_depth(model)
     frames = [(count - FIELD) // HOP + 1 for count in samples]
-    parts = [(features(backbone, samples), 0), embedding(backbone, sum(frames))]
+    # projection and positional convolution, over which a norm trains if they do
+    embedding = 2 * sum(frames) * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
+    parts = [(features(backbone, samples), 0), (embedding, 2 * embedding)]
     parts += [layer(backbone.layers[i], frames, first=i == depth) for i in range(len(backbone.layers))]
     forward = [part[0] for part in parts]
     split = min(depth, len(backbone.layers)) + 2  # parts of the prefix: hidden state -1 comes after the first
@@ -73,12 +75,6 @@ def features(backbone: Wav2Vec2, samples: Sequence[int]) -> int:
         samples = [(count - kernel) // stride + 1 for count in samples]
         total += 2 * sum(samples) * conv.weight.numel()
     return total
-
-
-def embedding(backbone: Wav2Vec2, rows: int) -> tuple[int, int]:
-    """Forward and backward of projection and positional convolution, over which a norm trains if they do."""
-    forward = 2 * rows * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
-    return forward, 2 * forward
 
 
 def layer(module: nn.Module, frames: Sequence[int], first: bool) -> tuple[int, int]:
@@ -137,16 +133,16 @@ def tables(result: dict) -> str:
     ]
     if options["peer"]:
         lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}."
-    columns = ["method", "s a step (min to max)", "audio s/s", "vs our full", "vs peer"]
-    columns += ["of the matmul rate", "peak memory", "vs peer", "trainable"]
-    lines += ["", markdown(columns, [step_cells(*row, result["audio_seconds"]) for row in compared(result)])]
-    columns = ["method", "to the first step (start-up)", "cache build", "reading the cache"]
-    columns += [f"{options['epochs']} epochs on 1 h", "vs peer", "inference, audio s/s", "vs peer", "its peak memory"]
     text = (
         f"{options['epochs']} epochs on an hour of audio: that many steps and, where there is a cache, one build, from "
         "their medians; builds were measured before the steps, not in turn with them."
     )
-    return "\n".join([*lines, "", text, "", markdown(columns, [other_cells(*row, result) for row in compared(result)])])
+    rows = [cells(*methods, result["audio_seconds"], options["epochs"]) for methods in compared(result)]
+    steps, others = (
+        markdown([column for column, _ in table[0]], [[cell for _, cell in row] for row in table])
+        for table in zip(*rows, strict=True)
+    )
+    return "\n".join([*lines, "", steps, "", text, "", others])
 
 
 def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
@@ -160,35 +156,36 @@ def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
     return found
 
 
-def step_cells(record: dict, full: dict | None, other: dict | None, audio_seconds: float) -> list[str]:
-    step = record["step"]
-    return [
-        record["name"],
-        f"{step['seconds']:.3g} ({step['seconds_min']:.3g} to {step['seconds_max']:.3g})",
-        f"{audio_seconds / step['seconds']:.1f}",
-        factor(full, record, "step"),
-        factor(other, record, "step"),
-        f"{step['share']:.0%}" if step["share"] else "",  # of the head alone nothing is counted
-        f"{step['peak_memory_bytes'] / 1e9:.2f} GB",
-        f"{step['peak_memory_bytes'] / other['step']['peak_memory_bytes']:.2f}" if other else "",
-        f"{record['trainable_parameters'] / 1e6:.2f} M",
-    ]
+Row = list[tuple[str, str]]  # of a table, each cell behind the name of its column
 
 
-def other_cells(record: dict, full: dict | None, other: dict | None, result: dict) -> list[str]:
-    build, read, infer = (record[phase] for phase in ("build", "read", "infer"))
-    seconds = record["epochs_seconds"]
-    return [
-        record["name"],
-        f"{record['first_step_seconds']:.1f} s ({record['startup_seconds']:.1f})",
-        f"{build['seconds']:.3g} s" if build else "",
-        f"{1000 * read['seconds']:.1f} ms" if read else "",
-        f"{seconds / result['audio_seconds'] * 3600:.0f} s",
-        f"{other['epochs_seconds'] / seconds:.2f}x" if other else "",
-        f"{result['audio_seconds'] / infer['seconds']:.1f}" if infer else "",
-        factor(other, record, "infer"),
-        f"{infer['peak_memory_bytes'] / 1e9:.2f} GB" if infer else "",
+def cells(record: dict, full: dict | None, other: dict | None, seconds: float, epochs: int) -> tuple[Row, Row]:
+    """What both tables say of a method, for so many seconds of audio."""
+    step, read, build, infer = (record[phase] for phase in ("step", "read", "build", "infer"))
+    total, memory = record["epochs_seconds"], step["peak_memory_bytes"]
+    steps = [
+        ("method", record["name"]),
+        ("s a step (min to max)", "{seconds:.3g} ({seconds_min:.3g} to {seconds_max:.3g})".format(**step)),
+        ("audio s/s", f"{seconds / step['seconds']:.1f}"),
+        ("vs our full", factor(full, record, "step")),
+        ("vs peer", factor(other, record, "step")),
+        ("of the matmul rate", f"{step['share']:.0%}" if step["share"] else ""),  # of the head nothing is counted
+        ("peak memory", f"{memory / 1e9:.2f} GB"),
+        ("vs peer", f"{memory / other['step']['peak_memory_bytes']:.2f}" if other else ""),
+        ("trainable", f"{record['trainable_parameters'] / 1e6:.2f} M"),
     ]
+    others = [
+        ("method", record["name"]),
+        ("to the first step (start-up)", f"{record['first_step_seconds']:.1f} s ({record['startup_seconds']:.1f})"),
+        ("cache build", f"{build['seconds']:.3g} s" if build else ""),
+        ("reading the cache", f"{1000 * read['seconds']:.1f} ms" if read else ""),
+        (f"{epochs} epochs on 1 h", f"{total / seconds * 3600:.0f} s"),
+        ("vs peer", f"{other['epochs_seconds'] / total:.2f}x" if other else ""),
+        ("inference, audio s/s", f"{seconds / infer['seconds']:.1f}" if infer else ""),
+        ("vs peer", factor(other, record, "infer")),
+        ("its peak memory", f"{infer['peak_memory_bytes'] / 1e9:.2f} GB" if infer else ""),
+    ]
+    return steps, others
 
 
 def factor(base: dict | None, record: dict, phase: str) -> str:
@@ -205,5 +202,5 @@ def draw(result: dict, path: Path) -> str:
     per_hour = 3600 / result["audio_seconds"]
     seconds = [(r["step"]["seconds"] * per_hour, r["step"]["bound_seconds"] * per_hour) for r in records]
     gigabytes = [(r["step"]["peak_memory_bytes"] / 1e9, r["floor_bytes"] / 1e9) for r in records]
-    plots.bars([(r["name"], r["side"]) for r in records], seconds, gigabytes, path)
+    plots.bars([(r["name"], r["side"]) for r in records], seconds, gigabytes, "", path)
     return f", {path}.png"
