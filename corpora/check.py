@@ -14,12 +14,11 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import data
 import run
@@ -53,7 +52,8 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     title = run.DEMO_NOTE if config.corpus == "demo" else " ".join(words)
     folder = Path(out) if out else Path(config.output_dir) / "check" / "_".join(words)
     folder.mkdir(parents=True, exist_ok=True)  # before anything that takes long
-    heard = listen_to(utterances)
+    sources, workers = [utterance.source for utterance in utterances], min(16, os.cpu_count() or 1)
+    heard = thread_map(listen, sources, max_workers=workers, desc="audio", unit="file", disable=None)
     rows = [(utterance, seconds) for utterance, (seconds, _, _) in zip(utterances, heard, strict=True)]
     problems = list(data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap))
     problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
@@ -80,13 +80,6 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     except OSError as error:  # a full disk does not take the report away
         severities, end = {"error"}, f"cannot be written: {error}"
     return f"{report}\n\n{folder}: {end}", 2 if "error" in severities else len(severities)
-
-
-def listen_to(utterances: Sequence[Utterance]) -> list[Heard]:
-    """Decode every file, several at a time, with a progress bar."""
-    sources = [utterance.source for utterance in utterances]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(tqdm(pool.map(listen, sources), "audio", len(sources), unit="file", disable=None))
 
 
 def listen(path: str) -> Heard:

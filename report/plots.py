@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 COLUMN, PAGE = 3.5, 7.0  # inches
 POINTS = 72  # an inch
 LETTER = 3.6  # points, the mean width of one
 DENSE = 2000  # points from which on their density is drawn
+DENSITY = {"gridsize": 40, "cmap": "Greys", "bins": "log", "mincnt": 1, "vmin": 0.3, "linewidths": 0}
 DOTS = 1400  # across a page at 200 dpi: as much as can be seen of a waveform
 MARKS = ("o", "s", "^", "D", "v", "<")
 LINES = ("-", "--", "-.", ":")
@@ -160,7 +160,7 @@ def scatter(
         if len(labels) < DENSE:
             axis.plot(labels, predicted, "o", color="black", markersize=2, markeredgewidth=0, alpha=0.35)
         else:
-            density(axis, labels, predicted, low, high)
+            axis.hexbin(labels, predicted, extent=(low, high, low, high), **DENSITY)
         axis.plot([low, high], [low, high], color=COLORS[2], linewidth=0.8)
         axis.set(title=f"{name}\nCCC {score:.3f}", xlim=(low, high), ylim=(low, high), aspect="equal")
         axis.locator_params(nbins=5)
@@ -185,7 +185,7 @@ def labels(splits: Mapping[str, np.ndarray], targets: Sequence[str], label_range
         edges.append(np.linspace(np.nanmin([*values, *known]), np.nanmax([*values, *known]), parts + 1))
         axis.set(xlabel=name)
     axes[0].set(ylabel="% of the split")
-    dense = len(every) >= DENSE
+    dense = np.isfinite(every[:, :2]).all(1).sum() >= DENSE
     for number, (split, rows) in enumerate(splits.items()):
         form = {**style(number), "markerfacecolor": "none"}
         for axis, values, between in zip(axes, rows.T, edges, strict=False):
@@ -197,9 +197,8 @@ def labels(splits: Mapping[str, np.ndarray], targets: Sequence[str], label_range
     if len(targets) > 1:
         axes[-1].set(xlabel=targets[1], ylabel=targets[0], aspect="equal")
         if dense:
-            low, high = min(edges[0][0], edges[1][0]), max(edges[0][-1], edges[1][-1])
-            there = density(axes[-1], every[:, 1], every[:, 0], low, high)
-            figure.colorbar(there, ax=axes[-1], label="utterances").ax.set_ylim(bottom=1)
+            cells = axes[-1].hexbin(every[:, 1], every[:, 0], **DENSITY)
+            figure.colorbar(cells, ax=axes[-1], label="utterances").ax.set_ylim(bottom=1)
     return figure
 
 
@@ -329,12 +328,6 @@ def panels(count: int, columns: int = 0, size: float = 2.4, width: float = 0.0) 
     return figure, axes[:count]
 
 
-def density(axis: Axes, x: np.ndarray, y: np.ndarray, low: float, high: float) -> PolyCollection:
-    """Points `(N,)` of a square as their number in each cell: the darker, the more (logarithmic)."""
-    shades = {"cmap": "Greys", "bins": "log", "mincnt": 1, "vmin": 0.3, "linewidths": 0}
-    return axis.hexbin(x, y, gridsize=40, extent=(low, high, low, high), **shades)
-
-
 def log_axis(axis: Axes, values: Sequence[float], label: str) -> None:
     """A logarithmic x axis from one round number to another, with plain numbers at its ticks."""
     if not values or min(values) <= 0:
@@ -348,8 +341,6 @@ def log_axis(axis: Axes, values: Sequence[float], label: str) -> None:
     elif len(ticks) < 3:
         unit = 10 ** np.floor(np.log10(low))
         ticks = np.arange(low, high + unit / 2, unit)  # 2, 3, 4, 5
-    axis.set_xscale("log")
-    axis.set_xlim(low, high)
+    axis.set(xscale="log", xlim=(low, high), xlabel=label)
     axis.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
     axis.set_xticks([], minor=True)
-    axis.set_xlabel(label)

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import freeze
-import lora
 from machine import hardware
 from machine.fast import linear
-from model import FIELD, HOP, EmotionModel, Wav2Vec2
+from model import EmotionModel
 from report.tables import find_plots, markdown
 from weights import read_json
 
@@ -35,13 +34,9 @@ def make_turns(count: int, lengths: str = "mixed", seed: int = 0) -> list[np.nda
 def summarise(answers: Sequence[dict]) -> dict:
     """Median and spread after the warm-up, and the peak of the process's memory."""
     seconds = [answer["seconds"] for answer in answers]
-    return {
-        "seconds": statistics.median(seconds[WARM_UP:]),
-        "seconds_min": min(seconds[WARM_UP:]),
-        "seconds_max": max(seconds[WARM_UP:]),
-        "warm_up_seconds": seconds[:WARM_UP],
-        "peak_memory_bytes": answers[-1]["peak_memory_bytes"],
-    }
+    warm = seconds[WARM_UP:]
+    found = {"seconds": statistics.median(warm), "seconds_min": min(warm), "seconds_max": max(warm)}
+    return found | {"warm_up_seconds": seconds[:WARM_UP], "peak_memory_bytes": answers[-1]["peak_memory_bytes"]}
 
 
 def versions() -> dict[str, str | None]:
@@ -56,11 +51,14 @@ def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False
     once for its weight if that trains and once for its input if something before it trains; attention twice. What
     gradient checkpointing computes again is no part of the method.
     """
-    backbone, depth = model.backbone, freeze.prefix_depth(model)
-    frames = [(count - FIELD) // HOP + 1 for count in samples]
+    backbone, depth, c = model.backbone, freeze.prefix_depth(model), model.backbone.config
+    frames, convolutions = samples, 0
+    for conv, kernel, stride in zip(backbone.feature_encoder.convs, c.conv_kernels, c.conv_strides, strict=True):
+        frames = [(count - kernel) // stride + 1 for count in frames]
+        convolutions += 2 * sum(frames) * conv.weight.numel()
     # projection and positional convolution, over which a norm trains if they do
     embedding = 2 * sum(frames) * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
-    parts = [(features(backbone, samples), 0), (embedding, 2 * embedding)]
+    parts = [(convolutions, 0), (embedding, 2 * embedding)]
     parts += [layer(backbone.layers[i], frames, first=i == depth) for i in range(len(backbone.layers))]
     forward = [part[0] for part in parts]
     split = min(depth, len(backbone.layers)) + 2  # parts of the prefix: hidden state -1 comes after the first
@@ -69,28 +67,17 @@ def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False
     return {"step": training + (0 if cached else before), "build": before, "infer": sum(forward)}
 
 
-def features(backbone: Wav2Vec2, samples: Sequence[int]) -> int:
-    c, total = backbone.config, 0
-    for conv, kernel, stride in zip(backbone.feature_encoder.convs, c.conv_kernels, c.conv_strides, strict=True):
-        samples = [(count - kernel) // stride + 1 for count in samples]
-        total += 2 * sum(samples) * conv.weight.numel()
-    return total
-
-
 def layer(module: nn.Module, frames: Sequence[int], first: bool) -> tuple[int, int]:
     """Forward and backward of a transformer layer; the `first` that trains owes its input no gradient."""
     rows, forward, backward = sum(frames), 0, 0
     first = first and not (module.pre_norm and module.attention_norm.weight.requires_grad)
-    for name, child in module.named_modules():
-        to_input = not (first and name.startswith(("attention.q", "attention.k", "attention.v")))
-        if isinstance(child, nn.Linear):
-            product = 2 * rows * child.weight.numel()
+    from_input = ("attention.q", "attention.k", "attention.v") if first else ()
+    for name, weight in module.named_parameters():
+        if weight.ndim == 2:  # of a product; that with LoRA's B has A's output before it, which trains
+            to_input = name.endswith(".B") or not name.startswith(from_input)
+            product = 2 * rows * weight.numel()
             forward += product
-            backward += product * (child.weight.requires_grad + to_input)
-        elif isinstance(child, lora.LoRALinear):
-            down, up = 2 * rows * child.A.numel(), 2 * rows * child.B.numel()
-            forward += down + up
-            backward += down * (1 + to_input) + 2 * up
+            backward += product * (weight.requires_grad + to_input)
     attention = 4 * sum(count**2 for count in frames) * module.attention_norm.weight.numel()
     return forward + attention, backward + 2 * attention
 
@@ -124,16 +111,15 @@ def read_result(path: Path) -> dict:
 def tables(result: dict) -> str:
     """Markdown: what was measured in a paragraph, a table of training steps, and one of all else."""
     options, found = result["options"], result["versions"]
-    lines = [
+    peers = f" Peers: transformers {found['transformers']}, PEFT {found['peft']}." if options["peer"] else ""
+    measured = (
         f"{result['machine']}, {options['precision']}, PyTorch {found['torch']}; {options['turns']} turns of "
         f"{options['lengths']} length, {result['audio_seconds']:.1f} s of audio ({result['padded_seconds']:.1f} s if "
         f"padded). Medians of {options['rounds']} rounds, methods in turn, after {result['warm_up']} of warm-up. The "
         f"machine multiplies matrices at {result['matmul_flops'] / 1e9:,.0f} GFLOP/s, of which a method's share counts "
-        "what it needs: nothing for padding, nor for gradients that nothing trains on."
-    ]
-    if options["peer"]:
-        lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}."
-    text = (
+        f"what it needs: nothing for padding, nor for gradients that nothing trains on.{peers}"
+    )
+    epochs = (
         f"{options['epochs']} epochs on an hour of audio: that many steps and, where there is a cache, one build, from "
         "their medians; builds were measured before the steps, not in turn with them."
     )
@@ -142,7 +128,7 @@ def tables(result: dict) -> str:
         markdown([column for column, _ in table[0]], [[cell for _, cell in row] for row in table])
         for table in zip(*rows, strict=True)
     )
-    return "\n".join([*lines, "", steps, "", text, "", others])
+    return "\n\n".join([measured, steps, epochs, others])
 
 
 def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
@@ -150,9 +136,8 @@ def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
     found = []
     for group in result["groups"]:
         full = next((r for r in group if r["side"] in ("ours", "reference") and r["config"] == "full"), None)
-        other = next((r for r in group if r["side"] == "peer"), None)
-        shown = [record for record in group if record["side"] != "reference"]
-        found += [(record, full, other if record is not other else None) for record in shown]
+        peer = next((r for r in group if r["side"] == "peer"), None)
+        found += [(r, full, peer if r is not peer else None) for r in group if r["side"] != "reference"]
     return found
 
 
@@ -195,8 +180,7 @@ def factor(base: dict | None, record: dict, phase: str) -> str:
 
 def draw(result: dict, path: Path) -> str:
     """Bars of time and memory of every method; returns what to say of the picture."""
-    plots = find_plots()
-    if plots is None:
+    if not (plots := find_plots()):
         return " (no picture: matplotlib is not installed)"
     records = [record for record, *_ in compared(result)]
     per_hour = 3600 / result["audio_seconds"]
