@@ -5,17 +5,14 @@
 
 Every method runs in processes of its own, on the same audio files and the same checkpoint on disk (random weights:
 times do not depend on them). Methods that are compared take turns, so that they see the same machine: first computing
-caches and predictions, then, in new processes, training steps. A step of a cached method reads a cache that was filled
-before, as from the second epoch on; its process never holds the prefix's weights. Ours run the very code of a training
-run: `run.build_model`, `cache.Prefix`, `run.step`, `run.evaluate`.
+caches and predictions, then, in new processes, training steps. Ours run the very code of a training run; a step of a
+cached method reads a cache that was filled before, as from the second epoch on, without the prefix's weights.
 
-Each method has a peer, in turn with it: transformers (and PEFT) set up as well as they can be, with nothing trained,
-drawn or back-propagated that ours does not, sdpa, fused AdamW. The *naive* peer (`--naive`) is what is often copied:
-`requires_grad = False` alone, every default.
-
-Where the two sides differ: a peer's training steps take the waveforms from memory, ours read files or the cache, and
-with one batch alone nothing is read ahead as it is in training; a peer's start imports modules of ours that it could do
-without, some tenths of a second.
+Each method has a peer: transformers (and PEFT) set up as well as they can be, with nothing trained, drawn or
+back-propagated that ours does not, sdpa, fused AdamW. The *naive* peer (`--naive`) is what is often copied:
+`requires_grad = False` alone, every default. A peer's steps take the waveforms from memory, ours read files or the
+cache, and with one batch alone nothing is read ahead as it is in training; a peer's start imports modules of ours that
+it could do without, some tenths of a second.
 """
 
 import argparse
@@ -31,7 +28,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import soundfile
 import torch
@@ -49,18 +48,7 @@ from machine import fast, hardware
 from machine.programs import command
 from metrics import ccc_loss
 from model import Wav2Vec2, Wav2Vec2Config
-from report.speed import (
-    RATE,
-    WARM_UP,
-    draw,
-    make_turns,
-    matmul_rate,
-    operations,
-    read_result,
-    summarise,
-    tables,
-    versions,
-)
+from report import speed
 
 LEFT_OUT = ("full_amp", "partial3_amp", "full_microbatches", "logmel")  # on request, but the baseline never
 CONFIGS = [path for path in sorted(Path(__file__).parent.glob("configs/*.yaml")) if path.stem not in LEFT_OUT]
@@ -91,31 +79,23 @@ def ours(config: Config, phase: str, folder: Path, paths: list[str]) -> tuple[Ac
 
     def build() -> None:
         new = cached(next(counter))
-        for _ in new([numbers]):
-            pass
+        list(new([numbers]))
         new.cache.close()
 
-    def infer() -> None:
-        run.evaluate(model, prefix, numbers, len(paths))
-
     if phase != "step":
+        infer = partial(run.evaluate, model, prefix, numbers, len(paths))
         return {"build": build, "infer": infer}, list(model.parameters())
     labels = torch.rand(len(paths), len(config.targets), device=device)
-    how = {"depth": prefix.depth, "dtype": prefix.dtype, "clip": config.clip}
-    how |= {"micro_batch_size": config.micro_batch_size}
-    how["optimizer"] = run.make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
-    how["scaler"] = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    optimizer = run.make_optimizer(model, config.lr, config.head_lr, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    how = {"depth": prefix.depth, "dtype": dtype, "clip": config.clip, "micro_batch_size": config.micro_batch_size}
     freeze.train_mode(model, prefix.depth)
 
     def step() -> None:
         for x, lengths in prefix([numbers]):
-            run.step(model, x, lengths, labels, **how)
+            run.step(model, x, lengths, labels, optimizer=optimizer, scaler=scaler, **how)
 
-    def read() -> None:
-        for _ in prefix([numbers]):
-            pass
-
-    return {"step": step, "read": read}, list(model.parameters())
+    return {"step": step, "read": lambda: list(prefix([numbers]))}, list(model.parameters())
 
 
 def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Actions, list[nn.Parameter]]:
@@ -134,7 +114,7 @@ def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Act
     def load() -> dict[str, torch.Tensor]:
         waveforms = [soundfile.read(path, dtype="float32")[0] for path in paths]
         mask = {"padding": True, "return_attention_mask": True, "return_tensors": "pt"}
-        return extractor(waveforms, sampling_rate=RATE, **mask).to(device)
+        return extractor(waveforms, sampling_rate=speed.RATE, **mask).to(device)
 
     def predict(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -167,10 +147,9 @@ def peer_model(config: Config, naive: bool = False) -> tuple[nn.Module, nn.Modul
     """
     from transformers import Wav2Vec2Model
 
-    settings: dict = {"feat_proj_dropout": config.projection_dropout, "layerdrop": config.layer_drop}
-    for key in ("hidden_dropout", "attention_dropout", "activation_dropout", "mask_time_prob", "mask_feature_prob"):
-        settings[key] = getattr(config, key)
-    settings["attn_implementation"] = "sdpa"
+    same = ("hidden_dropout", "attention_dropout", "activation_dropout", "mask_time_prob", "mask_feature_prob")
+    settings = {key: getattr(config, key) for key in same} | {"attn_implementation": "sdpa"}
+    settings |= {"feat_proj_dropout": config.projection_dropout, "layerdrop": config.layer_drop}
     base = Wav2Vec2Model.from_pretrained(config.backbone, **({} if naive else settings))
     base.requires_grad_(config.trainable_layers == "all")
     if not naive:
@@ -193,17 +172,35 @@ def peer_model(config: Config, naive: bool = False) -> tuple[nn.Module, nn.Modul
     return model, base
 
 
-Set = tuple[Actions, list[nn.Parameter], torch.device]
-BUILT: dict[str, Set] = {}  # in a worker: what it was started for
+# --- processes -------------------------------------------------------------------------------------------------------
 
 
-def work(job: str, command: str, arguments: argparse.Namespace) -> dict:
-    """In a process of its own: build the method of a job the first time, then do what the command asks for."""
-    if job not in BUILT:
-        BUILT[job] = build_worker(job, arguments)
-    actions, parameters, device = BUILT[job]
+class Method(NamedTuple):
+    """A config's file, and who trains it: "ours", "reference" (ours too, its steps alone), "peer" or "naive"."""
+
+    side: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """As it is called in tables: a config by its file's name."""
+        if self.side in ("ours", "reference"):
+            return self.path.stem
+        other = "transformers + PEFT" if load_config(self.path).lora_rank else "transformers"
+        return f"{'naive ' * (self.side == 'naive')}{other}: {self.path.stem.removesuffix('_cached')}"  # has no cache
+
+
+BUILT: list[tuple[Actions, list[nn.Parameter]]] = []  # in a worker: the method that it was started for
+
+
+def work(method: Method, action: str, arguments: argparse.Namespace) -> dict:
+    """In a process of its own: build the method for its first action, then do what is asked for."""
+    if not BUILT:
+        BUILT.append(set_up(method, action, arguments))
+    actions, parameters = BUILT[0]
+    device = hardware.pick_device(arguments.device)
     start = time.perf_counter()
-    actions[command]()
+    actions[action]()
     hardware.synchronize(device)
     seconds = max(time.perf_counter() - start, 1e-3)  # a coarse clock may say 0
     held = [p for p in parameters if not p.is_meta]
@@ -213,113 +210,102 @@ def work(job: str, command: str, arguments: argparse.Namespace) -> dict:
     return {**figures, "trainable_parameters": trained, "floor_bytes": floor}
 
 
-def build_worker(job: str, arguments: argparse.Namespace) -> Set:
-    """What answers to a job's commands; warnings and notes go nowhere, as they would end up between the bars."""
+def set_up(method: Method, phase: str, arguments: argparse.Namespace) -> tuple[Actions, list[nn.Parameter]]:
+    """As `ours` and `peer`; warnings and notes go nowhere, as they would end up between the bars."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     if arguments.linear != "auto":  # else matrix products on a CPU are computed by what fits it
         fast.Kernels.onednn = fast.PRODUCTS if arguments.linear == "onednn" and fast.ONEDNN else ()
-    phase, side, path = job.split(":", 2)
-    config, folder = configure(path, arguments), Path(arguments.folder)
+    config, folder = configure(method.path, arguments), Path(arguments.folder)
     paths = [str(folder / f"{number}.wav") for number in range(arguments.turns)]
-    is_ours = side in ("ours", "reference")
-    made = ours(config, phase, folder, paths) if is_ours else peer(config, phase, side == "naive", paths)
-    return *made, hardware.pick_device(config.device)
+    if method.side in ("ours", "reference"):
+        return ours(config, phase, folder, paths)
+    return peer(config, phase, method.side == "naive", paths)
 
 
-def configure(path: str | Path, arguments: argparse.Namespace) -> Config:
+def configure(path: Path, arguments: argparse.Namespace) -> Config:
     """A config as the options want it."""
     same = {"backbone": arguments.backbone, "device": arguments.device, "precision": arguments.precision}
     return replace(load_config(path), **same)
 
 
-def ask(worker: ProcessPoolExecutor, job: str, command: str, arguments: argparse.Namespace) -> dict:
-    """Have a job's process do something. Raises ValueError, which names the method, if that failed."""
+def ask(worker: ProcessPoolExecutor, method: Method, action: str, arguments: argparse.Namespace) -> dict:
+    """Have a method's process do something. Raises ValueError, which names the method, if that failed."""
     try:
-        return worker.submit(work, job, command, arguments).result()
+        return worker.submit(work, method, action, arguments).result()
     except Exception as error:  # an error in the process, or its end: BrokenProcessPool
-        raise ValueError(f"{name_of(job)} failed at {command!r}: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{method.name} failed at {action!r}: {type(error).__name__}: {error}") from None
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(jobs: Sequence[str], arguments: argparse.Namespace) -> dict[str, list[dict]]:
-    """Answers by job, `phase:side:config`: all are started, one after the other, and then take turns."""
-    answers: dict[str, list[dict]] = {job: [] for job in jobs}
-    workers: dict[str, ProcessPoolExecutor] = {}
-    rounds = range(WARM_UP + arguments.rounds)
-    with ExitStack() as stack, tqdm(total=len(jobs) * len(rounds), disable=None) as bar:
-        for number, job in itertools.product(rounds, jobs):
-            phase, start = job.split(":")[0], time.perf_counter()
-            bar.set_description(f"{phase} {name_of(job)}")
-            if number == 0:
-                pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-                workers[job] = stack.enter_context(pool)
-            answers[job].append(ask(workers[job], job, phase, arguments))
-            answers[job][-1]["waited"] = time.perf_counter() - start  # the first time for its start as well
-            bar.update()
-        for job in jobs:
-            if job.startswith("step:ours:") and load_config(job.split(":", 2)[2]).cache:
-                reading = [ask(workers[job], job, "read", arguments) for _ in rounds]
-                answers[job.replace("step:", "read:", 1)] = reading
+Job = tuple[str, Method]  # "build", "infer" or "step"; and "read", a step's reading of the cache alone
+
+
+def measure(jobs: Sequence[Job], arguments: argparse.Namespace) -> dict[Job, list[dict]]:
+    """Answers by job: the processes are started, one after the other, and then take turns."""
+    answers: dict[Job, list[dict]] = {job: [] for job in jobs}
+    rounds = range(speed.WARM_UP + arguments.rounds)
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        workers = {job: stack.enter_context(ProcessPoolExecutor(1, spawn)) for job in jobs}  # start when first asked
+        bar = tqdm(list(itertools.product(rounds, jobs)), disable=None)
+        for _, (phase, method) in bar:
+            start = time.perf_counter()
+            bar.set_description(f"{phase} {method.name}")
+            answer = ask(workers[phase, method], method, phase, arguments)
+            answer["waited"] = time.perf_counter() - start  # the first time for its start as well
+            answers[phase, method].append(answer)
+        for phase, method in jobs:
+            if phase == "step" and method.side == "ours" and load_config(method.path).cache:
+                answers["read", method] = [ask(workers[phase, method], method, "read", arguments) for _ in rounds]
     return answers
 
 
-def name_of(job: str) -> str:
-    """How a job's method is called in tables: a config by its file's name."""
-    _, side, path = job.split(":", 2)
-    other = "transformers + PEFT" if load_config(path).lora_rank else "transformers"
-    if side in ("ours", "reference"):
-        return Path(path).stem
-    return f"{'naive ' * (side == 'naive')}{other}: {Path(path).stem.removesuffix('_cached')}"  # theirs has no cache
+def make_groups(configs: Sequence[Path], with_peer: bool, with_naive: bool = False) -> list[list[Method]]:
+    """What is measured in turn: configs that train the same, and the peers that do so as well.
 
-
-def make_groups(configs: Sequence[Path], with_peer: bool, with_naive: bool = False) -> list[list[str]]:
-    """What is measured in turn, as `side:config`: configs that train the same, and the peers that do so as well.
-
-    Our full finetuning is the reference in each group (`reference:config`: its steps alone).
+    Our full finetuning is the reference in each group.
     """
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[Path]] = {}
     for path in configs:
         c = load_config(path)
         same = (c.trainable_layers, c.lora_rank, c.lora_rank and (c.lora_targets, c.lora_layers))
-        groups.setdefault(str(same), []).append(f"ours:{path}")
-    references = [f"ours:{path}" for path in configs if path.stem == "full"][:1]
+        groups.setdefault(str(same), []).append(path)
+    references = [path for path in configs if path.stem == "full"][:1]
     listed = []
     for group in groups.values():
-        config = group[0].partition(":")[2]
-        peers = [f"peer:{config}"] * with_peer + [f"naive:{config}"] * with_naive
-        reference = [method.replace("ours", "reference", 1) for method in references if method not in group]
-        listed.append(reference + group + peers)
+        listed.append([Method("reference", path) for path in references if path not in group])
+        listed[-1] += [Method("ours", path) for path in group]
+        listed[-1] += [Method("peer", group[0])] * with_peer + [Method("naive", group[0])] * with_naive
     return listed
 
 
-def measure_group(group: Sequence[str], arguments: argparse.Namespace, architecture: Wav2Vec2Config) -> list[dict]:
+def measure_group(group: Sequence[Method], arguments: argparse.Namespace, architecture: Wav2Vec2Config) -> list[dict]:
     """A record for each method of a group: what was measured, and how many operations it needs."""
-    configs = {method: configure(method.partition(":")[2], arguments) for method in group}
-    jobs = [f"build:{method}" for method, config in configs.items() if config.cache and method.startswith("ours:")]
-    jobs += [f"infer:{method}" for method in group if method.startswith(("ours:", "peer:"))]
-    answers = measure(jobs, arguments) | measure([f"step:{method}" for method in group], arguments)
-    samples = [len(turn) for turn in make_turns(arguments.turns, arguments.lengths)]
+    configs = {method: configure(method.path, arguments) for method in group}
+    jobs = [("build", method) for method, config in configs.items() if config.cache and method.side == "ours"]
+    jobs += [("infer", method) for method in group if method.side in ("ours", "peer")]
+    answers = measure(jobs, arguments) | measure([("step", method) for method in group], arguments)
+    samples = [len(turn) for turn in speed.make_turns(arguments.turns, arguments.lengths)]
     records = []
     for method, config in configs.items():
-        side, path = method.split(":", 1)
-        record = {"name": name_of(f"step:{method}"), "side": side, "config": Path(path).stem}
-        record["cached"] = side in ("ours", "reference") and config.cache
+        cached = method.side in ("ours", "reference") and config.cache
+        record = {"name": method.name, "side": method.side, "config": method.path.stem, "cached": cached}
         for phase in ("step", "read", "build", "infer"):
-            found = answers.get(f"{phase}:{method}")
-            record[phase] = found and summarise(found)
-        first = answers[f"step:{method}"][0]
+            found = answers.get((phase, method))
+            record[phase] = found and speed.summarise(found)
+        first = answers["step", method][0]
         record |= {key: first[key] for key in ("trainable_parameters", "floor_bytes")}
         record["first_step_seconds"] = first["waited"]  # since the process was started
         record["startup_seconds"] = first["waited"] - record["step"]["seconds"]  # imports, loading, preparing
-        build = record["build"]["seconds"] if record["cached"] else 0.0
+        build = record["build"]["seconds"] if cached else 0.0
         record["epochs_seconds"] = build + arguments.epochs * record["step"]["seconds"]
         with torch.device("meta"):
             model = run.assemble(config, Wav2Vec2(architecture), LABEL_RANGE)
-        record["operations"] = operations(model, samples, record["cached"])
+        record["operations"] = speed.operations(model, samples, cached)
         records.append(record)
     return records
 
@@ -327,7 +313,7 @@ def measure_group(group: Sequence[str], arguments: argparse.Namespace, architect
 def main() -> None:
     arguments = parse_arguments()
     if arguments.table:
-        return print(tables(read_result(Path(arguments.table))))
+        return print(speed.tables(speed.read_result(Path(arguments.table))))
     arguments.peer |= arguments.naive
     wanted = ("transformers", "peft") if arguments.peer else ()
     if missing := [name for name in wanted if not importlib.util.find_spec(name)]:
@@ -335,46 +321,36 @@ def main() -> None:
     out = Path(arguments.out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out: {out.parent} is no directory")
-    device = hardware.pick_device(arguments.device)
+    device, dtype = hardware.pick_device(arguments.device), hardware.DTYPES[arguments.precision]
     torch.set_num_threads(arguments.threads)
     options = {key: getattr(arguments, key) for key in ("turns", "lengths", "rounds", "epochs", "precision", "threads")}
     options |= {"device": str(device), "peer": arguments.peer, "configs": [path.stem for path in arguments.configs]}
     options["backbone"] = arguments.backbone or "random weights of wav2vec2-base"
-    # reads the configs: an error in one comes before the hours
-    groups = make_groups(arguments.configs, arguments.peer, arguments.naive)
+    groups = make_groups(arguments.configs, arguments.peer, arguments.naive)  # reads each: errors come before the hours
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments.folder = folder
         if arguments.backbone is None:
             arguments.backbone = f"{folder}/backbone"
             save_backbone(random_backbone(Wav2Vec2Config()), arguments.backbone)
         architecture = weights.load_backbone(arguments.backbone).config
-        turns = make_turns(arguments.turns, arguments.lengths)
+        turns = speed.make_turns(arguments.turns, arguments.lengths)
         for number, turn in enumerate(turns):
-            soundfile.write(f"{folder}/{number}.wav", turn, RATE)
-        seconds = [len(turn) / RATE for turn in turns]
-        rates = [matmul_rate(device, hardware.DTYPES[arguments.precision])]
+            soundfile.write(f"{folder}/{number}.wav", turn, speed.RATE)
+        seconds = [len(turn) / speed.RATE for turn in turns]
+        rates = [speed.matmul_rate(device, dtype)]
         measured = [measure_group(group, arguments, architecture) for group in groups]
         measured.sort(key=lambda group: -group[-1]["trainable_parameters"])  # full finetuning first
-        rates.append(matmul_rate(device, hardware.DTYPES[arguments.precision]))  # again: the machine may be quieter now
+        rates.append(speed.matmul_rate(device, dtype))  # again: the machine may be quieter now
     for record in itertools.chain(*measured):
         for phase in filter(record.get, ("step", "build", "infer")):
             bound = record["operations"][phase] / max(rates)
             record[phase] |= {"bound_seconds": bound, "share": bound / record[phase]["seconds"]}
     machine = f"{hardware.device_name(device)}, {fast.Kernels.describe(device)}"
-    result = {"machine": machine, "versions": versions(), "options": options}
-    result |= {"warm_up": WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
+    result = {"machine": machine, "versions": speed.versions(), "options": options}
+    result |= {"warm_up": speed.WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
     result |= {"audio_seconds": sum(seconds), "padded_seconds": max(seconds) * len(seconds), "groups": measured}
     hardware.write_text(out, json.dumps(result, indent=2) + "\n")
-    print(f"{tables(result)}\n\n{out}{draw(result, out.with_suffix(''))}")
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected at least {low}, found {text}")
-        return int(text)
-
-    return number
+    print(f"{speed.tables(result)}\n\n{out}{speed.draw(result, out.with_suffix(''))}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -383,18 +359,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer", action="store_true", help="transformers + PEFT as well (both must be installed)")
     parser.add_argument("--naive", action="store_true", help="and as it is often copied: much slower, and 10 GB")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, type=Path, help="default: all but those for AMP")
-    parser.add_argument("--turns", type=at_least(2), default=8, help="utterances in the batch")
+    parser.add_argument("--turns", type=int, default=8, help="utterances in the batch")
     parser.add_argument("--lengths", choices=("mixed", "equal"), default="mixed", help="2.75 to 11 s, or 5.7 s each")
-    parser.add_argument("--rounds", type=at_least(1), default=5, help=f"that count, after {WARM_UP} of warm-up")
-    parser.add_argument("--epochs", type=at_least(1), default=10, help="in the time of a training run, cache included")
+    parser.add_argument("--rounds", type=int, default=5, help=f"that count, after {speed.WARM_UP} of warm-up")
+    parser.add_argument("--epochs", type=int, default=10, help="in the time of a training run, cache included")
     parser.add_argument("--precision", default="fp32", choices=hardware.DTYPES, help="of every method")
     parser.add_argument("--linear", choices=("auto", "pytorch", "onednn"), default="auto", help="products on a CPU")
-    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--out", default="bench.json", help="JSON; the picture has the same name and ends in .png")
     parser.add_argument("--table", metavar="FILE.json", help="print the tables of an earlier run, measure nothing")
     parser.add_argument("--backbone", help=argparse.SUPPRESS)  # a Hugging Face directory; None: random wav2vec2-base
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for key, low in {"turns": 2, "rounds": 1, "epochs": 1, "threads": 1}.items():
+        if (found := getattr(arguments, key)) < low:
+            parser.error(f"argument --{key}: expected at least {low}, found {found}")
+    return arguments
 
 
 if __name__ == "__main__":

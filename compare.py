@@ -275,8 +275,8 @@ def draw(methods: Methods, jobs: Sequence[Job], runs: Runs, records: Sequence[di
         for key, unit in (("total_seconds", 1), ("peak_memory_bytes", 1e9))
     )
     label = "training time in s (with the cache)"
-    plots.cost(names, seconds, scores, targets, label, note, out / "ccc_against_time", ceiling)
-    plots.cost(names, gigabytes, scores, targets, "peak memory in GB", note, out / "ccc_against_memory", ceiling)
+    plots.cost(names, seconds, scores, targets, label, ceiling, note, out / "ccc_against_time")
+    plots.cost(names, gigabytes, scores, targets, "peak memory in GB", ceiling, note, out / "ccc_against_memory")
     curves = [[curve(r, part, targets) for each in runs[r["method"]].values() for part in each.parts] for r in shown]
     plots.curves(names, curves, targets, note, out / "curves")
     depths: dict[int, int] = {}  # number of trained layers: the first method with it

@@ -13,14 +13,12 @@ import math
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import data
 import run
@@ -29,14 +27,13 @@ from corpora.published import CORPORA
 from data import SPLITS, Problem, Utterance
 from machine.audio import TooShortError, read_original, silence
 from machine.programs import command
+from report.tables import find_plots
 
 CLIPPED = 1e-3  # the share of samples at full scale that is heard
 LONG = 60.0  # seconds; one label hardly holds for so long, and attention needs memory for the square
 # What training refuses, and what makes scores too good; every other kind of problem is a warning.
 ERRORS = {"missing", "unreadable", "too short", "no label", "label outside the range", "several labels", "empty split"}
 ERRORS |= {"constant labels", "speaker overlap", "file in two splits", "duplicate in two splits"}
-DENSE = 2000  # utterances from which on a picture shows their number in place of each
-LOOKS = {"train": ("#000000", "-", "o"), "dev": ("#0072b2", "--", "^"), "test": ("#d55e00", ":", "s")}
 Rows = Sequence[tuple[Utterance, float]]  # each with its seconds, 0 if it cannot be read
 Heard = tuple[float, bytes, list[Problem]]  # of a file: seconds, a hash of its samples unless it is silent, and faults
 
@@ -55,13 +52,15 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     title = run.DEMO_NOTE if config.corpus == "demo" else " ".join(words)
     folder = Path(out) if out else Path(config.output_dir) / "check" / "_".join(words)
     folder.mkdir(parents=True, exist_ok=True)  # before anything that takes long
-    heard = listen_to(utterances)
+    sources, workers = [utterance.source for utterance in utterances], min(16, os.cpu_count() or 1)
+    heard = thread_map(listen, sources, max_workers=workers, desc="audio", unit="file", disable=None)
     rows = [(utterance, seconds) for utterance, (seconds, _, _) in zip(utterances, heard, strict=True)]
     problems = list(data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap))
     problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
     problems += [problem for _, _, faults in heard for problem in faults] + duplicates(utterances, heard)
     problems.sort(key=lambda problem: problem.kind not in ERRORS)  # errors first, else as they were
-    lines = [f"# {title}", "", *split_table(rows, config.targets), ""]
+    splits = labels_and_seconds(rows, config.targets)
+    lines = [f"# {title}", "", *split_table(utterances, splits, config.targets), ""]
     corpus = CORPORA.get(config.corpus)
     if corpus and corpus.agreement:
         scores = corpus.agreement(Path(config.data_root or "")).items()
@@ -73,18 +72,14 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     try:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", errors="as_named")
-        pictures = draw_labels(rows, config.targets, label_range, title, folder / "labels")
-        end = ", ".join([*texts, *(pictures or ["no picture, since matplotlib is not installed"])])
+        drawn = "no picture, since matplotlib is not installed"
+        if plots := find_plots():
+            plots.labels(splits, config.targets, label_range, title, folder / "labels")
+            drawn = "labels.png, labels.pdf"
+        end = ", ".join([*texts, drawn])
     except OSError as error:  # a full disk does not take the report away
         severities, end = {"error"}, f"cannot be written: {error}"
     return f"{report}\n\n{folder}: {end}", 2 if "error" in severities else len(severities)
-
-
-def listen_to(utterances: Sequence[Utterance]) -> list[Heard]:
-    """Decode every file, several at a time, with a progress bar."""
-    sources = [utterance.source for utterance in utterances]
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(tqdm(pool.map(listen, sources), "audio", len(sources), unit="file", disable=None))
 
 
 def listen(path: str) -> Heard:
@@ -117,18 +112,24 @@ def duplicates(utterances: Sequence[Utterance], heard: Sequence[Heard]) -> list[
     return problems
 
 
-def split_table(rows: Rows, targets: Sequence[str]) -> list[str]:
+def labels_and_seconds(rows: Rows, targets: Sequence[str]) -> dict[str, np.ndarray]:
+    """Of each split `(N, K + 1)`: the labels and, in the last column, seconds; NaN where there is none."""
+    table = [[*(u.labels.get(target, math.nan) for target in targets), seconds or math.nan] for u, seconds in rows]
+    values = np.reshape(np.array(table, float), (-1, len(targets) + 1))
+    values[~np.isfinite(values)] = math.nan
+    return {split: values[[utterance.split == split for utterance, _ in rows]] for split in SPLITS}
+
+
+def split_table(utterances: Sequence[Utterance], splits: Mapping[str, np.ndarray], targets: Sequence[str]) -> list[str]:
     """Markdown: a row a split; seconds, labels and a speaker's utterances as mean (least to most)."""
     columns = ["split", "utterances", "speakers", "utterances a speaker", "hours", "seconds", *targets]
     table = [columns, ["---"] * len(columns)]
-    for split in (*SPLITS, "all"):
-        chosen = [utterance for utterance, _ in rows if split in (utterance.split, "all")]
-        lengths = [seconds for utterance, seconds in rows if split in (utterance.split, "all")]
-        speakers = Counter(utterance.speaker for utterance in chosen)
+    for split, values in (*splits.items(), ("all", np.concatenate(list(splits.values())))):
+        speakers = Counter(utterance.speaker for utterance in utterances if split in (utterance.split, "all"))
         named = sum(not data.is_nobody(speaker) for speaker in speakers)
-        table.append([split, f"{len(chosen):,}", f"{named:,}", spread(list(speakers.values()), 0)])
-        table[-1] += [f"{sum(lengths) / 3600:.2f}", spread([length for length in lengths if length], 1)]
-        table[-1] += [spread(finite(chosen, target), 2) for target in targets]
+        *labels, seconds = (column[~np.isnan(column)] for column in values.T)
+        table.append([split, f"{len(values):,}", f"{named:,}", spread(list(speakers.values()), 0)])
+        table[-1] += [f"{sum(seconds) / 3600:.2f}", spread(seconds, 1), *(spread(found, 2) for found in labels)]
     return [f"| {' | '.join(row)} |" for row in table]
 
 
@@ -136,12 +137,6 @@ def spread(values: Sequence[float], digits: int) -> str:
     if not len(values):
         return ""
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(np.mean(values), min(values), max(values), d=digits)
-
-
-def finite(utterances: Sequence[Utterance], target: str) -> np.ndarray:
-    """The labels of a target that there are, `(n,)`."""
-    values = np.array([utterance.labels.get(target, math.nan) for utterance in utterances], dtype=float)
-    return values[np.isfinite(values)]
 
 
 def list_problems(problems: Sequence[Problem], limit: int = 20) -> list[str]:
@@ -177,58 +172,6 @@ def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     rows = [head, *([data.text_cell(str(cell)) for cell in row] for row in rows)]
     csv.writer(stream, lineterminator="\n").writerows(rows)
     return stream.getvalue()
-
-
-def draw_labels(rows: Rows, targets: Sequence[str], label_range: Sequence[float], title: str, path: Path) -> list[str]:
-    """Labels and lengths of each split, and activation over valence, as `<path>.png` and `.pdf`.
-
-    Returns the names of the files, or none where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-    of_split = {split: [u for u, _ in rows if u.split == split] for split in SPLITS}
-    panels = {target: {split: finite(chosen, target) for split, chosen in of_split.items()} for target in targets}
-    panels["seconds"] = {split: np.array([s for u, s in rows if u.split == split and s]) for split in SPLITS}
-    figure = Figure(figsize=(2.6 * len(panels) + 3.4, 3), layout="constrained")
-    *axes, last = figure.subplots(1, len(panels) + 1, width_ratios=[1] * len(panels) + [1.1])
-    for axis, (name, values) in zip(axes, panels.items(), strict=True):
-        there = np.concatenate([*values.values(), [0.0, 1.0] if name == "seconds" else label_range])
-        edges = np.linspace(there.min(), there.max(), 25 if name == "seconds" else 13)
-        for split, (color, line, _) in LOOKS.items():
-            form = {"color": color, "linestyle": line, "label": f"{split} ({len(of_split[split]):,})"}
-            weights = np.full(len(values[split]), 100 / max(1, len(values[split])))
-            axis.hist(values[split], edges, weights=weights, histtype="step", linewidth=1.5, **form)
-        axis.set(xlabel=name)
-    axes[0].set(ylabel="% of the split")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SPLITS), frameon=False)
-    draw_plane(figure, last, of_split, label_range)
-    for axis in (*axes, last):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize="medium")
-    files = [path.with_suffix(suffix) for suffix in (".png", ".pdf")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return [file.name for file in files]
-
-
-def draw_plane(figure: Any, axis: Any, of_split: dict[str, list[Utterance]], label_range: Sequence[float]) -> None:
-    """Activation over valence on an axis of matplotlib: a mark for each utterance, or the density of many."""
-    points = {}  # (2, n) of each split
-    for split, chosen in of_split.items():
-        both = [[u.labels.get(target, math.nan) for u in chosen] for target in ("valence", "activation")]
-        points[split] = np.array(both, dtype=float)[:, np.isfinite(both).all(axis=0)]
-    every = np.concatenate(list(points.values()), axis=1)
-    low, high = min([*every.ravel(), label_range[0]]), max([*every.ravel(), label_range[1]])
-    if every.shape[1] > DENSE:
-        bins = axis.hexbin(*every, gridsize=24, extent=(low, high, low, high), mincnt=1, bins="log", cmap="viridis_r")
-        figure.colorbar(bins, ax=axis, label="utterances")
-    else:
-        for split, (color, _, mark) in LOOKS.items():
-            axis.plot(*points[split], mark, color=color, markersize=4, markerfacecolor="none", label=split)
-        axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set(xlabel="valence", ylabel="activation", aspect="equal")
 
 
 def main() -> None:

@@ -2,13 +2,15 @@
 
 M methods, S seeds, K targets; a score is a CCC, NaN where there is none. A method has the same mark, line and colour in
 every picture; marks and lines alone tell twelve methods apart, so nothing is lost in grey. Widths are those of a column
-and of a page, and letters are of 7 points, so that a picture is put in at its own size. `note` is written into the
-picture, above all else; it may be empty. Every function returns its figure and raises OSError if it cannot be written.
+and of a page, and letters are of 7 points, so that a picture is put in at its own size. Every picture takes, behind
+what its function names, `note` and `path`: the note is written above all else and may be empty; see `picture`.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,7 +20,8 @@ from matplotlib.figure import Figure
 COLUMN, PAGE = 3.5, 7.0  # inches
 POINTS = 72  # an inch
 LETTER = 3.6  # points, the mean width of one
-DENSE = 2000  # points in a scatter from which on their density is drawn
+DENSE = 2000  # points from which on their density is drawn
+DENSITY = {"gridsize": 40, "cmap": "Greys", "bins": "log", "mincnt": 1, "vmin": 0.3, "linewidths": 0}
 DOTS = 1400  # across a page at 200 dpi: as much as can be seen of a waveform
 MARKS = ("o", "s", "^", "D", "v", "<")
 LINES = ("-", "--", "-.", ":")
@@ -40,23 +43,51 @@ STYLE = {
 }
 
 
-@rc_context(STYLE)
+def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """A function that draws in the common style and then does what `finish` does, with `note` and `path` as last."""
+
+    @wraps(draw)
+    @rc_context(STYLE)
+    def drawn(*arguments: Any) -> Figure:
+        *values, note, path = arguments
+        return finish(draw(*values), note, path)
+
+    return drawn
+
+
+def finish(figure: Figure, note: str, path: Path) -> Figure:
+    """Make room for the note above all panels and for the names in them below, and write both files."""
+    width, height = figure.get_size_inches()
+    note = textwrap.fill(note, int(width * POINTS / LETTER))
+    if note:
+        figure.suptitle(note, fontsize=7, style="italic")
+    named: dict[str, Any] = {}
+    for axis in figure.axes:
+        handles, names = axis.get_legend_handles_labels()
+        named |= dict(zip(names, handles, strict=True))
+    columns = max(1, int(width * POINTS / (LETTER * max(map(len, named), default=0) + 36)))  # 36: the line before each
+    if named:
+        figure.legend(named.values(), named, loc="outside lower center", ncols=columns, handlelength=3)
+    lines = note.count("\n") + 1 + -(-len(named) // columns)
+    figure.set_figheight(height + lines * 10 / POINTS)
+    for file in (path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf")):
+        try:
+            figure.savefig(file, dpi=200)
+        except OSError as error:
+            raise OSError(f"{file}: cannot be written ({error.strerror})") from None
+    return figure
+
+
+@picture
 def cost(
-    names: Sequence[str],
-    costs: np.ndarray,
-    scores: np.ndarray,
-    targets: Sequence[str],
-    label: str,
-    note: str,
-    path: Path,
-    ceiling: Mapping[str, float] | None = None,
+    names: Sequence[str], costs: np.ndarray, scores: np.ndarray, targets: Sequence[str], label: str, ceiling: Mapping
 ) -> Figure:
     """CCC `(M, S, K)`, mean and standard deviation over seeds, against a cost `(M,)` above 0 that `label` names.
 
     A panel per target, with the efficient frontier in it. A method without cost or score is left out. `ceiling` is by
-    target how well the raters agree, a line across its panel.
+    target how well the raters agree, a line across its panel; it may be empty.
     """
-    figure, axes = panels(len(targets), note, size=3, named=["efficient frontier", "raters' agreement", *names])
+    figure, axes = panels(len(targets), size=3)
     means, deviations = mean_and_deviation(scores)
     there = [m for m in range(len(names)) if np.isfinite(costs[m]) and np.isfinite(means[m]).all()]
     for k, (axis, target) in enumerate(zip(axes, targets, strict=True)):
@@ -67,17 +98,16 @@ def cost(
         for m in there:
             form = {**style(m), "linestyle": "none"}
             axis.errorbar(costs[m], means[m, k], deviations[m, k], **form, capsize=2, elinewidth=0.8, label=names[m])
-        if target in (ceiling or {}):
+        if target in ceiling:
             axis.axhline(ceiling[target], color=GREY, linestyle=":", label="raters' agreement")
         axis.set(title=target, ylabel="CCC")
-    legend(figure, axes[0])
-    return save(figure, path)
+    return figure
 
 
-@rc_context(STYLE)
-def depth(counts: Sequence[int], scores: np.ndarray, targets: Sequence[str], note: str, path: Path) -> Figure:
+@picture
+def depth(counts: Sequence[int], scores: np.ndarray, targets: Sequence[str]) -> Figure:
     """CCC `(M, S, K)` against the number of trainable layers `(M,)`: mean and deviation, each run as a small point."""
-    figure, (axis,) = panels(1, note, named=targets)
+    figure, (axis,) = panels(1)
     order = np.argsort(counts)
     x, scores = np.asarray(counts)[order], np.asarray(scores)[order]
     means, deviations = mean_and_deviation(scores)
@@ -86,23 +116,18 @@ def depth(counts: Sequence[int], scores: np.ndarray, targets: Sequence[str], not
         axis.plot(beside, scores[:, :, k], ".", color=style(k)["color"], markersize=4, alpha=0.5, markeredgewidth=0)
         axis.errorbar(x, means[:, k], deviations[:, k], **style(k), capsize=2, elinewidth=0.8, label=target)
     axis.set(xlabel="trainable layers", ylabel="CCC", xticks=np.unique(x))
-    legend(figure, axis)
-    return save(figure, path)
+    return figure
 
 
-@rc_context(STYLE)
+@picture
 def curves(
-    names: Sequence[str],
-    curves: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
-    targets: Sequence[str],
-    note: str,
-    path: Path,
+    names: Sequence[str], curves: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], targets: Sequence[str]
 ) -> Figure:
     """Development CCC over training time: for each method and seed, seconds `(E,)` and scores `(E, K)` of its epochs.
 
     A thin line is a run; the thick one is the mean over seeds as far as all of them went.
     """
-    figure, axes = panels(len(targets), note, size=2.8, named=names)
+    figure, axes = panels(len(targets), size=2.8)
     every_second = [second for runs in curves for seconds, _ in runs for second in seconds]
     for k, (axis, target) in enumerate(zip(axes, targets, strict=True)):
         for m, (name, runs) in enumerate(zip(names, curves, strict=True)):
@@ -115,53 +140,75 @@ def curves(
                 axis.plot(x, y, **style(m), markersize=3.5, label=name)
         log_axis(axis, every_second, "training time (s)")
         axis.set(title=target, ylabel="development CCC")
-    legend(figure, axes[0])
-    return save(figure, path)
+    return figure
 
 
-@rc_context(STYLE)
+@picture
 def scatter(
-    names: Sequence[str],
-    predictions: Sequence[np.ndarray],
-    labels: np.ndarray,
-    target: str,
-    scores: Sequence[float],
-    note: str,
-    path: Path,
+    names: Sequence[str], predictions: Sequence[np.ndarray], labels: np.ndarray, target: str, scores: Sequence[float]
 ) -> Figure:
     """Predictions of M methods, `(N,)` each, against labels `(N,)`, a panel a method with its CCC `(M,)` above.
 
     From 2,000 points on, their density: the darker, the more (logarithmic).
     """
     columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = panels(rows * columns, note, columns, size=2, width=columns * PAGE / 4)
+    figure, axes = panels(len(names), columns, size=2, width=columns * PAGE / 4)
     everything = np.concatenate([labels, *predictions])
     margin = 0.04 * (np.ptp(everything) or 1)
     low, high = everything.min() - margin, everything.max() + margin
-    for axis, name, predicted, score in zip(axes, names, predictions, scores, strict=False):
+    for axis, name, predicted, score in zip(axes, names, predictions, scores, strict=True):
         if len(labels) < DENSE:
             axis.plot(labels, predicted, "o", color="black", markersize=2, markeredgewidth=0, alpha=0.35)
         else:
-            shades = {"cmap": "Greys", "bins": "log", "mincnt": 1, "vmin": 0.3, "linewidths": 0}
-            axis.hexbin(labels, predicted, gridsize=40, extent=(low, high, low, high), **shades)
+            axis.hexbin(labels, predicted, extent=(low, high, low, high), **DENSITY)
         axis.plot([low, high], [low, high], color=COLORS[2], linewidth=0.8)
         axis.set(title=f"{name}\nCCC {score:.3f}", xlim=(low, high), ylim=(low, high), aspect="equal")
         axis.locator_params(nbins=5)
-    for axis in axes[len(names) :]:
-        axis.remove()
     figure.supxlabel(f"{target}, labels", fontsize=7)
     figure.supylabel(f"{target}, predictions", fontsize=7)
-    return save(figure, path)
+    return figure
 
 
-@rc_context(STYLE)
-def layers(names: Sequence[str], similarity: np.ndarray, change: np.ndarray, note: str, path: Path) -> Figure:
+@picture
+def labels(splits: Mapping[str, np.ndarray], targets: Sequence[str], label_range: Sequence[float]) -> Figure:
+    """Labels and lengths of utterances: of each split `(N, K + 1)`, K targets and seconds, NaN where there is none.
+
+    A panel for each, in % of the split, and one with the first target over the second: a point an utterance, or from
+    2,000 on their density.
+    """
+    names, every = [*targets, "seconds"], np.concatenate(list(splits.values()))
+    count = len(names) + (len(targets) > 1)
+    figure, axes = panels(count, size=2, width=1.8 * count)
+    edges = []
+    for axis, name, values in zip(axes, names, every.T, strict=False):
+        known, parts = ([0, 1], 24) if name == "seconds" else (label_range, 12)
+        edges.append(np.linspace(np.nanmin([*values, *known]), np.nanmax([*values, *known]), parts + 1))
+        axis.set(xlabel=name)
+    axes[0].set(ylabel="% of the split")
+    dense = np.isfinite(every[:, :2]).all(1).sum() >= DENSE
+    for number, (split, rows) in enumerate(splits.items()):
+        form = {**style(number), "markerfacecolor": "none"}
+        for axis, values, between in zip(axes, rows.T, edges, strict=False):
+            found = np.histogram(values[np.isfinite(values)], between)[0]
+            axis.stairs(100 * found / max(1, found.sum()), between, color=form["color"], linestyle=form["linestyle"])
+        axes[0].plot([], [], **form, label=f"{split} ({len(rows):,})")
+        if len(targets) > 1 and not dense:
+            axes[-1].plot(rows[:, 1], rows[:, 0], **{**form, "linestyle": "none"}, markersize=3)
+    if len(targets) > 1:
+        axes[-1].set(xlabel=targets[1], ylabel=targets[0], aspect="equal")
+        if dense:
+            cells = axes[-1].hexbin(every[:, 1], every[:, 0], **DENSITY)
+            figure.colorbar(cells, ax=axes[-1], label="utterances").ax.set_ylim(bottom=1)
+    return figure
+
+
+@picture
+def layers(names: Sequence[str], similarity: np.ndarray, change: np.ndarray) -> Figure:
     """What finetuning changed: similarity `(L + 1,)` of the hidden states, relative change `(L,)` of layers' weights.
 
     `names` `(L + 1,)` are the hidden states' names, the input of layer 0 first, then one for the output of each layer.
     """
-    figure, (above, below) = panels(2, note, columns=1, size=1.6, width=COLUMN)
+    figure, (above, below) = panels(2, columns=1, size=1.6)
     x = np.arange(len(names))
     above.plot(x, similarity, **style(0))
     below.bar(x[1:], change, color="0.45")
@@ -171,10 +218,10 @@ def layers(names: Sequence[str], similarity: np.ndarray, change: np.ndarray, not
     shown = x[:: 1 if len(names) <= 16 else 2]
     below.set(ylabel="change of weights", xlabel="layer", xlim=above.get_xlim(), ylim=(0, None))
     below.set_xticks(shown, [names[i] for i in shown])
-    return save(figure, path)
+    return figure
 
 
-@rc_context(STYLE)
+@picture
 def timeline(
     waveform: np.ndarray,
     spans: np.ndarray,
@@ -182,21 +229,18 @@ def timeline(
     targets: Sequence[str],
     label_range: tuple[float, float],
     title: str,
-    note: str,
-    path: Path,
 ) -> Figure:
     """A recording `(S,)` and below it the predictions `(W, K)` for windows from and to seconds `(W, 2)`.
 
     The last window ends with the recording. A window is a step; where windows overlap, a point in the middle of each.
     """
-    figure, (above, below) = panels(2, note, columns=1, size=1.3, width=PAGE, named=targets)
+    figure, (above, below) = panels(2, columns=1, size=1.3, width=PAGE)
     seconds = spans[-1, 1]
     unit, name = (60, "min") if seconds >= 600 else (1, "s")
     lows, highs = envelope(waveform, DOTS)
     above.fill_between(np.linspace(0, seconds / unit, len(lows)), lows, highs, color="0.45", linewidth=0.3)
-    above.set_title(
-        title if len(title) < 72 else f"…{title[-70:]}", parse_math=False
-    )  # letters of 7 points in 7 inches
+    title = title if len(title) < 72 else f"…{title[-70:]}"  # what a page is wide
+    above.set_title(title, parse_math=False)
     above.set(ylabel="waveform", xlim=(0, seconds / unit), xticks=[])
     overlap = (spans[1:, 0] < spans[:-1, 1]).any()
     for k, target in enumerate(targets):
@@ -213,22 +257,18 @@ def timeline(
     below.set(xlabel=f"time ({name})", ylabel="prediction", xlim=above.get_xlim(), ylim=(low - margin, high + margin))
     below.set_yticks(np.linspace(*label_range, 3))
     figure.align_ylabels()
-    legend(figure, below)
-    return save(figure, path)
+    return figure
 
 
-@rc_context(STYLE)
+@picture
 def bars(
-    methods: Sequence[tuple[str, str]],
-    seconds: Sequence[tuple[float, float]],
-    gigabytes: Sequence[tuple[float, float]],
-    path: Path,
+    methods: Sequence[tuple[str, str]], seconds: Sequence[tuple[float, float]], gigabytes: Sequence[tuple[float, float]]
 ) -> Figure:
     """Time and memory of M methods, `(name, side)` each, as bars, with a mark on each for what it needs at least."""
     starts = [side == "ours" != before for (_, side), (_, before) in zip(methods, methods[-1:] + methods, strict=False)]
     heights = [-y - 0.5 * gaps for y, gaps in enumerate(np.cumsum(starts))]  # a gap after each peer
     shades = {"ours": "#1b4965", "peer": "#6fa8c9", "naive": "#d3d9de"}  # a dark, a middle and a light grey as well
-    figure, axes = panels(2, "", size=0.8 - 0.19 * heights[-1])
+    figure, axes = panels(2, size=0.8 - 0.19 * heights[-1])
     for axis, values in zip(axes, (seconds, gigabytes), strict=True):
         for (_, side), y, (value, least) in zip(methods, heights, values, strict=True):
             axis.barh(y, value, height=0.8, color=shades[side])
@@ -244,7 +284,7 @@ def bars(
     axes[0].xaxis.set_major_formatter("{x:,g}")
     axes[0].set_title("s of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate")
     axes[1].set_title("peak memory, GB\nmark: weights, gradients and Adam's moments alone")
-    return save(figure, path)
+    return figure
 
 
 def envelope(waveform: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -256,14 +296,9 @@ def envelope(waveform: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
 
 def frontier(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
     """The methods, cheapest first, than which no other is better at most as dear, or as good and cheaper."""
-
-    def beats(a: int, b: int) -> bool:
-        no_worse = costs[a] <= costs[b] and scores[a] >= scores[b]
-        return no_worse and (costs[a] < costs[b] or scores[a] > scores[b])
-
-    numbers = range(len(costs))
-    best = [m for m in numbers if not any(beats(other, m) for other in numbers)]
-    return sorted(best, key=lambda m: costs[m])
+    dearer, better = np.subtract.outer(costs, costs), np.subtract.outer(scores, scores)  # (M, M), row than column
+    beaten = (dearer >= 0) & (better <= 0) & ((dearer > 0) | (better < 0))
+    return sorted(np.flatnonzero(~beaten.any(1)), key=lambda m: costs[m])
 
 
 def mean_and_deviation(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -282,20 +317,15 @@ def style(number: int) -> dict[str, object]:
     return {**mark, "color": color, "linestyle": LINES[number % len(LINES)]}
 
 
-def panels(
-    count: int, note: str, columns: int = 0, size: float = 2.4, width: float = 0.0, named: Sequence[str] = ()
-) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels of `size` inches in height, the note above, room for a legend of names below."""
+def panels(count: int, columns: int = 0, size: float = 2.4, width: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels of `size` inches in height."""
     columns = columns or count
-    width = width or min(columns * COLUMN, PAGE)
     rows = -(-count // columns)
-    note = textwrap.fill(note, int(width * POINTS / LETTER))
-    lines = note.count("\n") + 1 + -(-len(named) // legend_columns(named, width))
-    height = rows * size + lines * 10 / POINTS
-    figure = Figure(figsize=(width, height), layout="constrained")
-    if note:
-        figure.suptitle(note, fontsize=7, style="italic")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure = Figure(figsize=(width or min(columns * COLUMN, PAGE), rows * size), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def log_axis(axis: Axes, values: Sequence[float], label: str) -> None:
@@ -311,29 +341,6 @@ def log_axis(axis: Axes, values: Sequence[float], label: str) -> None:
     elif len(ticks) < 3:
         unit = 10 ** np.floor(np.log10(low))
         ticks = np.arange(low, high + unit / 2, unit)  # 2, 3, 4, 5
-    axis.set_xscale("log")
-    axis.set_xlim(low, high)
+    axis.set(xscale="log", xlim=(low, high), xlabel=label)
     axis.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
     axis.set_xticks([], minor=True)
-    axis.set_xlabel(label)
-
-
-def legend(figure: Figure, axis: Axes) -> None:
-    """The names of what an axis shows, below all panels, in as many columns as fit."""
-    handles, names = axis.get_legend_handles_labels()
-    columns = legend_columns(names, figure.get_figwidth())
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
-
-
-def legend_columns(names: Sequence[str], width: float) -> int:
-    """How many columns of names, each behind its line, fit into a width in inches."""
-    return max(1, int(width * POINTS / (LETTER * max(map(len, names), default=0) + 36)))
-
-
-def save(figure: Figure, path: Path) -> Figure:
-    for file in (path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf")):
-        try:
-            figure.savefig(file, dpi=200)
-        except OSError as error:
-            raise OSError(f"{file}: cannot be written ({error.strerror})") from None
-    return figure

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import freeze
-import lora
 from machine import hardware
 from machine.fast import linear
-from model import FIELD, HOP, EmotionModel, Wav2Vec2
+from model import EmotionModel
 from report.tables import find_plots, markdown
 from weights import read_json
 
@@ -35,13 +34,9 @@ def make_turns(count: int, lengths: str = "mixed", seed: int = 0) -> list[np.nda
 def summarise(answers: Sequence[dict]) -> dict:
     """Median and spread after the warm-up, and the peak of the process's memory."""
     seconds = [answer["seconds"] for answer in answers]
-    return {
-        "seconds": statistics.median(seconds[WARM_UP:]),
-        "seconds_min": min(seconds[WARM_UP:]),
-        "seconds_max": max(seconds[WARM_UP:]),
-        "warm_up_seconds": seconds[:WARM_UP],
-        "peak_memory_bytes": answers[-1]["peak_memory_bytes"],
-    }
+    warm = seconds[WARM_UP:]
+    found = {"seconds": statistics.median(warm), "seconds_min": min(warm), "seconds_max": max(warm)}
+    return found | {"warm_up_seconds": seconds[:WARM_UP], "peak_memory_bytes": answers[-1]["peak_memory_bytes"]}
 
 
 def versions() -> dict[str, str | None]:
@@ -56,9 +51,14 @@ def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False
     once for its weight if that trains and once for its input if something before it trains; attention twice. What
     gradient checkpointing computes again is no part of the method.
     """
-    backbone, depth = model.backbone, freeze.prefix_depth(model)
-    frames = [(count - FIELD) // HOP + 1 for count in samples]
-    parts = [(features(backbone, samples), 0), embedding(backbone, sum(frames))]
+    backbone, depth, c = model.backbone, freeze.prefix_depth(model), model.backbone.config
+    frames, convolutions = samples, 0
+    for conv, kernel, stride in zip(backbone.feature_encoder.convs, c.conv_kernels, c.conv_strides, strict=True):
+        frames = [(count - kernel) // stride + 1 for count in frames]
+        convolutions += 2 * sum(frames) * conv.weight.numel()
+    # projection and positional convolution, over which a norm trains if they do
+    embedding = 2 * sum(frames) * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
+    parts = [(convolutions, 0), (embedding, 2 * embedding)]
     parts += [layer(backbone.layers[i], frames, first=i == depth) for i in range(len(backbone.layers))]
     forward = [part[0] for part in parts]
     split = min(depth, len(backbone.layers)) + 2  # parts of the prefix: hidden state -1 comes after the first
@@ -67,34 +67,17 @@ def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False
     return {"step": training + (0 if cached else before), "build": before, "infer": sum(forward)}
 
 
-def features(backbone: Wav2Vec2, samples: Sequence[int]) -> int:
-    c, total = backbone.config, 0
-    for conv, kernel, stride in zip(backbone.feature_encoder.convs, c.conv_kernels, c.conv_strides, strict=True):
-        samples = [(count - kernel) // stride + 1 for count in samples]
-        total += 2 * sum(samples) * conv.weight.numel()
-    return total
-
-
-def embedding(backbone: Wav2Vec2, rows: int) -> tuple[int, int]:
-    """Forward and backward of projection and positional convolution, over which a norm trains if they do."""
-    forward = 2 * rows * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
-    return forward, 2 * forward
-
-
 def layer(module: nn.Module, frames: Sequence[int], first: bool) -> tuple[int, int]:
     """Forward and backward of a transformer layer; the `first` that trains owes its input no gradient."""
     rows, forward, backward = sum(frames), 0, 0
     first = first and not (module.pre_norm and module.attention_norm.weight.requires_grad)
-    for name, child in module.named_modules():
-        to_input = not (first and name.startswith(("attention.q", "attention.k", "attention.v")))
-        if isinstance(child, nn.Linear):
-            product = 2 * rows * child.weight.numel()
+    from_input = ("attention.q", "attention.k", "attention.v") if first else ()
+    for name, weight in module.named_parameters():
+        if weight.ndim == 2:  # of a product; that with LoRA's B has A's output before it, which trains
+            to_input = name.endswith(".B") or not name.startswith(from_input)
+            product = 2 * rows * weight.numel()
             forward += product
-            backward += product * (child.weight.requires_grad + to_input)
-        elif isinstance(child, lora.LoRALinear):
-            down, up = 2 * rows * child.A.numel(), 2 * rows * child.B.numel()
-            forward += down + up
-            backward += down * (1 + to_input) + 2 * up
+            backward += product * (weight.requires_grad + to_input)
     attention = 4 * sum(count**2 for count in frames) * module.attention_norm.weight.numel()
     return forward + attention, backward + 2 * attention
 
@@ -128,25 +111,24 @@ def read_result(path: Path) -> dict:
 def tables(result: dict) -> str:
     """Markdown: what was measured in a paragraph, a table of training steps, and one of all else."""
     options, found = result["options"], result["versions"]
-    lines = [
+    peers = f" Peers: transformers {found['transformers']}, PEFT {found['peft']}." if options["peer"] else ""
+    measured = (
         f"{result['machine']}, {options['precision']}, PyTorch {found['torch']}; {options['turns']} turns of "
         f"{options['lengths']} length, {result['audio_seconds']:.1f} s of audio ({result['padded_seconds']:.1f} s if "
         f"padded). Medians of {options['rounds']} rounds, methods in turn, after {result['warm_up']} of warm-up. The "
         f"machine multiplies matrices at {result['matmul_flops'] / 1e9:,.0f} GFLOP/s, of which a method's share counts "
-        "what it needs: nothing for padding, nor for gradients that nothing trains on."
-    ]
-    if options["peer"]:
-        lines[0] += f" Peers: transformers {found['transformers']}, PEFT {found['peft']}."
-    columns = ["method", "s a step (min to max)", "audio s/s", "vs our full", "vs peer"]
-    columns += ["of the matmul rate", "peak memory", "vs peer", "trainable"]
-    lines += ["", markdown(columns, [step_cells(*row, result["audio_seconds"]) for row in compared(result)])]
-    columns = ["method", "to the first step (start-up)", "cache build", "reading the cache"]
-    columns += [f"{options['epochs']} epochs on 1 h", "vs peer", "inference, audio s/s", "vs peer", "its peak memory"]
-    text = (
+        f"what it needs: nothing for padding, nor for gradients that nothing trains on.{peers}"
+    )
+    epochs = (
         f"{options['epochs']} epochs on an hour of audio: that many steps and, where there is a cache, one build, from "
         "their medians; builds were measured before the steps, not in turn with them."
     )
-    return "\n".join([*lines, "", text, "", markdown(columns, [other_cells(*row, result) for row in compared(result)])])
+    rows = [cells(*methods, result["audio_seconds"], options["epochs"]) for methods in compared(result)]
+    steps, others = (
+        markdown([column for column, _ in table[0]], [[cell for _, cell in row] for row in table])
+        for table in zip(*rows, strict=True)
+    )
+    return "\n\n".join([measured, steps, epochs, others])
 
 
 def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
@@ -154,41 +136,41 @@ def compared(result: dict) -> list[tuple[dict, dict | None, dict | None]]:
     found = []
     for group in result["groups"]:
         full = next((r for r in group if r["side"] in ("ours", "reference") and r["config"] == "full"), None)
-        other = next((r for r in group if r["side"] == "peer"), None)
-        shown = [record for record in group if record["side"] != "reference"]
-        found += [(record, full, other if record is not other else None) for record in shown]
+        peer = next((r for r in group if r["side"] == "peer"), None)
+        found += [(r, full, peer if r is not peer else None) for r in group if r["side"] != "reference"]
     return found
 
 
-def step_cells(record: dict, full: dict | None, other: dict | None, audio_seconds: float) -> list[str]:
-    step = record["step"]
-    return [
-        record["name"],
-        f"{step['seconds']:.3g} ({step['seconds_min']:.3g} to {step['seconds_max']:.3g})",
-        f"{audio_seconds / step['seconds']:.1f}",
-        factor(full, record, "step"),
-        factor(other, record, "step"),
-        f"{step['share']:.0%}" if step["share"] else "",  # of the head alone nothing is counted
-        f"{step['peak_memory_bytes'] / 1e9:.2f} GB",
-        f"{step['peak_memory_bytes'] / other['step']['peak_memory_bytes']:.2f}" if other else "",
-        f"{record['trainable_parameters'] / 1e6:.2f} M",
-    ]
+Row = list[tuple[str, str]]  # of a table, each cell behind the name of its column
 
 
-def other_cells(record: dict, full: dict | None, other: dict | None, result: dict) -> list[str]:
-    build, read, infer = (record[phase] for phase in ("build", "read", "infer"))
-    seconds = record["epochs_seconds"]
-    return [
-        record["name"],
-        f"{record['first_step_seconds']:.1f} s ({record['startup_seconds']:.1f})",
-        f"{build['seconds']:.3g} s" if build else "",
-        f"{1000 * read['seconds']:.1f} ms" if read else "",
-        f"{seconds / result['audio_seconds'] * 3600:.0f} s",
-        f"{other['epochs_seconds'] / seconds:.2f}x" if other else "",
-        f"{result['audio_seconds'] / infer['seconds']:.1f}" if infer else "",
-        factor(other, record, "infer"),
-        f"{infer['peak_memory_bytes'] / 1e9:.2f} GB" if infer else "",
+def cells(record: dict, full: dict | None, other: dict | None, seconds: float, epochs: int) -> tuple[Row, Row]:
+    """What both tables say of a method, for so many seconds of audio."""
+    step, read, build, infer = (record[phase] for phase in ("step", "read", "build", "infer"))
+    total, memory = record["epochs_seconds"], step["peak_memory_bytes"]
+    steps = [
+        ("method", record["name"]),
+        ("s a step (min to max)", "{seconds:.3g} ({seconds_min:.3g} to {seconds_max:.3g})".format(**step)),
+        ("audio s/s", f"{seconds / step['seconds']:.1f}"),
+        ("vs our full", factor(full, record, "step")),
+        ("vs peer", factor(other, record, "step")),
+        ("of the matmul rate", f"{step['share']:.0%}" if step["share"] else ""),  # of the head nothing is counted
+        ("peak memory", f"{memory / 1e9:.2f} GB"),
+        ("vs peer", f"{memory / other['step']['peak_memory_bytes']:.2f}" if other else ""),
+        ("trainable", f"{record['trainable_parameters'] / 1e6:.2f} M"),
     ]
+    others = [
+        ("method", record["name"]),
+        ("to the first step (start-up)", f"{record['first_step_seconds']:.1f} s ({record['startup_seconds']:.1f})"),
+        ("cache build", f"{build['seconds']:.3g} s" if build else ""),
+        ("reading the cache", f"{1000 * read['seconds']:.1f} ms" if read else ""),
+        (f"{epochs} epochs on 1 h", f"{total / seconds * 3600:.0f} s"),
+        ("vs peer", f"{other['epochs_seconds'] / total:.2f}x" if other else ""),
+        ("inference, audio s/s", f"{seconds / infer['seconds']:.1f}" if infer else ""),
+        ("vs peer", factor(other, record, "infer")),
+        ("its peak memory", f"{infer['peak_memory_bytes'] / 1e9:.2f} GB" if infer else ""),
+    ]
+    return steps, others
 
 
 def factor(base: dict | None, record: dict, phase: str) -> str:
@@ -198,12 +180,11 @@ def factor(base: dict | None, record: dict, phase: str) -> str:
 
 def draw(result: dict, path: Path) -> str:
     """Bars of time and memory of every method; returns what to say of the picture."""
-    plots = find_plots()
-    if plots is None:
+    if not (plots := find_plots()):
         return " (no picture: matplotlib is not installed)"
     records = [record for record, *_ in compared(result)]
     per_hour = 3600 / result["audio_seconds"]
     seconds = [(r["step"]["seconds"] * per_hour, r["step"]["bound_seconds"] * per_hour) for r in records]
     gigabytes = [(r["step"]["peak_memory_bytes"] / 1e9, r["floor_bytes"] / 1e9) for r in records]
-    plots.bars([(r["name"], r["side"]) for r in records], seconds, gigabytes, path)
+    plots.bars([(r["name"], r["side"]) for r in records], seconds, gigabytes, "", path)
     return f", {path}.png"

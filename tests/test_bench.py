@@ -117,28 +117,28 @@ def test_operations_add_up():
 
 def test_turns_are_as_long_as_those_of_the_corpus_and_repeat():
     """2.75 to 11 s, 5.7 s on average, the same for the same seed; or of one length."""
-    seconds = [len(turn) / 16_000 for turn in bench.make_turns(500)]
+    seconds = [len(turn) / 16_000 for turn in speed.make_turns(500)]
     assert min(seconds) >= 2.749 and max(seconds) <= 11
     assert np.mean(seconds) == pytest.approx(5.7, rel=0.04)
     assert max(seconds) > 10 and min(seconds) < 3
-    one, same, other = (bench.make_turns(3, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (speed.make_turns(3, seed=seed) for seed in (0, 0, 1))
     assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
     assert len(one[0]) != len(other[0])
-    assert {len(turn) for turn in bench.make_turns(4, "equal")} == {TURN}
+    assert {len(turn) for turn in speed.make_turns(4, "equal")} == {TURN}
 
 
 def test_what_trains_the_same_is_measured_in_turn():
     """Every config once, with both peers of what it trains, and our full finetuning in every group."""
     groups = bench.make_groups(bench.CONFIGS, with_peer=True, with_naive=True)
-    by_name = {tuple(bench.name_of(f"step:{method}") for method in group) for group in groups}
+    by_name = {tuple(method.name for method in group) for group in groups}
     peers = ("transformers: partial3", "naive transformers: partial3")
     assert ("full", "partial3", "partial3_cached", *peers) in by_name
     lora = "transformers + PEFT: lora_last3"
     assert ("full", "lora_last3_cached", lora, f"naive {lora}") in by_name
-    ours = [method for group in groups for method in group if method.startswith("ours:")]
-    assert sorted(ours) == sorted(f"ours:{path}" for path in bench.CONFIGS)
-    references = [method for group in groups for method in group if method.startswith("reference:")]
-    assert references == [f"reference:{path_of('full')}"] * (len(groups) - 1)
+    ours = [method.path for group in groups for method in group if method.side == "ours"]
+    assert sorted(ours) == bench.CONFIGS
+    references = [method.path for group in groups for method in group if method.side == "reference"]
+    assert references == [path_of("full")] * (len(groups) - 1)
 
 
 # ---------------------------------------------------------------- the peers
@@ -186,7 +186,7 @@ def test_the_peer_predicts_what_ours_predicts(transformers, tiny_large_checkpoin
     """The same files, padded there and packed here, and the same head; of the kind that padding does not change."""
     config = peer_config("partial3", tiny_large_checkpoint)
     paths = [str(tmp_path / f"{number}.wav") for number in range(2)]
-    for path, turn in zip(paths, bench.make_turns(2), strict=True):
+    for path, turn in zip(paths, speed.make_turns(2), strict=True):
         soundfile.write(path, turn[:20_000] if path == paths[0] else turn[:32_000], 16_000)
     model = run.assemble(config, run.weights.load_backbone(tiny_large_checkpoint), (1, 7))
     actions, parameters = bench.peer(config, "infer", False, paths)
@@ -287,7 +287,7 @@ def test_the_command_measures_writes_and_prints(tiny_checkpoint, tmp_path):
     (group,) = result["groups"]
     assert [r["side"] for r in group] == (["ours", "peer", "naive"] if HAS_PEER else ["ours"])
     assert result["options"]["turns"] == 2 and result["versions"]["torch"] == torch.__version__
-    assert result["audio_seconds"] == pytest.approx(sum(len(turn) for turn in bench.make_turns(2)) / 16_000)
+    assert result["audio_seconds"] == pytest.approx(sum(len(turn) for turn in speed.make_turns(2)) / 16_000)
     cached = group[0]
     assert cached["epochs_seconds"] == pytest.approx(cached["build"]["seconds"] + 4 * cached["step"]["seconds"])
     for r in group:
@@ -295,7 +295,7 @@ def test_the_command_measures_writes_and_prints(tiny_checkpoint, tmp_path):
         assert r["floor_bytes"] < r["step"]["peak_memory_bytes"]
         for phase in ("step", "build", "infer"):
             if figures := r[phase]:
-                assert len(figures["warm_up_seconds"]) == bench.WARM_UP
+                assert len(figures["warm_up_seconds"]) == speed.WARM_UP
                 assert 0 < figures["seconds_min"] <= figures["seconds"] <= figures["seconds_max"]
                 assert figures["bound_seconds"] == pytest.approx(r["operations"][phase] / result["matmul_flops"])
         assert (r["build"] is None, r["read"] is None) == (r is not cached, r is not cached)
@@ -308,7 +308,7 @@ def test_a_process_that_fails_is_named_with_its_error(tiny_checkpoint, tmp_path)
     options = {"turns": 2, "threads": 1, "precision": "fp32", "device": "cpu", "rounds": 1}
     options |= {"backbone": str(tiny_checkpoint), "folder": str(tmp_path), "linear": "auto"}
     with pytest.raises(ValueError, match=r"^deep failed at 'infer': ValueError: .*no layer 11; expected") as error:
-        bench.measure([f"infer:ours:{tmp_path / 'deep.yaml'}"], argparse.Namespace(**options))
+        bench.measure([("infer", bench.Method("ours", tmp_path / "deep.yaml"))], argparse.Namespace(**options))
     assert len(str(error.value).splitlines()) == 1
 
 

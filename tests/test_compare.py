@@ -448,8 +448,7 @@ def test_every_form_of_a_demo_table_says_that_it_is_one(configs, monkeypatch, tm
     paths, notes = configs(a={}, b={"trainable_layers": 1}), []
     for name, keys in (("a", {}), ("b", {"trainable_layers": 1})):
         fabricate(tmp_path / "out", name, 0, **keys)
-    functions = dict.fromkeys(("curves", "depth", "scatter"), lambda *given: notes.append(given[-2]))
-    functions["cost"] = lambda *given: notes.append(given[5])
+    functions = dict.fromkeys(("cost", "curves", "depth", "scatter"), lambda *given: notes.append(given[-2]))
     monkeypatch.setitem(sys.modules, "report.plots", types.SimpleNamespace(**functions))
     monkeypatch.setattr(report, "plots", sys.modules["report.plots"], raising=False)
     assert main(monkeypatch, *paths, "--out", tmp_path / "out", "--table", "--seeds", "1") == 0
@@ -469,8 +468,8 @@ def test_pictures_are_given_the_figures_of_the_table(configs, monkeypatch, tmp_p
             fabricate(out, name, seed, 0.1 + seed, total=100.0, **methods[name])
     key = str(compare.config_path(compare.Job(out, "b", 0)))
     (out / "builds.json").write_text(json.dumps({key: {"seconds": 7.0, "bytes": 1}}))
-    functions = {n: lambda *values: given.update({values[-1].name: values}) for n in ("curves", "depth", "scatter")}
-    functions["cost"] = lambda *values: given.update({values[6].name: values})
+    names = ("cost", "curves", "depth", "scatter")
+    functions = dict.fromkeys(names, lambda *values: given.update({values[-1].name: values}))
     monkeypatch.setitem(sys.modules, "report.plots", types.SimpleNamespace(**functions))
     monkeypatch.setattr(report, "plots", sys.modules["report.plots"], raising=False)
     assert main(monkeypatch, *paths, "--out", out, "--table", "--seeds", "2") == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import speech_like
+from conftest import forget_plots, speech_like
 
 import data
 import run
@@ -533,7 +533,8 @@ def test_what_a_reader_leaves_out_is_a_warning_with_its_files(tmp_path):
 
 def test_the_report_needs_no_matplotlib(good, monkeypatch):
     """Which is there for pictures only."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    forget_plots(monkeypatch)
     code, report, _ = check_manifest(good)
     assert code == 0 and "no picture, since matplotlib is not installed" in report
     assert not (good / "out" / "labels.png").exists()
@@ -545,18 +546,6 @@ def test_a_report_that_cannot_be_written_is_printed(good):
     keys = ["corpus=manifest", f"manifest={good / 'manifest.csv'}", "label_range=[1, 7]"]
     report, code = check.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(good / "out"))
     assert code == 2 and "| all | 8 | 8 |" in report and "out: cannot be written: " in report
-
-
-@pytest.mark.parametrize("utterances", [10, 3000])
-def test_pictures_of_few_and_of_many_utterances(tmp_path, utterances):
-    """Marks for few, their density for many; splits and labels may be empty, and nothing is cut off at the range."""
-    pytest.importorskip("matplotlib")
-    rows = [data.Utterance("a", "train", "s", {"activation": 1 + n % 7, "valence": 9.0}) for n in range(utterances)]
-    rows.append(data.Utterance("a", "test", "s", {}))
-    rows = [(utterance, 1.0) for utterance in rows]
-    files = check.draw_labels(rows, ["activation", "valence"], (1, 7), "a title", tmp_path / "labels")
-    assert files == ["labels.png", "labels.pdf"]
-    assert all((tmp_path / file).stat().st_size > 5000 for file in files)
 
 
 def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:

@@ -37,7 +37,7 @@ def seconds_and_scores(epochs: int, start: float = 10.0) -> tuple[np.ndarray, np
 
 def cost(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE) -> Figure:
     costs = np.geomspace(3, 5000, count)
-    return plots.cost(NAMES[:count], costs, SCORES[:count, :seeds], TARGETS, "time (s)", note, path)
+    return plots.cost(NAMES[:count], costs, SCORES[:count, :seeds], TARGETS, "time (s)", {}, note, path)
 
 
 def depth(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE) -> Figure:
@@ -143,9 +143,9 @@ def test_a_method_without_scores_is_left_out_of_the_cost(tmp_path):
 
 def test_a_cost_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"time \(s\): expected values above 0, found 0"):
-        plots.cost(["a"], np.array([0.0]), SCORES[:1], TARGETS, "time (s)", NOTE, tmp_path / "picture")
+        plots.cost(["a"], np.array([0.0]), SCORES[:1], TARGETS, "time (s)", {}, NOTE, tmp_path / "picture")
     with pytest.raises(ValueError, match="found none"):
-        plots.cost(["a"], np.array([1.0]), SCORES[5:6], TARGETS, "time (s)", NOTE, tmp_path / "picture")
+        plots.cost(["a"], np.array([1.0]), SCORES[5:6], TARGETS, "time (s)", {}, NOTE, tmp_path / "picture")
 
 
 def test_the_frontier_by_hand():
@@ -188,6 +188,25 @@ def test_many_predictions_are_drawn_as_density(tmp_path):
     assert [len(axis.collections) for axis in (*few.axes, *many.axes)] == [0, 0, 1, 1]
     assert (tmp_path / "many.pdf").stat().st_size < 500_000
     assert "full_amp\nCCC 0.500" in texts(many)
+
+
+@pytest.mark.parametrize("targets", [("valence",), TARGETS, (*TARGETS, "dominance")])
+@pytest.mark.parametrize("size", [10, 3000])
+def test_labels_of_few_and_of_many_utterances(tmp_path, size, targets):
+    """Points or their density; a split and a label may be missing, and what lies outside the range is shown."""
+    train = RANDOM.uniform(1, 9, (size, len(targets) + 1))
+    train[0, 0] = np.nan
+    splits = {"train": train, "dev": train[:0], "test": np.full((1, len(targets) + 1), np.nan)}
+    figure = plots.labels(splits, targets, (1, 7), NOTE, tmp_path / "labels")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.pdf", "labels.png"]
+    check_words(figure)
+    assert {*targets, "seconds", f"train ({size:,})", "dev (0)", "test (1)", NOTE} <= set(texts(figure))
+    stairs = figure.axes[0].patches[0].get_data()
+    assert stairs.values.sum() == pytest.approx(100)
+    assert stairs.edges[[0, -1]].tolist() == [1, max(7, np.nanmax(train[:, 0]))]
+    if len(targets) > 1:
+        plane = figure.axes[len(targets) + 1]
+        assert len(plane.collections) == (size == 3000) and len(plane.lines) == (0 if size == 3000 else 3)
 
 
 @pytest.mark.parametrize("hop", [1.0, 0.25])
@@ -275,7 +294,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 def test_the_agreement_of_raters_is_a_line_in_the_panel_of_its_target(tmp_path):
     """And in the legend; a target without it has none."""
     costs, ceiling = np.geomspace(3, 50, 2), {"activation": 0.77}
-    figure = plots.cost(NAMES[:2], costs, SCORES[:2], TARGETS, "time (s)", "", tmp_path / "cost", ceiling)
+    figure = plots.cost(NAMES[:2], costs, SCORES[:2], TARGETS, "time (s)", ceiling, "", tmp_path / "cost")
     lines = [[line for line in axis.lines if line.get_label() == "raters' agreement"] for axis in figure.axes]
     assert [len(found) for found in lines] == [1, 0]
     assert set(lines[0][0].get_ydata()) == {0.77}
