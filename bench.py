@@ -201,7 +201,7 @@ def work(method: Method, action: str, arguments: argparse.Namespace) -> dict:
     device = hardware.pick_device(arguments.device)
     start = time.perf_counter()
     actions[action]()
-    hardware.synchronize(device)
+    speed.synchronize(device)
     seconds = max(time.perf_counter() - start, 1e-3)  # a coarse clock may say 0
     held = [p for p in parameters if not p.is_meta]
     trained = sum(p.numel() for p in held if p.requires_grad)

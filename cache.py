@@ -1,9 +1,9 @@
 """The frozen prefix and the cache of its output: each utterance's activation, computed once and kept on disk.
 
 A directory holds activations of one kind: of the same weights, depth, preprocessing and type. `cache.json` names them,
-and the directory's name is their hash. Every process that writes has two files of its own: `<writer>.bin` with one
-activation after the other, and `<writer>.index` with a line for each, written after its activation. A process that dies
-at any moment loses only the activation in hand. Several may write at once, and each finds what the others have written.
+and the directory's name is their hash. Several processes may write at once, each into two files of its own: one
+activation after the other in `<writer>.bin`, and then a line for each in `<writer>.index`. So a process that dies at
+any moment loses only the activation in hand.
 
 An entry belongs to one state of an audio file: its real path, size and time of change. A line of an index begins with
 its own CRC-32, which covers the directory's name, and holds that of its activation, which is checked when it is first
@@ -38,7 +38,6 @@ from machine.hardware import parallel, replace
 from model import EmotionModel
 
 FORMAT = 3  # raise it when the same identity would mean other numbers, or the same numbers other files
-SCALE_ROWS = 8  # of int8, before the frames: scale and middle of each channel in fp32 fill as many rows
 SHARD_BYTES = 1 << 31
 LINE_BYTES = 100  # of an index, beside the path
 FULL_DISK = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
@@ -61,8 +60,7 @@ class Line(NamedTuple):
 class ActivationCache:
     """Activations `(T, width)` of numbered utterances. One thread writes; one more may read beside it.
 
-    Other processes may do both: `has`, before it says no, and `write` look for what they have added. float16 and
-    float32 are stored as they are, int8 as `to_int8` says.
+    Other processes may do both: `has`, before it says no, and `write` look for what they have added.
     """
 
     def __init__(
@@ -77,7 +75,8 @@ class ActivationCache:
         self.directory = Path(root) / directory_name(identity)
         self.paths, self.width, self.dtype, self.rows = paths, width, dtype, rows
         self.row_bytes = width * dtype.itemsize
-        self.scale_rows = SCALE_ROWS if dtype == torch.int8 else 0
+        self.int8 = extra("machine.int8", "cache_dtype: int8") if dtype == torch.int8 else None
+        self.scale_rows = self.int8.SCALE_ROWS if self.int8 else 0  # stored before the frames
         assert width % 4 == 0 or not self.scale_rows, "scales in fp32 lie at multiples of 4 bytes"
         self.real_path = path_finder()
         # Real paths without an activation; a file may be in the corpus twice. Numbered, as entries and states are.
@@ -168,15 +167,15 @@ class ActivationCache:
 
     def decode(self, stored: Tensor, lengths: Sequence[int]) -> Tensor:
         """Packed activations `(N, width)` of stored rows, on any device: as they are, or fp32 from int8."""
-        if not self.scale_rows:
+        if self.int8 is None:
             return stored
-        return torch.cat([from_int8(rows) for rows in stored.split([length + SCALE_ROWS for length in lengths])])
+        parts = stored.split([length + self.scale_rows for length in lengths])
+        return torch.cat([self.int8.from_int8(rows) for rows in parts])
 
     def write(self, numbers: Sequence[int], packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """Store packed activations `(N, width)` of those not yet there; returns them as `read` would.
 
-        So the epoch that fills the cache trains on what the next ones will read: rounded, and what an earlier run or
-        another process computed where it has written first. Nothing is stored in a directory that is read-only.
+        So the epoch that fills the cache trains on what the next ones will read. A read-only directory stays as it is.
         """
         self.load_index()
         rounded, stored = packed.to("cpu", torch.float32 if self.scale_rows else self.dtype), []
@@ -189,7 +188,7 @@ class ActivationCache:
                     largest, what = computed.abs().max().item(), f"the activation of {self.paths[number]} does not fit"
                     why = "set cache_dtype: float32" if largest < torch.inf else "the model yields no numbers for it"
                     raise ValueError(f"{what} {self.dtype} (largest {largest:.3g}); {why}")
-                stored.append(to_int8(part) if self.scale_rows else part.contiguous())
+                stored.append(self.int8.to_int8(part) if self.int8 else part.contiguous())
                 if self.writable:
                     self.append(number, stored[-1], len(part))
         return self.decode(torch.cat(stored), lengths)
@@ -302,25 +301,6 @@ def read_description(directory: Path) -> dict:
         if to_json(identity) == content and directory_name(identity) == directory.name:
             return identity
     raise ValueError(f"{path}: does not describe a cache of this name; a run that uses it writes it anew")
-
-
-def to_int8(activation: Tensor) -> Tensor:
-    """Rows to store for a finite activation `(T, width)`: scale and middle of each channel, then steps of the scale.
-
-    A step is a 254th of the channel's range in this utterance, so no value is off by more than half of one: neither a
-    channel of large values nor a large constant in a channel, as pre-norm models have, costs precision.
-    """
-    low, high = activation.aminmax(dim=0)
-    middle = low / 2 + high / 2
-    scale = (high / 254 - low / 254).clamp(min=torch.finfo(activation.dtype).tiny)  # a constant channel has one too
-    steps = ((activation - middle) / scale).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([torch.stack([scale, middle]).view(torch.int8).view(SCALE_ROWS, -1), steps])
-
-
-def from_int8(rows: Tensor) -> Tensor:
-    """The activation `(T, width)` in fp32 of the rows that `to_int8` gave."""
-    scale, middle = rows[:SCALE_ROWS].view(-1).view(torch.float32).view(2, -1)
-    return rows[SCALE_ROWS:] * scale + middle
 
 
 def open_cache(

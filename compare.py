@@ -30,10 +30,10 @@ from statistics import fmean
 import numpy as np
 
 import run
-from config import Config, extra, load_config, parse, split_words
+from config import Config, extra, load_config, parse
 from data import text_cell
 from machine import hardware
-from machine.programs import command, last_lines, logged
+from machine.programs import command, last_lines, logged, split_words
 from report import results, tables
 from report.results import Job, Run, Runs
 from weights import read_json

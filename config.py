@@ -101,7 +101,8 @@ class Config:
 
     def require_effect(self) -> None:
         """Refuse a key that is set but would do nothing: whoever set it believes that it acts."""
-        everything, nothing = self.trainable_layers == "all", not self.trains_layers
+        everything = self.trainable_layers == "all"
+        nothing = self.trainable_layers in (0, []) and self.lora_rank == 0
         self.require("pooling", self.pooling != "layers" or nothing, "mean, mean_std or attentive, since layers train")
         pooled = nothing and self.pooling != "attentive" and self.cache_dtype == "int8"
         self.require("cache_dtype", not pooled, "float16, as no layer trains: of a few rows each, int8 would be larger")
@@ -122,11 +123,6 @@ class Config:
             value, default = getattr(self, key), DEFAULTS[key]
             same = value == (list(default) if isinstance(value, list) and isinstance(default, tuple) else default)
             self.require(key, same, f"{default!r}, {reason}")
-
-    @property
-    def trains_layers(self) -> bool:
-        """Whether anything but the head trains."""
-        return self.trainable_layers not in (0, []) or self.lora_rank > 0
 
     def require(self, key: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:
@@ -161,12 +157,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values[key] = read_override(key, value, override)
     config = make_config(values, str(path))
     return config if config.name else replace(config, name=path.stem)
-
-
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words of a command line that are paths, and those that are `key=value`; a path may hold an equals sign too."""
-    overrides = [word for word in words if "=" in word and word.partition("=")[0].isidentifier()]
-    return [word for word in words if word not in overrides], overrides
 
 
 def read_override(key: str, value: str, where: str) -> object:

@@ -87,10 +87,9 @@ def read_corpus(
 ) -> tuple[list[Utterance], Notes]:
     """The utterances of a corpus, and what a user should know of them.
 
-    "manifest" is a CSV file with a column for each of `targets`; every other name is a corpus that `corpora.published`
-    reads from the folder `root`, and `keys` are those of the configuration that choose a part of it. Raises
-    FileNotFoundError or ValueError for an unknown name, a key that the corpus does not use, and files that are not as
-    published.
+    "manifest" is a CSV file with a column for each of `targets`; every other corpus is read by `corpora.published` from
+    the folder `root`, and `keys` of the configuration choose a part of it. Raises FileNotFoundError or ValueError for
+    an unknown name, a key that the corpus does not use, and files that are not as published.
     """
     keys |= {"data_root": root, "manifest": manifest}
     if name != "manifest":
@@ -329,12 +328,10 @@ def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float
         except (FileNotFoundError, ValueError) as problem:
             return str(problem)
 
-    # In parts, as a file's header takes less time than handing it to a thread.
-    parts = [sources[start : start + 64] for start in range(0, len(sources), 64)]
+    parts = [sources[start : start + 64] for start in range(0, len(sources), 64)]  # a header is faster than a thread
     with ThreadPoolExecutor(threads) as pool:
         found = [each for part in pool.map(lambda part: list(map(length, part)), parts) for each in part]
-    # The limit is for a wrong folder, where each of 100,000 files is missing.
-    raise_listed("bad audio files", [each for each in found if isinstance(each, str)], limit=1000)
+    raise_listed("bad audio files", [each for each in found if isinstance(each, str)], limit=1000)  # a wrong folder
     seconds = dict(zip(sources, map(float, found), strict=True))
     return [seconds[utterance.source] for utterance in utterances]
 

@@ -60,9 +60,8 @@ def interval(values: np.ndarray, groups: int) -> list[float] | None:
     """95% interval of a statistic from its bootstrap draws `(draws,)` of this many groups; None for fewer than two.
 
     The expanded percentile interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3):
-    percentiles at `Phi(sqrt(n / (n - 1)) t(0.025, n - 1))`, so that for a mean it is as wide as the t interval. On
-    simulated speakers with offsets of their own in labels and errors it held the true CCC, or difference, in 92 to 96%
-    of corpora for 8 to 64 speakers and in 87 to 91% for 4 (plain percentiles: 86 to 95%, and 77 to 81%).
+    percentiles at `Phi(sqrt(n / (n - 1)) t(0.025, n - 1))`, so that for a mean it is as wide as the t interval. With
+    simulated speakers it held the true CCC in 92 to 96% of corpora of 8 to 64, and in 87 to 91% of 4.
     """
     if groups < 2:
         return None

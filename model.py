@@ -216,14 +216,11 @@ class Layer(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """All after attention, where no frame sees another: what `compile` compiles, once for every length."""
-        x = x + self.drop(attended)
+        x = x + dropout(attended, self.dropout, self.training)
         if self.pre_norm:
-            return x + self.drop(self.feed_forward(self.feed_forward_norm(x)))
+            return x + dropout(self.feed_forward(self.feed_forward_norm(x)), self.dropout, self.training)
         x = self.attention_norm(x)
-        return self.feed_forward_norm(x + self.drop(self.feed_forward(x)))
-
-    def drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, self.training)
+        return self.feed_forward_norm(x + dropout(self.feed_forward(x), self.dropout, self.training))
 
 
 class Wav2Vec2(nn.Module):

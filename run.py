@@ -197,8 +197,8 @@ def assemble(config: Config, backbone: Wav2Vec2, label_range: tuple[float, float
 def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backbone: str | None = None) -> EmotionModel:
     """The best model of a finished run, LoRA merged or still apart, in eval mode; or a published emotion model.
 
-    `source` is a run's directory, or what `formats.emotion` reads: a Hugging Face directory or a hub id.
-    `backbone` says where the backbone of a run is now, if it has moved. Raises FileNotFoundError or ValueError.
+    `source` is a run's directory, a Hugging Face directory or a hub id; `backbone` is where a run's backbone is now, if
+    it has moved. Raises FileNotFoundError or ValueError.
     """
     directory = Path(source)
     is_hub_id = weights.hub_id(str(source)) and not directory.parent.exists()  # a run that is not there yet is none
@@ -317,7 +317,7 @@ def require_content(config: Config, result: dict, path: Path, kinds: Sequence[st
         if moved or any(place and os.path.exists(place) for place in places.values()):
             with nullcontext() if moved else suppress(OSError, ValueError):
                 if kind == "backbone":
-                    now = find_backbone(config)[1]
+                    _, now = find_backbone(config)
                 else:
                     utterances, _ = load_utterances(config)
                     now = describe_corpus(config.corpus, utterances, data.check_audio(utterances))
@@ -326,10 +326,7 @@ def require_content(config: Config, result: dict, path: Path, kinds: Sequence[st
 
 
 def settle_best(directory: Path, best_epoch: int) -> None:
-    """Make the new best model `best.pt` once `last.pt` knows of it, so that the two always belong together.
-
-    A run that was killed before it wrote `last.pt` repeats that epoch, on a GPU perhaps with another result.
-    """
+    """Make the new best model `best.pt` once `last.pt` knows of it; a run killed before that repeats the epoch."""
     pending = directory / PENDING
     if parallel.rank() == 0 and pending.is_file():
         if load_checkpoint(pending).get("epoch") == best_epoch:

@@ -218,10 +218,9 @@ def check_losses(e: Experiment) -> None:
         finite[-1] = False
     if False in finite:
         step = len(losses) - len(finite) + finite.index(False)
-        what = f"epoch {e.progress.epoch + 1}, step {step + 1}: loss or gradient is not finite"
-        files = [e.prefix.paths[utterance] for utterance in e.batches[step]]
-        what = f"{what}, and nothing since the last save is kept; {run.ADVICE}; the files of the batch"
-        data.raise_listed(what, files)
+        what = f"epoch {e.progress.epoch + 1}, step {step + 1}: loss or gradient is not finite, and nothing since the "
+        what += f"last save is kept; {run.ADVICE}; the files of the batch"
+        data.raise_listed(what, [e.prefix.paths[utterance] for utterance in e.batches[step]])
 
 
 def end_epoch(e: Experiment, watch: hardware.Watch, bar: tqdm) -> None:

@@ -65,9 +65,8 @@ def silence(waveform: np.ndarray) -> str:
     level = float(np.abs(waveform - middle).max())
     if level >= SILENT:
         return ""
-    if abs(middle) >= SILENT:
-        return f"silent: every sample is {middle:.3g}"
-    return f"silent, or its channels cancel: no sample is above {level:.1g} of full scale"
+    cancelled = f", or its channels cancel: no sample is above {level:.1g} of full scale"
+    return "silent" + (f": every sample is {middle:.3g}" if abs(middle) >= SILENT else cancelled)
 
 
 def split_source(source: str | Path) -> tuple[str, float, float | None]:
@@ -81,11 +80,8 @@ def split_source(source: str | Path) -> tuple[str, float, float | None]:
 
 
 def path_finder() -> Callable[[str], str]:
-    """A function from a source to the same with its file's real path, whatever links and spelling lead to it.
-
-    It remembers the folders that it has seen: four times as fast for a large corpus.
-    """
-    real_folder = cache(os.path.realpath)
+    """A function from a source to the same with its file's real path, whatever links and spelling lead to it."""
+    real_folder = cache(os.path.realpath)  # four times as fast for a large corpus
 
     def real_path(source: str) -> str:
         path = split_source(source)[0]

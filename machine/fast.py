@@ -4,6 +4,7 @@ This is the only file that calls operators which PyTorch does not document.
 """
 
 import platform
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,12 +29,18 @@ PRODUCTS = ("forward", "input gradient", "weight gradient")
 BY_ONEDNN = {("amd", "AVX512"): PRODUCTS, ("intel", "AVX512"): ("forward",), ("intel", "AVX2"): ("forward",)}
 
 
+def cpu_name() -> str:
+    """What this machine calls its processor."""
+    names = re.findall(r"model name\s*: (.+)", CPUINFO.read_text()) if CPUINFO.is_file() else []
+    if hasattr(torch.cpu, "get_capabilities"):  # not in every build
+        names.append(torch.cpu.get_capabilities().get("cpu_name"))
+    return next(filter(None, [*names, platform.processor()]), platform.machine())
+
+
 @lru_cache
 def processor() -> tuple[str, str]:
     """Maker ("amd", "intel" or "") and the vector instructions that PyTorch uses, e.g. "AVX2"."""
-    name = str(torch.cpu.get_capabilities().get("cpu_name", "")) if hasattr(torch.cpu, "get_capabilities") else ""
-    told = f"{name} {CPUINFO.read_text() if CPUINFO.is_file() else platform.processor()} ".lower()
-    maker = next((maker for maker, word in MAKERS.items() if word in told), "")
+    maker = next((maker for maker, word in MAKERS.items() if word in f"{cpu_name()} ".lower()), "")
     return maker, torch.backends.cpu.get_cpu_capability()
 
 

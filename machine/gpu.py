@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from machine.fast import Bias, Frames, gated
+from machine.hardware import parallel
 
 ActivationCache = Any  # of `cache`, which loads this file when it needs it
 
@@ -139,6 +140,15 @@ def require_usable(device: torch.device, compiled: bool) -> None:
         require_code(device)
     if compiled:
         require_compiler(device)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`hardware.pick_precision` for CUDA."""
+    emulated = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    if name == "bf16" and emulated and parallel.rank() == 0:
+        said = f"{torch.cuda.get_device_name(device)} only emulates bf16, several times slower than fp16"
+        print(f"warning: precision: {said}; set precision: fp16 or auto", file=sys.stderr)
+    return name if name != "auto" else "fp16" if emulated else "bf16"
 
 
 def require_code(device: torch.device) -> None:

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from config import extra
 from freeze import cast_frozen
+from machine.fast import cpu_name
 from model import EmotionModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,8 +32,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def pick_device(name: str, local_rank: int | None = None, compiled: bool = False) -> torch.device:
     """The device of this name; for "auto" CUDA, then MPS, then the CPU. A CUDA device always has its index.
 
-    Of several processes each takes the GPU with its `local_rank`. Raises ValueError if the device is not there, if this
-    build of PyTorch has no code for it, or if `compiled` and what torch.compile needs there is missing.
+    Of several processes each takes the GPU with its `local_rank`. Raises ValueError if the device, or torch.compile on
+    it if `compiled`, cannot be used.
     """
     mps = local_rank is None and torch.backends.mps.is_available()
     there = [kind for kind, found in (("cuda", torch.cuda.is_available()), ("mps", mps), ("cpu", True)) if found]
@@ -52,24 +52,14 @@ def pick_device(name: str, local_rank: int | None = None, compiled: bool = False
     return device
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether a CUDA device computes in bf16 itself; older ones emulate it."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def pick_precision(name: str, device: torch.device) -> str:
     """For "auto" bf16 on a GPU that computes in it, fp16 on one that does not, else fp32. Warns of a slow choice."""
-    if name == "auto":
-        return ("bf16" if has_bf16(device) else "fp16") if device.type == "cuda" else "fp32"
-    warning = ""
-    if name == "bf16" and device.type == "cuda" and not has_bf16(device):
-        warning = f"{torch.cuda.get_device_name(device)} only emulates bf16, several times slower than fp16; "
-        warning += "set precision: fp16 or auto"
-    if name == "fp16" and device.type == "cpu":
-        warning = "fp16 is slow on most CPUs, often slower than fp32; set precision: fp32 or auto"
-    if warning and parallel.rank() == 0:
-        print(f"warning: precision: {warning}", file=sys.stderr)
-    return name
+    if device.type == "cuda":
+        return extra("machine.gpu", f"device: {device}").pick_precision(name, device)
+    if name == "fp16" and device.type == "cpu" and parallel.rank() == 0:
+        said = "fp16 is slow on most CPUs, often slower than fp32; set precision: fp32 or auto"
+        print(f"warning: precision: {said}", file=sys.stderr)
+    return "fp32" if name == "auto" else name
 
 
 def prepare(
@@ -93,22 +83,12 @@ def prepare(
         layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
 def device_name(device: torch.device) -> str:
     """A GPU's name; of a CPU the processor, the vector instructions that PyTorch uses, and the threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-    if hasattr(torch.cpu, "get_capabilities"):  # not in every build
-        names.append(torch.cpu.get_capabilities().get("cpu_name"))
-    processor = next(filter(None, [*names, platform.processor()]), platform.machine())
     vectors = torch.backends.cpu.get_cpu_capability()
-    return f"{processor} ({device.type}, {vectors}, {torch.get_num_threads()} threads)"
+    return f"{cpu_name()} ({device.type}, {vectors}, {torch.get_num_threads()} threads)"
 
 
 def peak_memory(device: torch.device) -> int:

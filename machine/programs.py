@@ -34,6 +34,12 @@ def command(main: Callable[[], None], stopped: str = "stopped", code: int = 1) -
     sys.exit(message if code == 1 else code)
 
 
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words of a command line that are paths, and those that are `key=value`; a path may hold an equals sign too."""
+    overrides = [word for word in words if "=" in word and word.partition("=")[0].isidentifier()]
+    return [word for word in words if word not in overrides], overrides
+
+
 def as_named(error: UnicodeError) -> tuple[str | bytes, int]:
     r"""For `errors=`: a byte of a file name that is not UTF-8 as it is, and what an encoding lacks as \x.. or \u...."""
     error.end = error.start + 1  # one character after the other

@@ -26,11 +26,12 @@ import cache
 import data
 import run
 from cache import Prefix, file_size, read_description, read_index, read_line
-from config import load_config, split_words
+from config import load_config
 from machine import hardware
 from machine.audio import file_state
 from machine.hardware import parallel, replace
-from machine.programs import command
+from machine.int8 import SCALE_ROWS
+from machine.programs import command, split_words
 
 PARTS = (".bin", ".index", ".user", ".tmp", ".csv")  # of a cache, beside cache.json; .csv: the index until format 2
 
@@ -167,7 +168,7 @@ def read_lines(index: Path) -> list[tuple[bytes, cache.Line | None]]:
 def read_rows(directory: Path, line: cache.Line, identity: dict) -> bytes | None:
     """The bytes of an activation; None if they go past the end of its shard, or the disk is broken there."""
     path, kind = directory / line.shard, getattr(torch, identity["dtype"])
-    count = (line.frames + (cache.SCALE_ROWS if kind == torch.int8 else 0)) * identity["width"] * kind.itemsize
+    count = (line.frames + (SCALE_ROWS if kind == torch.int8 else 0)) * identity["width"] * kind.itemsize
     if line.offset + count <= file_size(path):
         with suppress(OSError), open(path, "rb", buffering=0) as file:
             file.seek(line.offset)
