@@ -43,7 +43,6 @@ import weights
 from cache import Prefix, open_cache
 from config import Config, load_config
 from formats.huggingface import save_backbone
-from formats.random_weights import random_backbone
 from machine import fast, hardware
 from machine.programs import command
 from metrics import ccc_loss
@@ -331,7 +330,7 @@ def main() -> None:
         arguments.folder = folder
         if arguments.backbone is None:
             arguments.backbone = f"{folder}/backbone"
-            save_backbone(random_backbone(Wav2Vec2Config()), arguments.backbone)
+            save_backbone(Wav2Vec2(Wav2Vec2Config()), arguments.backbone)
         architecture = weights.load_backbone(arguments.backbone).config
         turns = speed.make_turns(arguments.turns, arguments.lengths)
         for number, turn in enumerate(turns):

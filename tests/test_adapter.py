@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import speech_like
+from random_weights import random_backbone
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -14,7 +15,6 @@ import run
 import weights
 from config import Config
 from formats import adapter
-from formats.random_weights import random_backbone
 from model import Wav2Vec2Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

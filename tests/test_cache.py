@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_old_wav
+from random_weights import random_backbone
 
 import cache as cache_module
 import data
@@ -24,7 +25,6 @@ import freeze
 import lora
 import run
 from cache import ActivationCache, Prefix, make_line
-from formats.random_weights import random_backbone
 from machine import audio, hardware
 from machine.gpu import OnGPU
 from model import EmotionModel, Wav2Vec2Config

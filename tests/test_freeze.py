@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_weights import random_backbone
 from torch import nn
 
 import freeze
 import lora
 import run
-from formats.random_weights import random_backbone
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

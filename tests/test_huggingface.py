@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from conftest import perturb, speech_like
+from random_weights import random_backbone
 from test_weights import assert_same
 
 import weights
 from formats.huggingface import save_backbone
-from formats.random_weights import random_backbone
 from lora import inject
 from model import Wav2Vec2, Wav2Vec2Config
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from random_weights import random_backbone
 from torch import nn
 
 import lora
 import weights
-from formats.random_weights import random_backbone
 from freeze import count, freeze
 from machine.fast import Linear
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, perturb, speech_like, tiny_settings
+from random_weights import random_backbone
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -24,7 +25,6 @@ import weights
 from config import Config
 from formats import wavlm
 from formats.huggingface import save_backbone
-from formats.random_weights import random_backbone
 from machine import fast, hardware
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
