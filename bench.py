@@ -8,15 +8,13 @@ times do not depend on them). Methods that are compared take turns, so that they
 caches and predictions, then, in new processes, training steps. Ours run the very code of a training run; a step of a
 cached method reads a cache that was filled before, as from the second epoch on, without the prefix's weights.
 
-Each method has a peer: transformers (and PEFT) set up as well as they can be, with nothing trained, drawn or
-back-propagated that ours does not, sdpa, fused AdamW. The *naive* peer (`--naive`) is what is often copied:
-`requires_grad = False` alone, every default. A peer's steps take the waveforms from memory, ours read files or the
-cache, and with one batch alone nothing is read ahead as it is in training; a peer's start imports modules of ours that
-it could do without, some tenths of a second.
+Each method has a peer, transformers (and PEFT) set up as well as they can be (docs/speed.md), and with `--naive` one
+as it is often copied: `requires_grad = False` alone, every default. A peer's steps take the waveforms from memory, ours
+read files or the cache, and with one batch alone nothing is read ahead as it is in training; a peer's start imports
+modules of ours that it could do without, some tenths of a second.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -205,8 +203,8 @@ def work(method: Method, action: str, arguments: argparse.Namespace) -> dict:
     held = [p for p in parameters if not p.is_meta]
     trained = sum(p.numel() for p in held if p.requires_grad)
     floor = sum(p.numel() * p.element_size() for p in held) + 12 * trained  # gradient and two moments, fp32
-    figures = {"seconds": seconds, "peak_memory_bytes": hardware.peak_memory(device)}
-    return {**figures, "trainable_parameters": trained, "floor_bytes": floor}
+    peak = hardware.peak_memory(device)
+    return {"seconds": seconds, "peak_memory_bytes": peak, "trainable_parameters": trained, "floor_bytes": floor}
 
 
 def set_up(method: Method, phase: str, arguments: argparse.Namespace) -> tuple[Actions, list[nn.Parameter]]:
@@ -314,8 +312,8 @@ def main() -> None:
     if arguments.table:
         return print(speed.tables(speed.read_result(Path(arguments.table))))
     arguments.peer |= arguments.naive
-    wanted = ("transformers", "peft") if arguments.peer else ()
-    if missing := [name for name in wanted if not importlib.util.find_spec(name)]:
+    versions = speed.versions()
+    if missing := [name for name in ("transformers", "peft") if arguments.peer and not versions[name]]:
         raise ValueError(f"--peer: {', '.join(missing)} not installed; pip install -r requirements-dev.txt has both")
     out = Path(arguments.out)
     if not out.parent.is_dir():
@@ -345,7 +343,7 @@ def main() -> None:
             bound = record["operations"][phase] / max(rates)
             record[phase] |= {"bound_seconds": bound, "share": bound / record[phase]["seconds"]}
     machine = f"{hardware.device_name(device)}, {fast.Kernels.describe(device)}"
-    result = {"machine": machine, "versions": speed.versions(), "options": options}
+    result = {"machine": machine, "versions": versions, "options": options}
     result |= {"warm_up": speed.WARM_UP, "matmul_flops": max(rates), "matmul_flops_measured": rates}
     result |= {"audio_seconds": sum(seconds), "padded_seconds": max(seconds) * len(seconds), "groups": measured}
     hardware.write_text(out, json.dumps(result, indent=2) + "\n")

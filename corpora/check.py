@@ -67,15 +67,15 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
         agreement = ", ".join(f"{target} {spread(values, 2)}" for target, values in scores if values)
         lines += [f"Raters, each against the mean of the others, CCC: {agreement or 'unknown'}.", ""]
     report = "\n".join(lines + list_problems(problems))
-    texts = {"report.md": f"{report}\n", "problems.csv": problems_csv(problems), "speakers.csv": speakers_csv(rows)}
+    found = csv_text(["severity", "problem", "file", "detail"], [[severity(p.kind), *p] for p in problems])
+    texts = {"report.md": f"{report}\n", "problems.csv": found, "speakers.csv": speakers_csv(rows)}
     severities = {severity(problem.kind) for problem in problems}
     try:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", errors="as_named")
-        drawn = "no picture, since matplotlib is not installed"
         if plots := find_plots():
             plots.labels(splits, config.targets, label_range, title, folder / "labels")
-            drawn = "labels.png, labels.pdf"
+        drawn = "labels.png, labels.pdf" if plots else "no picture, since matplotlib is not installed"
         end = ", ".join([*texts, drawn])
     except OSError as error:  # a full disk does not take the report away
         severities, end = {"error"}, f"cannot be written: {error}"
@@ -160,11 +160,6 @@ def speakers_csv(rows: Rows) -> str:
         lengths[SPLITS.index(utterance.split), utterance.speaker].append(seconds)
     cells = [[SPLITS[at], who, len(each), f"{sum(each) / 3600:.4f}"] for (at, who), each in sorted(lengths.items())]
     return csv_text(["split", "speaker", "utterances", "hours"], cells)
-
-
-def problems_csv(problems: Sequence[Problem]) -> str:
-    rows = [[severity(problem.kind), *problem] for problem in problems]
-    return csv_text(["severity", "problem", "file", "detail"], rows)
 
 
 def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

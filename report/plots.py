@@ -89,12 +89,12 @@ def cost(
     """
     figure, axes = panels(len(targets), size=3)
     means, deviations = mean_and_deviation(scores)
-    there = [m for m in range(len(names)) if np.isfinite(costs[m]) and np.isfinite(means[m]).all()]
+    there = np.flatnonzero(np.isfinite(costs) & np.isfinite(means).all(1))
     for k, (axis, target) in enumerate(zip(axes, targets, strict=True)):
-        log_axis(axis, [costs[m] for m in there], label)
-        best = [there[i] for i in frontier([costs[m] for m in there], [means[m, k] for m in there])]
-        x, y = [costs[m] for m in best], [means[m, k] for m in best]
-        axis.step([*x, axis.get_xlim()[1]], [*y, *y[-1:]], where="post", color=GREY, label="efficient frontier")
+        log_axis(axis, list(costs[there]), label)
+        best = there[frontier(costs[there], means[there, k])]
+        x, y = [*costs[best], axis.get_xlim()[1]], [*means[best, k], means[best[-1], k]]  # the last holds to the end
+        axis.step(x, y, where="post", color=GREY, label="efficient frontier")
         for m in there:
             form = {**style(m), "linestyle": "none"}
             axis.errorbar(costs[m], means[m, k], deviations[m, k], **form, capsize=2, elinewidth=0.8, label=names[m])
@@ -239,19 +239,16 @@ def timeline(
     unit, name = (60, "min") if seconds >= 600 else (1, "s")
     lows, highs = envelope(waveform, DOTS)
     above.fill_between(np.linspace(0, seconds / unit, len(lows)), lows, highs, color="0.45", linewidth=0.3)
-    title = title if len(title) < 72 else f"…{title[-70:]}"  # what a page is wide
-    above.set_title(title, parse_math=False)
+    above.set_title(title if len(title) < 72 else f"…{title[-70:]}", parse_math=False)  # what a page is wide
     above.set(ylabel="waveform", xlim=(0, seconds / unit), xticks=[])
     overlap = (spans[1:, 0] < spans[:-1, 1]).any()
-    for k, target in enumerate(targets):
+    for k, (target, values) in enumerate(zip(targets, predictions.T, strict=True)):
         form = style(k)
         if overlap:
-            marker = form["marker"] if len(spans) <= 100 else ""
-            x = spans.mean(1) / unit
-            below.plot(x, predictions[:, k], **{**form, "marker": marker}, markersize=3, label=target)
+            below.plot(spans.mean(1) / unit, values, **form, markersize=3 if len(spans) <= 100 else 0, label=target)
         else:
-            line = {"color": form["color"], "linestyle": form["linestyle"]}
-            below.stairs(predictions[:, k], [*spans[:, 0] / unit, seconds / unit], baseline=None, **line, label=target)
+            line = {"color": form["color"], "linestyle": form["linestyle"], "label": target}
+            below.stairs(values, [*spans[:, 0] / unit, seconds / unit], baseline=None, **line)
     low, high = min(label_range[0], predictions.min()), max(label_range[1], predictions.max())
     margin = 0.04 * (high - low)
     below.set(xlabel=f"time ({name})", ylabel="prediction", xlim=above.get_xlim(), ylim=(low - margin, high + margin))

@@ -58,12 +58,11 @@ def operations(model: EmotionModel, samples: Sequence[int], cached: bool = False
     # projection and positional convolution, over which a norm trains if they do
     embedding = 2 * sum(frames) * (backbone.projection.linear.weight.numel() + backbone.position.conv.weight.numel())
     parts = [(convolutions, 0), (embedding, 2 * embedding)]
-    parts += [layer(backbone.layers[i], frames, first=i == depth) for i in range(len(backbone.layers))]
-    forward = [part[0] for part in parts]
+    parts += [layer(module, frames, first=i == depth) for i, module in enumerate(backbone.layers)]
     split = min(depth, len(backbone.layers)) + 2  # parts of the prefix: hidden state -1 comes after the first
-    training = sum(sum(part) for part in parts[split:])
-    before = sum(forward[:split])
-    return {"step": training + (0 if cached else before), "build": before, "infer": sum(forward)}
+    before, after = (sum(forward for forward, _ in some) for some in (parts[:split], parts[split:]))
+    training = after + sum(backward for _, backward in parts[split:])
+    return {"step": training + (0 if cached else before), "build": before, "infer": before + after}
 
 
 def layer(module: nn.Module, frames: Sequence[int], first: bool) -> tuple[int, int]:
@@ -88,14 +87,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     for inputs, outputs in ((768, 3072), (3072, 768)):
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
         weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
-        for product in (F.linear, linear):
-            for _ in range(WARM_UP + 5):
-                start, seconds, products = time.perf_counter(), 0.0, 0
-                while seconds < 0.1:  # steps of 16 ms are a sixth of that at most
-                    product(x, weight)
-                    synchronize(device)
-                    seconds, products = time.perf_counter() - start, products + 1
-                best = max(best, products * 2 * rows * inputs * outputs / seconds)
+        for product in [F.linear, linear] * (WARM_UP + 5):
+            start, seconds, products = time.perf_counter(), 0.0, 0
+            while seconds < 0.1:  # steps of 16 ms are a sixth of that at most
+                product(x, weight)
+                synchronize(device)
+                seconds, products = time.perf_counter() - start, products + 1
+            best = max(best, products * 2 * rows * inputs * outputs / seconds)
     return best
 
 
