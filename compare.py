@@ -132,16 +132,14 @@ def check(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> None:
 
 def check_corpus(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> None:
     """Add to `wrong` errors of the corpus, and finished runs that were tested on what it was before."""
-    config, by_fold, checked = next(iter(methods.values())), {}, set()
-    for job in jobs:
-        by_fold.setdefault(job.fold, []).append(job)
+    config, checked = next(iter(methods.values())), set()
     try:
-        for fold, of_fold in by_fold.items():
+        for fold in dict.fromkeys(job.fold for job in jobs):
             utterances, _ = run.load_utterances(config if fold is None else replace(config, fold=fold))
             tested = [utterance for utterance in utterances if utterance.split == "test"]
             speakers = [utterance.speaker for utterance in tested]
             labels = [[utterance.labels[target] for target in config.targets] for utterance in tested]
-            for job in (job for job in of_fold if job.finished):
+            for job in (job for job in jobs if job.fold == fold and job.finished):
                 place, there, method = job.directory, results.read_run(job.directory), methods[job.method]
                 backbone = method.backbone, method.adapter, there.result["backbone"]["sha256"]
                 if backbone not in checked:  # reading all of it takes a second
@@ -270,13 +268,12 @@ def draw(methods: Methods, jobs: Sequence[Job], runs: Runs, records: Sequence[di
         for seed, each in runs[name].items():
             scores[m, seeds.index(seed)] = [each.result["test"][target]["ccc"] for target in targets]
     ceiling = {target: fmean(values) for target, values in raters_agreement(methods).items()}
-    seconds, gigabytes = (
-        np.array([record[key] for record in shown]) / unit
-        for key, unit in (("total_seconds", 1), ("peak_memory_bytes", 1e9))
-    )
-    label = "training time in s (with the cache)"
-    plots.cost(names, seconds, scores, targets, label, ceiling, note, out / "ccc_against_time")
-    plots.cost(names, gigabytes, scores, targets, "peak memory in GB", ceiling, note, out / "ccc_against_memory")
+    for key, unit, label, file in (
+        ("total_seconds", 1, "training time in s (with the cache)", "ccc_against_time"),
+        ("peak_memory_bytes", 1e9, "peak memory in GB", "ccc_against_memory"),
+    ):
+        spent = np.array([record[key] for record in shown]) / unit
+        plots.cost(names, spent, scores, targets, label, ceiling, note, out / file)
     curves = [[curve(r, part, targets) for each in runs[r["method"]].values() for part in each.parts] for r in shown]
     plots.curves(names, curves, targets, note, out / "curves")
     depths: dict[int, int] = {}  # number of trained layers: the first method with it

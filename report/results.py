@@ -221,9 +221,8 @@ def add_scores(records: Mapping[str, dict], runs: Runs, k: int, target: str) -> 
         draws = draws_of(tuple(some.folds))
         scores = [draws.score[name, seed] for seed in seeds]
         low, high = interval(draws.mean(draws.by_speaker, name, seeds), draws.speakers) or (None, None)
-        found = {"ccc": statistics.fmean(scores), "sd": None, "low": low, "high": high}
-        if len(scores) > 1:
-            found["sd"] = statistics.stdev(scores)
+        sd = statistics.stdev(scores) if len(scores) > 1 else None
+        found = {"ccc": statistics.fmean(scores), "sd": sd, "low": low, "high": high}
         if some.folds:
             parts = [part.result["test"][target]["ccc"] for each in runs[name].values() for part in each.parts]
             found[FOLD_SCORE] = statistics.fmean(parts)
@@ -282,13 +281,9 @@ def add_factors(records: Mapping[str, dict], runs: Runs) -> None:
     first = next(iter(runs))
     if first not in finished:
         return
-
-    def settings(name: str) -> dict:
-        own = ("name", "seed", "output_dir", "precision")
-        return {key: value for key, value in finished[name]["config"].items() if key not in own}
-
-    base = records[first]
-    alike = [records[name] for name in finished if settings(name) == settings(first)]
+    own = dict.fromkeys(("name", "seed", "output_dir", "precision"))
+    settings = {name: result["config"] | own for name, result in finished.items()}
+    base, alike = records[first], [records[name] for name in finished if settings[name] == settings[first]]
     for name in finished.keys() - {first}:
         record = records[name]
         record["trainable_reduction"] = 1 - record["trainable_parameters"] / base["trainable_parameters"]
