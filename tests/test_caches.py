@@ -4,7 +4,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_settings
+from processes import python
 from test_cache import ROOT, activation, check, filled, open_cache, touch, write
 
 import cache as cache_module
@@ -49,13 +49,7 @@ def test_verify_names_what_is_damaged_and_its_exit_status_says_so(tmp_path, monk
     content = bytearray(shard.read_bytes())
     content[-1] ^= 128
     shard.write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.caches", "verify", str(directory)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = python("-m", "tools.caches", "verify", directory)
     assert (done.returncode, done.stdout, done.stderr) == (1, f"{paths[2]}\n1 damaged; --repair forgets them\n", "")
 
 

@@ -1,6 +1,7 @@
 """What `compare.py` promises: nothing runs that cannot be compared, nothing finished is lost, nothing runs twice."""
 
 import csv
+import io
 import json
 import os
 import runpy
@@ -59,6 +60,19 @@ def main(monkeypatch, *arguments: object) -> object:
     return end.value.code
 
 
+def finish(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in that folder, with what it prints. Its runs are processes, forked from one that this file shares."""
+    said = {name: io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for name in ("stdout", "stderr")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # which `logged` adds to
+        for name, stream in said.items():
+            patch.setattr(sys, name, stream)
+        code = command_line(patch, *arguments)
+    out, err = (stream.buffer.getvalue().decode() for stream in said.values())
+    return subprocess.CompletedProcess(arguments, code, out, err)
+
+
 @pytest.fixture
 def unrendered(monkeypatch):
     """What pictures show is worked out as ever, but none is rendered, which takes a second each."""
@@ -77,9 +91,7 @@ def finished(tmp_path_factory, tiny_checkpoint, tiny_manifest):
     keys.pop("output_dir")
     for name, more in {"heads": {"cache": True}, "nine": {"trainable_layers": 9}}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**keys, **more}), encoding="utf-8")
-    arguments = [sys.executable, str(ROOT / "compare.py"), "heads.yaml", "nine.yaml", "lr=1e-3", "--seeds", "2"]
-    done = subprocess.run([*arguments, "--out", "out"], cwd=folder, capture_output=True, text=True, timeout=300)
-    return folder, done
+    return folder, finish(folder, "heads.yaml", "nine.yaml", "lr=1e-3", "--seeds", "2", "--out", "out")
 
 
 def test_a_failing_method_stays_in_the_notes_and_the_others_in_the_table(finished):
@@ -162,10 +174,7 @@ def folded(tmp_path_factory, tiny_checkpoint):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**keys, **more}), encoding="utf-8")
     (folder / "out").mkdir()
     (folder / "out" / "layer-seed0-fold2").write_text("in the way")
-    command = [sys.executable, str(ROOT / "compare.py"), "heads.yaml", "layer.yaml", "--folds", "--seeds", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    settings = {"cwd": folder, "capture_output": True, "text": True, "timeout": 500, "env": environment}
-    return folder, subprocess.run([*command, "--out", "out"], **settings)
+    return folder, finish(folder, "heads.yaml", "layer.yaml", "--folds", "--seeds", "1", "--out", "out")
 
 
 def test_every_utterance_is_tested_once_and_the_score_is_that_of_all_together(folded):

@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import forget_plots, speech_like
+from processes import python
 
 import data
 import run
@@ -548,26 +548,15 @@ def test_a_report_that_cannot_be_written_is_printed(good):
     assert code == 2 and "| all | 8 | 8 |" in report and "out: cannot be written: " in report
 
 
-def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "corpora.check", *words],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-
-
 def test_the_command_prints_the_report_and_exits_by_severity(good):
     """And bad input is one line, of the same severity as an error in the corpus."""
     config = str(ROOT / "configs" / "logmel.yaml")
     keys = ["corpus=manifest", "manifest=manifest.csv", "label_range=[1, 7]"]
     add(good, "absent.wav,train,s9,4,4")
-    done = command(config, *keys, "--out", "found", cwd=good)
+    done = python("-m", "corpora.check", config, *keys, "--out", "found", cwd=good)
     assert done.returncode == 2 and "| error | missing | 1 |" in done.stdout
     assert "found: report.md, problems.csv, speakers.csv" in done.stdout
-    wrong = command(config, "corpus=iemocap", "fold=1", "data_root=nowhere", cwd=good)
+    wrong = python("-m", "corpora.check", config, "corpus=iemocap", "fold=1", "data_root=nowhere", cwd=good)
     assert wrong.returncode == 2
     assert wrong.stderr == "error: nowhere: no such folder; check the key `data_root`\n"
 
@@ -585,11 +574,10 @@ def test_the_report_has_names_of_files_as_they_are(tmp_path):
         "--out",
         str(tmp_path / "o"),
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-m", "corpora.check", *words], env=environment, capture_output=True)
+    done = python("-m", "corpora.check", *words, PYTHONIOENCODING="ascii")
     assert done.returncode == 2
-    left_out = b"audio that the labels do not name, left out"
-    assert b"- " + left_out + b": \xff.wav" in done.stdout and left_out + b": \\xe9.wav" in done.stdout
+    left_out, said = b"audio that the labels do not name, left out", os.fsencode(done.stdout)
+    assert b"- " + left_out + b": \xff.wav" in said and left_out + b": \\xe9.wav" in said
     table = (tmp_path / "o" / "problems.csv").read_bytes()
     assert b'left out",\xff.wav,' in table and 'left out",é.wav,'.encode() in table
 

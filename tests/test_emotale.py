@@ -1,14 +1,13 @@
 """What the reader of EmoTale promises, on a tree of the same form with ratings made here."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import audmetric
 import numpy as np
 import pytest
 import soundfile
+from processes import python
 
 import data
 from corpora import emotale
@@ -173,7 +172,7 @@ def test_the_check_reports_the_agreement_of_the_raters(tmp_path):
         "--out",
         str(tmp_path / "out"),
     ]
-    done = subprocess.run([sys.executable, "-m", "corpora.check", *words], cwd=ROOT, capture_output=True, text=True)
+    done = python("-m", "corpora.check", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     low, *_, high = sorted(emotale.agreement(tree)["valence"])
     assert f"valence 0.{100 * sum(emotale.agreement(tree)['valence']) / 3:.0f} ({low:.2f} to {high:.2f})" in done.stdout

@@ -5,7 +5,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import yaml
 from conftest import perturb, speech_like, tiny_config, tiny_settings, write_tiny_checkpoint
 from huggingface_hub import constants
+from processes import python
 from safetensors.torch import load_file, save_file
 
 import data
@@ -380,9 +380,7 @@ def test_no_run_an_unfinished_one_and_logmel_are_refused(runs, tmp_path, monkeyp
 
 def test_output_into_a_pipe_of_ascii_ends_no_export(runs, tmp_path):
     """What is written is listed, whatever its folder is called."""
-    command = [sys.executable, "export.py", str(runs["lora"]), str(tmp_path / "é")]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = python("export.py", runs["lora"], tmp_path / "é", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path}{os.sep}\\xe9{os.sep}model.safetensors  " in done.stdout
 

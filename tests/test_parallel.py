@@ -45,6 +45,7 @@ import json, os, socket, sys
 os.environ["TORCHELASTIC_RUN_ID"] = "test"  # as torchrun does
 from pathlib import Path
 import torch
+import torch.export.experimental  # which the first optimizer would import, in each fork
 from machine import hardware, parallel
 import run, train
 from config import Config

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from conftest import forget_plots, speech_like, tiny_settings
+from processes import python
 from test_audio import encode, voice
 
 import data
@@ -95,9 +96,7 @@ def test_files_and_folders_become_rows_and_what_cannot_be_read_is_named_at_the_e
     out = recordings / "out.csv"
     extra = recordings / "more" / "C.WAV"
     arguments = [trained, recordings, "missing.wav", extra, "--out", out, "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "predict.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = python("predict.py", *arguments)
     assert done.returncode == 1
     assert done.stdout == ""
     first, *named = done.stderr.splitlines()
@@ -393,10 +392,15 @@ def test_what_is_wrong_with_a_file_is_said(trained, recordings, monkeypatch, cap
     assert len(rows_of(capsys.readouterr().out)) == 1
 
 
-def predict_in_a_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """`python predict.py ...` as from a shell; its output as bytes."""
-    command = [sys.executable, "predict.py", *map(os.fsencode, arguments), "--device", "cpu"]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=120)
+IN_TURN = """
+import runpy, sys
+
+given = sys.argv[1:]
+for more in ([], ["--out", given.pop()], ["--format", "jsonl"]):
+    sys.argv = ["predict.py", *given, *more]
+    runpy.run_path("predict.py", run_name="__main__")
+    print("\\n---", flush=True)
+"""  # one start of Python for three commands
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system takes no such name")
@@ -411,15 +415,15 @@ def test_a_name_that_is_not_utf8_is_read_and_written_back_as_it_is(trained, reco
     for name in (raw, accent):
         shutil.copy(os.fsencode(recordings / "a.wav"), name)
     out = tmp_path / "out.csv"
-    done = predict_in_a_process(trained, recordings, **environment)
+    command = [sys.executable, "-c", IN_TURN, trained, os.fsencode(recordings), "--device", "cpu", out]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6 and raw + b"," in done.stdout
-    done = predict_in_a_process(trained, recordings, "--out", out, **environment)
-    assert (done.returncode, done.stdout) == (0, b"")
+    table, nothing, rows, end = done.stdout.replace(os.linesep.encode(), b"\n").split(b"\n---\n")
+    assert len(table.splitlines()) == 6 and raw + b"," in table
+    assert (nothing, end) == (b"", b"")
     lines = out.read_bytes().splitlines()
     assert len(lines) == 6 and {raw, accent} <= {line.split(b",")[0] for line in lines}
-    rows = predict_in_a_process(trained, recordings, "--format", "jsonl", **environment).stdout.splitlines()
-    assert {raw, accent} <= {os.fsencode(json.loads(row)["file"]) for row in rows}
+    assert {raw, accent} <= {os.fsencode(json.loads(row)["file"]) for row in rows.splitlines()}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file system takes no such name")
@@ -427,9 +431,9 @@ def test_a_bad_file_whose_name_is_not_utf8_is_named(trained, recordings):
     """On a terminal of ASCII, too."""
     with open(os.fsencode(recordings) + b"/\xff.wav", "wb") as file:
         file.write(b"no sound")
-    done = predict_in_a_process(trained, recordings, PYTHONIOENCODING="ascii")
+    done = python("predict.py", trained, recordings, "--device", "cpu", PYTHONIOENCODING="ascii")
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 4
-    assert b"error: 1 of 4 files have no prediction:" in done.stderr and b"\\udcff.wav: not audio" in done.stderr
+    assert "error: 1 of 4 files have no prediction:" in done.stderr and "\\udcff.wav: not audio" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there it is the console's encoding that decides")
@@ -632,8 +636,8 @@ def test_a_folder_of_recordings_in_many_formats_through_links(trained, tmp_path)
         (other / "round").symlink_to(folder, target_is_directory=True)
     except OSError:
         pytest.skip("no links on this system")
-    command = [sys.executable, "predict.py", str(trained), str(folder), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = ["predict.py", trained, folder, "--device", "cpu"]
+    done = python(*command)
     assert done.returncode == 0, done.stderr
     assert len(rows_of(done.stdout)) == 5
     assert done.stderr.splitlines()[-2:] == [
@@ -641,7 +645,7 @@ def test_a_folder_of_recordings_in_many_formats_through_links(trained, tmp_path)
         f"{folder / 'quiet.wav'}: silent, or its channels cancel: no sample is above 0 of full scale",
     ]
     (folder / "broken.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(64))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = python(*command)
     assert done.returncode == 1 and len(rows_of(done.stdout)) == 5 and "broken.m4a: not audio" in done.stderr
 
 

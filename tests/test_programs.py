@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -11,8 +10,9 @@ import time
 import pytest
 import yaml
 from conftest import tiny_settings
+from processes import python
 
-from machine.programs import ROOT, command, last_lines, logged
+from machine.programs import command, last_lines, logged
 
 
 def fail(error: BaseException):
@@ -124,7 +124,6 @@ def test_a_terminal_of_ascii_ends_no_command(tmp_path, tiny_checkpoint, tiny_man
         ["-m", "tools.caches", "list", str(cache)],
         ["compare.py", str(tmp_path / "run.yaml"), "--table", "--out", str(folder)],
     ):
-        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, timeout=120)
+        done = python(*words, PYTHONIOENCODING="ascii")
         assert done.returncode == 0, (words, done.stderr)
-        assert b"\\xe9" in done.stdout, words
+        assert "\\xe9" in done.stdout, words

@@ -19,6 +19,7 @@ RUNS = {
 KILLER = """
 import json, os, random, signal, sys, time
 import torch
+import torch.export.experimental  # which the first optimizer would import, in each fork
 import train
 
 config, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

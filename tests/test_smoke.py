@@ -2,19 +2,15 @@
 
 import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from conftest import tiny_settings
+from processes import python
 
-ROOT = Path(__file__).parents[1]
 
-
-def run(script: str, *arguments: str, folder: Path = ROOT) -> str:
+def run(*words: str) -> str:
     """What a command prints; it must end with exit status 0."""
-    ended = subprocess.run([sys.executable, script, *arguments], cwd=folder, capture_output=True, text=True)
+    ended = python(*words)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
