@@ -30,6 +30,7 @@ from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 REGULARISATION = {field.name for field in fields(Wav2Vec2Config)} & {field.name for field in fields(Config)}
 DEMO_NOTE = "demo corpus: synthetic sounds, so this is no result about emotion"
+LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
 ADVICE = "lower lr or head_lr, or set precision: fp32, under another name"  # where numbers are not finite
 
 
@@ -165,8 +166,7 @@ def find_backbone(config: Config) -> tuple[Wav2Vec2, dict[str, str]]:
         return find_backbone(replace(config, backbone="small"))
     source = config.backbone
     if len(files) > 1 and "classifier.out_proj.weight" in weights.read(files)[0]:  # a published emotion model
-        licence = extra("formats.emotion", source).LICENCE
-        data.say_once(f"note: {source}: its emotion head is left out; {licence}")
+        data.say_once(f"note: {source}: its emotion head is left out; {LICENCE}")
     if config.adapter is not None:
         adapter = extra("formats.adapter", f"adapter: {config.adapter}")
         adapter.merge_adapter(backbone, config.adapter, source)

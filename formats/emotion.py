@@ -8,9 +8,9 @@ from torch import nn
 
 from data import say_once
 from model import EmotionModel
+from run import LICENCE
 from weights import locate, make_backbone, read, refuse, require_finite, unusable
 
-LICENCE = "the emotion models that audeering published are licensed CC BY-NC-SA 4.0: not for commercial use"
 PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
 TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
 PUBLISHED = ("activation", "dominance", "valence")  # their order where a file does not name them
