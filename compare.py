@@ -132,16 +132,14 @@ def check(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> None:
 
 def check_corpus(methods: Methods, jobs: Sequence[Job], wrong: list[str]) -> None:
     """Add to `wrong` errors of the corpus, and finished runs that were tested on what it was before."""
-    config, by_fold, checked = next(iter(methods.values())), {}, set()
-    for job in jobs:
-        by_fold.setdefault(job.fold, []).append(job)
+    config, checked = next(iter(methods.values())), set()
     try:
-        for fold, of_fold in by_fold.items():
+        for fold in dict.fromkeys(job.fold for job in jobs):
             utterances, _ = run.load_utterances(config if fold is None else replace(config, fold=fold))
             tested = [utterance for utterance in utterances if utterance.split == "test"]
             speakers = [utterance.speaker for utterance in tested]
             labels = [[utterance.labels[target] for target in config.targets] for utterance in tested]
-            for job in (job for job in of_fold if job.finished):
+            for job in (job for job in jobs if job.fold == fold and job.finished):
                 place, there, method = job.directory, results.read_run(job.directory), methods[job.method]
                 backbone = method.backbone, method.adapter, there.result["backbone"]["sha256"]
                 if backbone not in checked:  # reading all of it takes a second
@@ -288,9 +286,7 @@ def draw(methods: Methods, jobs: Sequence[Job], runs: Runs, records: Sequence[di
     if len(depths) > 1:
         plots.depth(list(depths), scores[list(depths.values())], targets, note, out / "ccc_against_depth")
     chosen = [runs[name][min(runs[name])] for name in names]
-    folds = results.common_folds(chosen)
-    chosen = [] if folds is None else [results.restrict(each, folds) for each in chosen]
-    for k, target in enumerate(targets if chosen else ()):
+    for k, target in enumerate(targets):
         of_chosen = [each.result["test"][target]["ccc"] for each in chosen]
         predictions, labels = [each.predictions[:, k] for each in chosen], chosen[0].labels[:, k]
         plots.scatter(names, predictions, labels, target, of_chosen, note, out / f"scatter_{target}")
