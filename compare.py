@@ -285,9 +285,7 @@ def draw(methods: Methods, jobs: Sequence[Job], runs: Runs, records: Sequence[di
     if len(depths) > 1:
         plots.depth(list(depths), scores[list(depths.values())], targets, note, out / "ccc_against_depth")
     chosen = [runs[name][min(runs[name])] for name in names]
-    folds = results.common_folds(chosen)
-    chosen = [] if folds is None else [results.restrict(each, folds) for each in chosen]
-    for k, target in enumerate(targets if chosen else ()):
+    for k, target in enumerate(targets):
         of_chosen = [each.result["test"][target]["ccc"] for each in chosen]
         predictions, labels = [each.predictions[:, k] for each in chosen], chosen[0].labels[:, k]
         plots.scatter(names, predictions, labels, target, of_chosen, note, out / f"scatter_{target}")

@@ -8,7 +8,6 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import filterfalse
 from pathlib import Path
 from typing import NamedTuple
@@ -112,22 +111,22 @@ def read_run(directory: Path) -> Run:
 
 
 def read_runs(jobs: Iterable[Job]) -> Runs:
-    """The finished runs; those of a seed on several folds are pooled.
+    """The finished runs; of several folds those that every method has finished, pooled for each seed that has them all.
 
-    Seeds count that have the most folds, so that all of a method are scored on the same utterances.
+    So all are scored on the same utterances. A method of which nothing is finished does not count.
     """
     found: dict[str, dict[int, dict[int | None, Run]]] = {}
     for job in jobs:
         of_seed = found.setdefault(job.method, {}).setdefault(job.seed, {})
         if job.finished:
             of_seed[job.fold] = read_run(job.directory)
-    runs: Runs = {}
-    for method, by_seed in found.items():
-        most = max(by_seed.values(), key=len)
-        whole = {seed: by_fold for seed, by_fold in by_seed.items() if by_fold and most.keys() <= by_fold.keys()}
-        runs[method] = {
-            seed: r[None] if None in r else pool({fold: r[fold] for fold in most}) for seed, r in whole.items()
-        }
+    most = [max(by_seed.values(), key=len) for by_seed in found.values()]
+    common = [fold for fold in max(most, key=len) if all(fold in folds for folds in most if folds)]
+    runs: Runs = {method: {} for method in found}
+    for method, by_seed in found.items() if common else ():
+        for seed, r in by_seed.items():
+            if r.keys() >= set(common):
+                runs[method][seed] = r[None] if None in r else pool({fold: r[fold] for fold in common})
     return runs
 
 
@@ -145,17 +144,6 @@ def pool(runs: dict[int, Run]) -> Run:
         corpus = {"test": {"utterances": len(labels), "speakers": known, "hours": hours}}
     result = result | {"test": test, "corpus": corpus, "config": result["config"] | {"fold": None}}
     return Run(result, [], speakers, labels, predictions, runs)
-
-
-def common_folds(runs: Sequence[Run]) -> tuple[int, ...] | None:
-    """The folds that all of these runs have, `()` for runs without any; None where they share no test set."""
-    folds = tuple(fold for fold in runs[0].folds if all(fold in each.folds for each in runs))
-    return folds if folds or not any(each.folds for each in runs) else None
-
-
-def restrict(each: Run, folds: tuple[int, ...]) -> Run:
-    """A run with these of its folds alone."""
-    return each if tuple(each.folds) == folds else pool({fold: each.folds[fold] for fold in folds})
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -183,18 +171,10 @@ def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> l
 
 
 class Draws:
-    """Runs of all methods on the same utterances, their scores of target number `k` and bootstrap draws of these.
+    """Scores of target number `k` of all runs, which have one test set, and bootstrap draws of these."""
 
-    `folds` are those to which runs are restricted; a run that lacks one is left out.
-    """
-
-    def __init__(self, runs: Runs, folds: tuple[int, ...], k: int, target: str) -> None:
-        chosen = {
-            (name, seed): restrict(each, folds)
-            for name, by_seed in runs.items()
-            for seed, each in by_seed.items()
-            if set(folds) <= each.folds.keys()
-        }
+    def __init__(self, runs: Runs, k: int, target: str) -> None:
+        chosen = {(name, seed): each for name, by_seed in runs.items() for seed, each in by_seed.items()}
         (some_job, some), *_ = chosen.items()
         for (name, seed), each in chosen.items():
             if each.speakers != some.speakers or not np.array_equal(each.labels, some.labels):
@@ -213,23 +193,19 @@ class Draws:
 
 
 def add_scores(records: Mapping[str, dict], runs: Runs, k: int, target: str) -> None:
-    """Scores of target number `k`; a difference from the first method is that over what both have, seeds and folds."""
-    draws_of = cache(lambda folds: Draws(runs, folds, k, target))
-    first = next(iter(runs))
+    """Scores of target number `k`; a difference from the first method is that over the seeds that both have."""
+    draws, first = Draws(runs, k, target), next(iter(runs))
     for name in filter(runs.get, runs):
-        seeds, (some, *_) = list(runs[name]), runs[name].values()
-        draws = draws_of(tuple(some.folds))
+        seeds = list(runs[name])
         scores = [draws.score[name, seed] for seed in seeds]
         low, high = interval(draws.mean(draws.by_speaker, name, seeds), draws.speakers) or (None, None)
         sd = statistics.stdev(scores) if len(scores) > 1 else None
         found = {"ccc": statistics.fmean(scores), "sd": sd, "low": low, "high": high}
-        if some.folds:
-            parts = [part.result["test"][target]["ccc"] for each in runs[name].values() for part in each.parts]
-            found[FOLD_SCORE] = statistics.fmean(parts)
+        if parts := [part for each in runs[name].values() for part in each.folds.values()]:
+            found[FOLD_SCORE] = statistics.fmean(part.result["test"][target]["ccc"] for part in parts)
         both = [seed for seed in seeds if seed in runs[first]]
         if name != first and both:
-            folds = common_folds([some, next(iter(runs[first].values()))])
-            found |= {} if folds is None else difference(draws_of(folds), name, first, both)
+            found |= difference(draws, name, first, both)
         records[name].update({f"{target}_{key}": value for key, value in found.items()})
 
 
@@ -313,8 +289,12 @@ def markdown(
 
     `folds` is the number that the corpus has, where they are compared; `agreement` the CCC of each rater by target.
     """
-    lines = header([each.result for by_seed in runs.values() for each in by_seed.values()])
-    lines += [f"- folds: {folds}, each the test set once"] if folds else []
+    finished = [each for by_seed in runs.values() for each in by_seed.values()]
+    lines, scored = header([each.result for each in finished]), [*finished[0].folds] if finished else []
+    if folds:
+        some = ", ".join(map(str, scored)) or "none"
+        only = f"; scored on what every method has finished: {some}" if len(scored) < folds else ""
+        lines.append(f"- folds: {folds}, each the test set once{only}")
     known = {target: agreement[target] for target in targets if (agreement or {}).get(target)}
     scores = [f"{target} {statistics.fmean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for target, v in known.items()]
     lines += [f"- raters, each against the mean of the others, CCC: {', '.join(scores)}"] if scores else []
@@ -369,11 +349,6 @@ def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
         for result in (part.result for part in each.parts):
             places.setdefault(f"{result['device']}, {versions(result)}", {})[f"{name} seed {seed}"] = None
     found = []
-    if partial := [r["method"] for r in records if 0 < r["folds"] < folds]:
-        found.append(
-            f"Scored on the finished folds alone, so not on the others' test set: {', '.join(partial)}. A difference "
-            "is over the folds and seeds that both methods have. A seed that lacks a fold of another is left out."
-        )
     if len(places) > 1:
         mixed = "".join(f"\n  - {place}: {', '.join(jobs)}" for place, jobs in places.items())
         found.append(f"Runs of different machines or versions are mixed, and their times do not compare:{mixed}")
@@ -387,10 +362,9 @@ def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
 def score_cells(record: dict, target: str, folds: int = 0) -> list[str]:
     """A record's row in the table of a target; what it has no figure for stays empty."""
     of_folds = record.get(f"{target}_{FOLD_SCORE}")
-    mark = f" ({record['folds']} of {folds} folds)" if 0 < record.get("folds", 0) < folds else ""
     score, sd, low, high, gain, d_low, d_high, *p_values = (record.get(f"{target}_{kind}") for kind in SCORES)
     return [
-        record["method"] + mark,
+        record["method"],
         "" if score is None else f"{score:.3f}" + ("" if sd is None else f" ± {sd:.3f}"),
         *(["" if of_folds is None else f"{of_folds:.3f}"] if folds else []),
         "" if low is None else f"[{low:.3f}, {high:.3f}]",

@@ -130,16 +130,6 @@ def test_relative_change_is_over_all_parameters_together():
     assert layers.relative_change(before, before, ["a"]) == 0
 
 
-def test_the_reading_names_what_changed_by_more_than_a_tenth_of_the_most():
-    rows = [
-        {"part": f"layer {n}", "change": c, "similarity": s} for n, c, s in [(0, 0, 1), (1, 0.01, 0.99), (2, 0.2, 0.8)]
-    ]
-    rows += [{"part": "layer 3", "change": 0.05, "similarity": 0.5}]
-    expected = "More than a tenth of the largest change: weights of 2 of 4 layers (2, 3), output of 2 (2, 3)."
-    assert layers.reading(rows) == expected
-    assert layers.reading(rows[:1]) == "No layer trained, so none changed."
-
-
 # ---------------------------------------------------------------- runs
 
 

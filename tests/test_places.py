@@ -231,7 +231,7 @@ def test_a_result_and_a_table_count_unknown_speakers_as_the_check_does(settings,
         path = fabricate(tmp_path / "out", "m", seed) / "predictions_test.csv"
         path.write_text(path.read_text().replace(",s0,", ",Unknown,").replace(",s1,", ",Unknown,"))
     runs = results.read_runs(results.Job(tmp_path / "out", "m", seed) for seed in range(2))
-    draws = results.Draws(runs, (), 0, "activation")
+    draws = results.Draws(runs, 0, "activation")
     assert draws.speakers == 6 + 10
     text = results.markdown(runs, results.analyse(runs, ["activation"], {}), ["activation"], [])
     assert "bootstrap over the 6 speakers tested" in text

@@ -8,7 +8,6 @@ DIR. What lies below all that trained is the same in both models, so it is compu
 """
 
 import argparse
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,12 +20,10 @@ from tqdm import tqdm
 import data
 import run
 from cache import Prefix
-from config import Config
-from freeze import load_trained
 from lora import merge
 from machine import hardware
 from machine.programs import command
-from model import EmotionModel, Wav2Vec2
+from model import Wav2Vec2
 from report import tables
 
 TOGETHER = 8  # utterances in memory at once
@@ -110,18 +107,6 @@ def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: Prefix, coun
     return same + [cka.value() for cka in found], frames
 
 
-def load_pair(directory: Path, checkpoint: dict, config: Config) -> tuple[Wav2Vec2, EmotionModel]:
-    """A run's backbone as it was and its best model, LoRA not merged."""
-    try:
-        pretrained, identity = run.find_backbone(config)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; if the backbone is elsewhere now, say so with --backbone") from None
-    run.require_same(directory / "best.pt", "backbone", checkpoint, identity)
-    model = run.assemble(config, copy.deepcopy(pretrained), tuple(checkpoint["label_range"]))
-    load_trained(model, checkpoint["trained"])
-    return pretrained, model
-
-
 def choose(utterances: Sequence[data.Utterance], split: str, count: int) -> list[data.Utterance]:
     """At most `count` utterances of a split, from all over it."""
     there = [utterance for utterance in utterances if utterance.split == split]
@@ -129,31 +114,12 @@ def choose(utterances: Sequence[data.Utterance], split: str, count: int) -> list
     return [there[i * len(there) // count] for i in range(count)]
 
 
-def reading(layers: Sequence[Row]) -> str:
-    """The layers that changed most, in words."""
-    largest, lost = max(row["change"] for row in layers), max(1 - row["similarity"] for row in layers)
-    if largest == 0:
-        return "No layer trained, so none changed."
-    numbers = [row["part"].removeprefix("layer ") for row in layers]
-    changed = [n for n, row in zip(numbers, layers, strict=True) if row["change"] > largest / 10]
-    unlike = [n for n, row in zip(numbers, layers, strict=True) if 1 - row["similarity"] > lost / 10]
-    return (
-        f"More than a tenth of the largest change: weights of {len(changed)} of {len(layers)} layers "
-        f"({', '.join(changed)}), output of {len(unlike)} ({', '.join(unlike)})."
-    )
-
-
-def markdown(rows: Sequence[Row], text: Sequence[str]) -> str:
-    """Paragraphs, then the table."""
-
-    def cell(row: Row, column: str) -> str:
-        value = row.get(column, "")
-        if column == "similarity" and value not in ("", 1):  # 1 is the very same
-            return f"{value:.4f}"
-        return value if isinstance(value, str) else f"{value:.3g}"
-
-    table = tables.markdown(COLUMNS, [[cell(row, column) for column in COLUMNS] for row in rows])
-    return "\n\n".join([*filter(None, text), table]) + "\n"
+def cell(row: Row, column: str) -> str:
+    """A figure in a few digits; a similarity of 1 is that of the very same."""
+    value = row.get(column, "")
+    if isinstance(value, str):
+        return value
+    return f"{value:.4f}" if column == "similarity" and value != 1 else f"{value:.3g}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -184,7 +150,8 @@ def main() -> None:
     chosen = choose(run.load_utterances(config)[0], arguments.split, arguments.utterances)
     data.check_audio(chosen)
 
-    pretrained, model = load_pair(directory, checkpoint, config)
+    model = run.load_run(directory, merged=False, backbone=arguments.backbone)
+    pretrained, _ = run.find_backbone(config)
     paths = [utterance.source for utterance in chosen]
     prefix = Prefix(model, paths, device, torch.float32)  # ends before the first LoRA
     merge(model)
@@ -205,7 +172,8 @@ def main() -> None:
         "trains; what it amounts to, with all changes below, is in the similarity of the output."
     )
     rows = [*outside, {"part": "input of layer 0", "similarity": similarity[0]}, *layers]
-    text = markdown(rows, [note, heard if frames else "", changed, reading(layers)])
+    table = tables.markdown(COLUMNS, [[cell(row, column) for column in COLUMNS] for row in rows])
+    text = "\n\n".join([*filter(None, [note, heard if frames else "", changed]), table]) + "\n"
     hardware.write_text(out / "layers.md", text)
     tables.write_csv(out / "layers.csv", [*COLUMNS, "note"], [{**row, "note": note} for row in rows])
     drawn = "no picture: matplotlib is not installed"
