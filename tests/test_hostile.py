@@ -686,7 +686,7 @@ def test_no_name_becomes_a_formula_in_a_table_and_numbers_stay_numbers(tmp_path)
     predict.row_writer(table, "csv", ["valence"])([row])
     predict.row_writer(lines, "jsonl", ["valence"])([row])
     assert json.loads(lines.getvalue()) == row
-    problems = check.problems_csv([data.Problem("silent", FORMULA, "-x")])
+    problems = check.csv_text(["severity", "problem", "file", "detail"], [["warning", "silent", FORMULA, "-x"]])
     texts = [table.getvalue(), problems, check.speakers_csv([(utterance, 1.0) for utterance in utterances])]
     texts.append((tmp_path / "predictions_test.csv").read_text("utf-8"))
     cells = [cell for text in texts for row in csv.reader(io.StringIO(text, newline="")) for cell in row]

@@ -215,7 +215,6 @@ def test_heads_only_changed_nothing(trained, monkeypatch, capsys):
     assert command_line(monkeypatch, directory) is None
     printed = capsys.readouterr().out
     assert (directory / "layers.md").read_text(encoding="utf-8") in printed
-    assert "No layer trained, so none changed." in printed
     rows = read_rows(directory)
     assert column(rows, "similarity") == [1] * 4
     assert column(rows, "change") == [0] * 3
