@@ -101,8 +101,7 @@ class Config:
 
     def require_effect(self) -> None:
         """Refuse a key that is set but would do nothing: whoever set it believes that it acts."""
-        everything = self.trainable_layers == "all"
-        nothing = self.trainable_layers in (0, []) and self.lora_rank == 0
+        everything, nothing = self.trainable_layers == "all", self.trainable_layers in (0, []) and not self.lora_rank
         self.require("pooling", self.pooling != "layers" or nothing, "mean, mean_std or attentive, since layers train")
         pooled = nothing and self.pooling != "attentive" and self.cache_dtype == "int8"
         self.require("cache_dtype", not pooled, "float16, as no layer trains: of a few rows each, int8 would be larger")

@@ -328,10 +328,10 @@ def check_audio(utterances: Sequence[Utterance], threads: int = 4) -> list[float
         except (FileNotFoundError, ValueError) as problem:
             return str(problem)
 
-    parts = [sources[start : start + 64] for start in range(0, len(sources), 64)]  # a header is faster than a thread
+    parts = [sources[start : start + 64] for start in range(0, len(sources), 64)]  # one by one would cost more
     with ThreadPoolExecutor(threads) as pool:
         found = [each for part in pool.map(lambda part: list(map(length, part)), parts) for each in part]
-    raise_listed("bad audio files", [each for each in found if isinstance(each, str)], limit=1000)  # a wrong folder
+    raise_listed("bad audio files", [each for each in found if isinstance(each, str)], limit=1000)
     seconds = dict(zip(sources, map(float, found), strict=True))
     return [seconds[utterance.source] for utterance in utterances]
 

@@ -40,7 +40,8 @@ def cpu_name() -> str:
 @lru_cache
 def processor() -> tuple[str, str]:
     """Maker ("amd", "intel" or "") and the vector instructions that PyTorch uses, e.g. "AVX2"."""
-    maker = next((maker for maker, word in MAKERS.items() if word in f"{cpu_name()} ".lower()), "")
+    told = f"{cpu_name()} {CPUINFO.read_text() if CPUINFO.is_file() else ''}".lower()  # its vendor too
+    maker = next((maker for maker, word in MAKERS.items() if word in told), "")
     return maker, torch.backends.cpu.get_cpu_capability()
 
 

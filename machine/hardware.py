@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is a GPU's: of CUDA or MPS, or of cuBLAS, which allocates its workspace itself."""
+    """Whether a GPU ran out of memory: CUDA or MPS says so, or cuBLAS, which allocates its workspace itself."""
     return any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
 
 

@@ -216,6 +216,7 @@ def test_the_library_follows_from_the_processor(maker, vectors, expected):
         ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "amd"),  # as Windows says it
         ("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", "intel"),
         ("Intel(R) Xeon(R)", "intel"),
+        ("QEMU Virtual CPU version 2.5+\nvendor_id : GenuineIntel", "intel"),
         ("Neoverse-N1", ""),
         ("Apple M2", ""),
     ],
