@@ -72,7 +72,7 @@ def ours(config: Config, phase: str, folder: Path, paths: list[str]) -> tuple[Ac
         prefix.release_if_cached(config.cache_tier)
         if not prefix.complete:
             raise ValueError(f"{prefix.cache.directory}: is not whole, expected what `build` left")
-    hardware.prepare(model, device, config.precision, config.tf32, config.compile and phase == "step")
+    run.prepare(model, device, config.precision, config.tf32, config.compile and phase == "step")
 
     def build() -> None:
         new = cached(next(counter))

@@ -311,6 +311,16 @@ def is_nobody(speaker: str) -> bool:
     return speaker.strip().lower() in ("", "unknown")
 
 
+def speaker_groups(speakers: Sequence[str]) -> list[str]:
+    """What a bootstrap over speakers draws as a whole, by name: an utterance of nobody by itself.
+
+    With fewer than two known speakers there is but one group, of which there is no interval.
+    """
+    known = {speaker for speaker in speakers if not is_nobody(speaker)}
+    groups = [speaker if speaker in known else f" {number}" for number, speaker in enumerate(speakers)]
+    return groups if len(known) > 1 else [""] * len(speakers)
+
+
 # ---------------------------------------------------------------- audio
 
 

@@ -50,8 +50,7 @@ def bootstrap(
         weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
         n, y_sum, yy, *of_runs = np.split(weights @ sums, [1, 2, 3, 3 + len(x), 3 + 2 * len(x)], axis=1)
         y_mean, (x_mean, xx, xy) = y_sum / n, (part / n for part in of_runs)
-        spread = (xx - x_mean**2) + (yy / n - y_mean**2) + (x_mean - y_mean) ** 2
-        # 0, not noise over noise, for a constant draw
+        spread = (xx - x_mean**2) + (yy / n - y_mean**2) + (x_mean - y_mean) ** 2  # 0, not noise, for a constant draw
         values[start : start + count] = 2 * (xy - x_mean * y_mean) / np.maximum(spread, rounding)
     return values
 

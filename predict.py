@@ -263,7 +263,7 @@ def main() -> None:
     files, failed, silent, out = find_audio(arguments.audio), [], [], arguments.out
     device = hardware.pick_device(arguments.device)
     model = run.load_run(arguments.model, backbone=arguments.backbone)
-    hardware.prepare(model, device, arguments.precision)
+    run.prepare(model, device, arguments.precision)
     config = Path(arguments.model) / "config.yaml"
     note = run.DEMO_NOTE if config.is_file() and load_config(config).corpus == "demo" else ""
     if note:

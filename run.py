@@ -21,7 +21,7 @@ import data
 import weights
 from cache import Prefix
 from config import Config, extra, load_config, make_config
-from freeze import freeze, layer_numbers, load_trained
+from freeze import cast_frozen, freeze, layer_numbers, load_trained
 from lora import inject, merge
 from machine import fast, hardware
 from machine.hardware import parallel, pick_device
@@ -194,6 +194,20 @@ def assemble(config: Config, backbone: Wav2Vec2, label_range: tuple[float, float
     return model.eval()
 
 
+def prepare(
+    model: EmotionModel, device: torch.device, precision: str, tf32: bool = False, compiled: bool = False
+) -> None:
+    """Move what is in memory to its device, frozen matrices in the type in which they are used."""
+    hardware.set_up(device, tf32)
+    if precision != "fp32":
+        cast_frozen(model, hardware.DTYPES[precision])
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+    for layer in model.backbone.layers if compiled else ():
+        layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore
+
+
 def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backbone: str | None = None) -> EmotionModel:
     """The best model of a finished run, LoRA merged or still apart, in eval mode; or a published emotion model.
 
@@ -357,31 +371,20 @@ def report_corpus(corpus: dict) -> str:
 
 def summarise(config: Config, progress: dict, tested: Sequence[data.Utterance], predictions: np.ndarray) -> dict:
     """Scores of the test set (predictions in the corpus scale) and what they cost."""
-    test, groups = {}, speaker_groups([utterance.speaker for utterance in tested])
+    test, groups = {}, data.speaker_groups([utterance.speaker for utterance in tested])
     for k, target in enumerate(config.targets):
         label = np.array([utterance.labels[target] for utterance in tested])
         score = ccc(torch.from_numpy(predictions[:, k : k + 1]).double(), torch.from_numpy(label[:, None])).item()
         ci95 = bootstrap_ci(predictions[:, k], label, groups)
         test[target] = {"ccc": score, "ci95": ci95, "utterances": len(tested)}
-    per_epoch, speed = (
-        statistics.median(row[key] for row in progress["log"]) for key in ("train_seconds", "audio_seconds_per_second")
-    )
+    per_epoch = statistics.median(row["train_seconds"] for row in progress["log"])
+    speed = statistics.median(row["audio_seconds_per_second"] for row in progress["log"])
     seconds = {"total": progress["seconds"], "cache_build": progress["cache_build"], "per_epoch": per_epoch}
     result: dict = {"note": DEMO_NOTE} if config.corpus == "demo" else {}
     result |= {"test": test, "seconds": seconds, "epochs": progress["epoch"], "best_epoch": progress["best_epoch"]}
     result |= {"dev_ccc": progress["best"], "peak_memory_bytes": progress["peak"]}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     return result | {"audio_seconds_per_second": speed, "versions": versions, "config": plain(config)}
-
-
-def speaker_groups(speakers: Sequence[str]) -> list[str]:
-    """What a bootstrap over speakers draws as a whole, by name: an utterance of nobody (`data.is_nobody`) by itself.
-
-    With fewer than two known speakers there is but one group, of which there is no interval.
-    """
-    known = {speaker for speaker in speakers if not data.is_nobody(speaker)}
-    groups = [speaker if speaker in known else f" {number}" for number, speaker in enumerate(speakers)]
-    return groups if len(known) > 1 else [""] * len(speakers)
 
 
 def write_predictions(

@@ -87,7 +87,7 @@ class Experiment:
         parallel.wait()
         self.prefix.release_if_cached(config.cache_tier)
         weights.require_finite(dict(self.model.named_parameters()), backbone["source"])
-        hardware.prepare(self.model, device, precision, config.tf32, config.compile)
+        run.prepare(self.model, device, precision, config.tf32, config.compile)
         self.optimizer = run.make_optimizer(self.model, config.lr, config.head_lr, config.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.progress = Progress()

@@ -134,14 +134,6 @@ def pick(tier: str, cache: ActivationCache, device: torch.device) -> ActivationC
 # ---------------------------------------------------------------- whether it works here
 
 
-def require_usable(device: torch.device, compiled: bool) -> None:
-    """Raise ValueError if PyTorch has no code for a CUDA device, or if what torch.compile needs is missing."""
-    if device.type == "cuda":
-        require_code(device)
-    if compiled:
-        require_compiler(device)
-
-
 def pick_precision(name: str, device: torch.device) -> str:
     """`hardware.pick_precision` for CUDA."""
     emulated = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)

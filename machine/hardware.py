@@ -17,9 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from config import extra
-from freeze import cast_frozen
 from machine.fast import cpu_name
-from model import EmotionModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,8 +45,10 @@ def pick_device(name: str, local_rank: int | None = None, compiled: bool = False
     if device.type not in there or (device.type == "cuda" and device.index >= torch.cuda.device_count()):
         found = f"PyTorch {torch.__version__}; this machine has {', '.join(there)}"
         raise ValueError(f"device: {device} is not there for {found}")
-    if device.type == "cuda" or compiled:
-        extra("machine.gpu", f"device: {device}").require_usable(device, compiled)
+    if device.type == "cuda":
+        extra("machine.gpu", f"device: {device}").require_code(device)
+    if compiled:
+        extra("machine.gpu", "compile: true").require_compiler(device)
     return device
 
 
@@ -62,10 +62,8 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "fp32" if name == "auto" else name
 
 
-def prepare(
-    model: EmotionModel, device: torch.device, precision: str, tf32: bool = False, compiled: bool = False
-) -> None:
-    """Move what is in memory to its device, frozen matrices in the type in which they are used."""
+def set_up(device: torch.device, tf32: bool = False) -> None:
+    """Let PyTorch work on this device as it works best there."""
     if device.type == "cpu":  # let glibc keep what PyTorch frees: fresh pages take several times as long to write
         with suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL("libc.so.6")
@@ -74,13 +72,6 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's default is half and half
-    if precision != "fp32":
-        cast_frozen(model, DTYPES[precision])
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
-    for layer in model.backbone.layers if compiled else ():
-        layer.finish = torch.compile(layer.finish, dynamic=True)  # type: ignore
 
 
 def device_name(device: torch.device) -> str:
@@ -118,7 +109,7 @@ class Alone:
     rank = staticmethod(lambda: 0)
     name = staticmethod(lambda: "")
     local_rank = staticmethod(lambda: None)
-    any_of = largest = share = staticmethod(lambda value: value)
+    any_of = share = staticmethod(lambda value: value)
     even = gather = staticmethod(lambda whole, _: whole)  # a batch in its order; the rows of all of it
     first_alone = staticmethod(nullcontext)
 

@@ -98,20 +98,15 @@ def even(batch: Sequence[int], cost: Sequence[float]) -> Sequence[int]:
 
 def any_of(flag: bool) -> bool:
     """Whether it is true in any process."""
-    return largest(float(flag)) > 0
-
-
-def largest(number: float) -> float:
-    """The largest of the processes' numbers."""
-    value = torch.tensor(number, dtype=torch.double)
+    value = torch.tensor(float(flag))
     with connected():
         dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item()
+    return value.item() > 0
 
 
 def wait() -> None:
     """Wait until all processes are here."""
-    largest(0.0)
+    any_of(False)
 
 
 @contextmanager

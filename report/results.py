@@ -15,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import from_cell, is_nobody
+from data import from_cell, is_nobody, speaker_groups
 from metrics import bootstrap, ccc, interval
 from report import tables
 from report.statistics import bootstrap_p, holm, paired_t_test
-from run import speaker_groups
 from weights import read_json
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")

@@ -184,7 +184,7 @@ def path_of_training(paths: list[str], device: str, precision: str, method: str)
     with FakeTensorMode(allow_non_fake_inputs=True), watch:
         model = build(config, kind)
         prefix = Prefix(model, paths, device, dtype, at_once=config.micro_batch_size)
-        hardware.prepare(model, device, precision)
+        run.prepare(model, device, precision)
         assert {p.device for p in model.parameters()} == {device}, {p.device for p in model.parameters()}
         optimizer = run.make_optimizer(model, 1e-4, 1e-3, 0.01)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

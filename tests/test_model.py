@@ -25,7 +25,7 @@ import weights
 from config import Config
 from formats import wavlm
 from formats.huggingface import save_backbone
-from machine import fast, hardware
+from machine import fast
 from model import EmotionModel, Wav2Vec2, Wav2Vec2Config
 
 SMALL = Wav2Vec2Config(conv_channels=(32,) * 7, width=64, layers=3, heads=4, ffn=128)
@@ -575,7 +575,7 @@ def test_compiled_layers_are_the_same_and_compiled_once_for_all_lengths(backbone
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     emotion = emotion_model(copy.deepcopy(backbone))
-    hardware.prepare(emotion, torch.device("cpu"), "fp32", compiled=True)
+    run.prepare(emotion, torch.device("cpu"), "fp32", compiled=True)
     graphs = []
     for lengths in ([5, 7], [12, 30, 8], [3], [50, 2, 7, 9]):
         x = packed(backbone.config, lengths).requires_grad_()

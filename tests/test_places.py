@@ -17,6 +17,7 @@ from test_results import fabricate
 from test_train import STEPS, stop
 
 import compare
+import data
 import metrics
 import run
 import train
@@ -204,19 +205,19 @@ def test_a_comparison_goes_on_with_what_has_moved_and_refuses_what_has_changed(s
 
 def test_unknown_speakers_are_drawn_each_by_itself():
     """Not as one speaker who said it all; with fewer than two that are known there is no interval over speakers."""
-    assert len(set(run.speaker_groups(["a", "Unknown", "a", "b", "", "unknown "]))) == 5
-    assert run.speaker_groups(["a", "b", "a"]) == ["a", "b", "a"]
-    assert set(run.speaker_groups(["a", "Unknown", "Unknown"])) == {""}
+    assert len(set(data.speaker_groups(["a", "Unknown", "a", "b", "", "unknown "]))) == 5
+    assert data.speaker_groups(["a", "b", "a"]) == ["a", "b", "a"]
+    assert set(data.speaker_groups(["a", "Unknown", "Unknown"])) == {""}
     prediction, label, speakers = clustered(np.random.default_rng(0), 8, 10)
     names = [f"s{speaker}" for speaker in speakers]
-    whole = metrics.bootstrap_ci(prediction, label, run.speaker_groups(names))
+    whole = metrics.bootstrap_ci(prediction, label, data.speaker_groups(names))
     assert whole == metrics.bootstrap_ci(prediction, label, names)
     some = ["Unknown" if name in ("s6", "s7") else name for name in names]
     single = [f"s{number + 10}" if name == "Unknown" else name for number, name in enumerate(some)]
-    one, other = (metrics.interval(metrics.bootstrap(prediction[None], label, run.speaker_groups(given))[:, 0], 26)
+    one, other = (metrics.interval(metrics.bootstrap(prediction[None], label, data.speaker_groups(given))[:, 0], 26)
                   for given in (some, single))  # fmt: skip
     assert one == pytest.approx(other, abs=0.02)  # as 26 speakers, of whom 20 are drawn in another order
-    assert metrics.bootstrap_ci(prediction, label, run.speaker_groups(["Unknown"] * 80)) is None
+    assert metrics.bootstrap_ci(prediction, label, data.speaker_groups(["Unknown"] * 80)) is None
 
 
 def test_a_result_and_a_table_count_unknown_speakers_as_the_check_does(settings, tmp_path):

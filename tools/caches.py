@@ -229,7 +229,7 @@ def fill(prefix: Prefix, precision: str, tf32: bool) -> float | None:
     """
     start, lacking = time.perf_counter(), bool(prefix.cache.missing)
     if lacking:
-        hardware.prepare(prefix.model, prefix.device, precision, tf32)
+        run.prepare(prefix.model, prefix.device, precision, tf32)
         size, count = prefix.at_once, len(prefix.paths)
         batches = parallel.share([range(i, min(i + size, count)) for i in range(0, count, size)])
         missing = [batch for batch in batches if not prefix.cache.has(batch)]

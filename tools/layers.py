@@ -156,7 +156,7 @@ def main() -> None:
     prefix = Prefix(model, paths, device, torch.float32)  # ends before the first LoRA
     merge(model)
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
-    hardware.prepare(model, device, "fp32")
+    run.prepare(model, device, "fp32")
     similarity, frames = similarities(pretrained.to(device), model.backbone, prefix, len(chosen))
     for row, value in zip(layers, similarity[1:], strict=True):
         row["similarity"] = value
