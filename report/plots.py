@@ -12,8 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,27 +27,13 @@ MARKS = ("o", "s", "^", "D", "v", "<")
 LINES = ("-", "--", "-.", ":")
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, without yellow
 GREY = "0.6"
-STYLE = {
-    "font.size": 7,
-    "axes.titlesize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "figure.constrained_layout.h_pad": 0.06,
-    "pdf.fonttype": 42,  # letters as TrueType, as publishers ask for
-}
 
 
 def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """A function that draws in the common style and then does what `finish` does, with `note` and `path` as last."""
 
     @wraps(draw)
-    @rc_context(STYLE)
+    @matplotlib.style.context(Path(__file__).with_name("style.mplstyle"))
     def drawn(*arguments: Any) -> Figure:
         *values, note, path = arguments
         return finish(draw(*values), note, path)
@@ -60,19 +46,19 @@ def finish(figure: Figure, note: str, path: Path) -> Figure:
     width, height = figure.get_size_inches()
     note = textwrap.fill(note, int(width * POINTS / LETTER))
     if note:
-        figure.suptitle(note, fontsize=7, style="italic")
+        figure.suptitle(note, style="italic")
     named: dict[str, Any] = {}
     for axis in figure.axes:
         handles, names = axis.get_legend_handles_labels()
         named |= dict(zip(names, handles, strict=True))
     columns = max(1, int(width * POINTS / (LETTER * max(map(len, named), default=0) + 36)))  # 36: the line before each
     if named:
-        figure.legend(named.values(), named, loc="outside lower center", ncols=columns, handlelength=3)
+        figure.legend(named.values(), named, loc="outside lower center", ncols=columns)
     lines = note.count("\n") + 1 + -(-len(named) // columns)
     figure.set_figheight(height + lines * 10 / POINTS)
     for file in (path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf")):
         try:
-            figure.savefig(file, dpi=200)
+            figure.savefig(file)
         except OSError as error:
             raise OSError(f"{file}: cannot be written ({error.strerror})") from None
     return figure
@@ -97,7 +83,7 @@ def cost(
         axis.step(x, y, where="post", color=GREY, label="efficient frontier")
         for m in there:
             form = {**style(m), "linestyle": "none"}
-            axis.errorbar(costs[m], means[m, k], deviations[m, k], **form, capsize=2, elinewidth=0.8, label=names[m])
+            axis.errorbar(costs[m], means[m, k], deviations[m, k], **form, elinewidth=0.8, label=names[m])
         if target in ceiling:
             axis.axhline(ceiling[target], color=GREY, linestyle=":", label="raters' agreement")
         axis.set(title=target, ylabel="CCC")
@@ -114,7 +100,7 @@ def depth(counts: Sequence[int], scores: np.ndarray, targets: Sequence[str]) -> 
     beside = np.broadcast_to(x[:, None], scores.shape[:2]) + 0.02 * (np.ptp(x) or 1)
     for k, target in enumerate(targets):
         axis.plot(beside, scores[:, :, k], ".", color=style(k)["color"], markersize=4, alpha=0.5, markeredgewidth=0)
-        axis.errorbar(x, means[:, k], deviations[:, k], **style(k), capsize=2, elinewidth=0.8, label=target)
+        axis.errorbar(x, means[:, k], deviations[:, k], **style(k), elinewidth=0.8, label=target)
     axis.set(xlabel="trainable layers", ylabel="CCC", xticks=np.unique(x))
     return figure
 
@@ -164,8 +150,8 @@ def scatter(
         axis.plot([low, high], [low, high], color=COLORS[2], linewidth=0.8)
         axis.set(title=f"{name}\nCCC {score:.3f}", xlim=(low, high), ylim=(low, high), aspect="equal")
         axis.locator_params(nbins=5)
-    figure.supxlabel(f"{target}, labels", fontsize=7)
-    figure.supylabel(f"{target}, predictions", fontsize=7)
+    figure.supxlabel(f"{target}, labels")
+    figure.supylabel(f"{target}, predictions")
     return figure
 
 
@@ -318,11 +304,8 @@ def panels(count: int, columns: int = 0, size: float = 2.4, width: float = 0.0) 
     """A figure with `count` panels of `size` inches in height."""
     columns = columns or count
     rows = -(-count // columns)
-    figure = Figure(figsize=(width or min(columns * COLUMN, PAGE), rows * size), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[count:]:
-        axis.remove()
-    return figure, axes[:count]
+    figure = Figure(figsize=(width or min(columns * COLUMN, PAGE), rows * size))
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
 
 def log_axis(axis: Axes, values: Sequence[float], label: str) -> None:
