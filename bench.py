@@ -1,17 +1,13 @@
 """Speed and memory of every method, side by side, and beside transformers + PEFT doing the same.
 
-    python bench.py [--peer] [--naive] [--turns 8] [--rounds 5] [--out bench.json]   measure: tables, JSON, a picture
-    python bench.py --table bench.json                                               the tables again, from the JSON
-
 Every method runs in processes of its own, on the same audio files and the same checkpoint on disk (random weights:
 times do not depend on them). Methods that are compared take turns, so that they see the same machine: first computing
 caches and predictions, then, in new processes, training steps. Ours run the very code of a training run; a step of a
 cached method reads a cache that was filled before, as from the second epoch on, without the prefix's weights.
 
-Each method has a peer, transformers (and PEFT) set up as well as they can be (docs/speed.md), and with `--naive` one
-as it is often copied: `requires_grad = False` alone, every default. A peer's steps take the waveforms from memory, ours
-read files or the cache, and with one batch alone nothing is read ahead as it is in training; a peer's start imports
-modules of ours that it could do without, some tenths of a second.
+A peer's steps take the waveforms from memory, ours read files or the cache, and with one batch alone nothing is read
+ahead as it is in training; a peer's start imports modules of ours that it could do without, some tenths of a second.
+How the peers are set up, and what was found: docs/speed.md.
 """
 
 import argparse

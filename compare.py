@@ -1,17 +1,10 @@
 """The methods of several configs side by side: score, cost and what the one buys for the other.
 
-    python compare.py configs/full.yaml configs/partial3_cached.yaml configs/lora_r8.yaml [key=value ...] [--seeds 5]
-    python compare.py configs/partial3_cached.yaml --sweep trainable_layers=0,1,2,3,6,9,12
-    python compare.py CONFIG ... --folds        every fold of a corpus that is tested so, such as emotale or iemocap
-    python compare.py CONFIG ... --table        the tables again, from what is finished
-
 Every method, seed and fold is a run of train.py in a process of its own, so that time and memory are its own. Caches
 are filled first, each for all seeds and folds. Then come the runs, all methods of a seed and fold before the next, so
-that an interrupted table is even. The same command continues a stopped comparison: finished runs are not repeated, a
-stopped one is resumed.
+that an interrupted table is even. The first method is what the others are compared with.
 
-Below `--out`: `table.md`, `table.csv`, pictures, `configs/`, `logs/`, and the runs' directories, `<method>-seed<K>` or
-`<method>-seed<K>-fold<F>`. The first method is what the others are compared with.
+Below `--out`: `table.md`, `table.csv`, pictures, `configs/`, `logs/`, and a directory for each run (docs/methods.md).
 """
 
 import argparse
@@ -218,10 +211,9 @@ def write_table(methods: Methods, jobs: Sequence[Job]) -> tuple[str, Runs, list[
     records = results.analyse(runs, targets, {Path(path).stem: build for path, build in builds.items()})
     text = results.markdown(runs, records, targets, failures(jobs), len(folds), raters_agreement(methods))
     hardware.write_text(out / "table.md", text + "\n")
-    scores = [*results.SCORES, *([results.FOLD_SCORE] if folds else [])]
-    columns = ["method", "seeds", "folds", *(f"{target}_{score}" for target in targets for score in scores)]
+    scores = (f"{target}_{score}" for target in targets for score in results.SCORES)
     rows = [{**record, "method": text_cell(record["method"])} for record in records]
-    tables.write_csv(out / "table.csv", [*columns, *results.COSTS, "note"], rows)
+    tables.write_csv(out / "table.csv", ["method", "seeds", "folds", *scores, *results.COSTS, "note"], rows)
     return text, runs, records
 
 
@@ -241,10 +233,8 @@ def raters_agreement(methods: Methods) -> dict[str, list[float]]:
 def failures(jobs: Sequence[Job]) -> list[str]:
     """Notes on the runs that are not finished, with the last lines of those that failed."""
     notes, missing, caches = [], [], log_path(jobs[0].out, "caches")
-    for job in jobs:
+    for job in (job for job in jobs if not job.finished):
         log = log_path(job.out, job.directory.name)
-        if job.finished:
-            continue
         if lines := last_lines(log):
             said = "".join(f"\n      {line}" for line in lines[:-1])
             notes.append(f"{job} failed ({lines[-1]}). The end of {log}:\n{said}\n")
@@ -356,12 +346,8 @@ def run_all(methods: Methods, jobs: Sequence[Job]) -> bool:
 def parse_arguments() -> argparse.Namespace:
     """The command line, whose configs, keys and options may come in any order."""
     parser = argparse.ArgumentParser(description="The methods of several configs side by side.")
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="CONFIG or key=value",
-        help="YAML files, and keys to set in all; backbone= is not for the log-mel baseline",
-    )
+    words = "YAML files, and keys to set in all; backbone= is not for the log-mel baseline"
+    parser.add_argument("words", nargs="+", metavar="CONFIG or key=value", help=words)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to one less than this (default 3)")
     parser.add_argument("--sweep", action="append", default=[], metavar="key=v1,v2,...", help="may be given repeatedly")
     parser.add_argument("--folds", action="store_true", help="every fold: each utterance is tested once")
