@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -26,12 +27,11 @@ import run
 from config import Config, extra, load_config, parse
 from data import text_cell
 from machine import hardware
-from machine.programs import command, last_lines, logged, split_words
+from machine.programs import ROOT, command, last_lines, logged, split_words
 from report import results, tables
 from report.results import Job, Run, Runs
 from weights import read_json
 
-HERE = Path(__file__).parent
 CORPUS = ("corpus", "data_root", "manifest", "fold", "test_set", "dev_set", "flip_activation")  # the same for all
 CORPUS += ("label_range", "targets", "allow_speaker_overlap")
 OURS = {"name": "as the name of the YAML file", "seed": "as --seeds", "output_dir": "as --out"}  # what compare.py sets
@@ -42,18 +42,15 @@ Methods = dict[str, Config]
 
 def make_methods(configs: Sequence[str], overrides: Sequence[str], sweeps: Sequence[str], wrong: list[str]) -> Methods:
     """Methods by name: each config, once for each combination of the sweeps' values. Adds errors to `wrong`."""
-    choices = [[(key, value) for value in values] for key, values in map(parse_sweep, sweeps)]
     keys = [word.partition("=")[0] for word in [*overrides, *sweeps]]
     wrong += [f"{key}: is set by compare.py; give it {OURS[key]}" for key in keys if key in OURS]
     wrong += [f"{key}: is given more than once" for key in keys if keys.count(key) > 1]
     methods: Methods = {}
-    for path, chosen in itertools.product(configs, itertools.product(*choices)):
-        values = [(key, json.dumps(value, default=str)) for key, value in chosen]
+    for path, values in itertools.product(configs, itertools.product(*map(parse_sweep, sweeps))):
         name = "-".join([Path(path).stem, *(f"{key}={file_name(value)}" for key, value in values)])
         try:
-            words = overrides
-            if load_config(path).backbone == "logmel":  # with another backbone it would not be that baseline
-                words = [word for word in overrides if not word.startswith("backbone=")]
+            baseline = load_config(path).backbone == "logmel"  # with another backbone it would not be that
+            words = [word for word in overrides if not (baseline and word.startswith("backbone="))]
             config = load_config(path, [*words, *(f"{key}={value}" for key, value in values)])
         except (OSError, ValueError) as error:
             wrong.append(str(error))
@@ -67,16 +64,13 @@ def make_methods(configs: Sequence[str], overrides: Sequence[str], sweeps: Seque
     return methods
 
 
-def parse_sweep(text: str) -> tuple[str, list]:
-    """`key=v1,v2,...` as the key and YAML values, of which each may be a list or null."""
-    key, equals, values = text.partition("=")
-    try:
-        parsed = parse(f"[{values}]", text)
-    except ValueError:
-        parsed = None
-    if not equals or not parsed:
-        raise ValueError(f"--sweep: expected key=value,value,..., as in trainable_layers=0,1,2; found {text!r}")
-    return key, parsed
+def parse_sweep(text: str) -> list[tuple[str, str]]:
+    """`key=v1,v2,...` as pairs of the key and a value in YAML, which may be a list or null."""
+    key, _, values = text.partition("=")
+    with suppress(ValueError):
+        if parsed := parse(f"[{values}]", text):
+            return [(key, json.dumps(value, default=str)) for value in parsed]
+    raise ValueError(f"--sweep: expected key=value,value,..., as in trainable_layers=0,1,2; found {text!r}")
 
 
 def file_name(text: str) -> str:
@@ -180,7 +174,7 @@ def train_all(methods: Methods, jobs: Sequence[Job]) -> None:
         if not job.finished:
             words = [f"seed={job.seed}", f"output_dir={json.dumps(str(job.out))}"]
             words += [f"name={json.dumps(job.directory.name)}", *([] if job.fold is None else [f"fold={job.fold}"])]
-            logged([str(HERE / "train.py"), str(config_path(job)), *words], log)
+            logged([str(ROOT / "train.py"), str(config_path(job)), *words], log)
             took = f"{time.perf_counter() - start:.1f} s"
         if job.finished:
             test = read_json(job.directory / "result.json")["test"]

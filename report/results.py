@@ -24,9 +24,7 @@ from weights import read_json
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")
 SCORES += ("mean_of_folds",)
-ONE_SET = (
-    "CCC: mean ± standard deviation over seeds, on one test set. To predict the mean always scores 0 by construction.",
-)
+ONE_SET = ("CCC: mean ± standard deviation over seeds. To predict the mean always scores 0 by construction.",)
 POOLED = (
     "Pooled CCC: of the predictions of all folds together, each utterance tested once, by a model that was not trained "
     "on its fold; mean ± standard deviation over seeds. Intervals, differences and tests are those of the pooled CCC.",
@@ -135,10 +133,8 @@ def pool(runs: dict[int, Run]) -> Run:
     scores = ccc(torch.from_numpy(predictions), torch.from_numpy(labels)).tolist()
     test = {target: {"ccc": score} for target, score in zip(result["config"]["targets"], scores, strict=True)}
     tested, corpus = [part.result.get("corpus", {}).get("test") for part in parts], {}
-    if all(tested):
-        hours = sum(split["hours"] for split in tested)
-        known = len(set(filterfalse(is_nobody, speakers)))
-        corpus = {"test": {"utterances": len(labels), "speakers": known, "hours": hours}}
+    if all(tested):  # each speaker in one fold
+        corpus = {"test": {key: sum(split[key] for split in tested) for key in ("utterances", "speakers", "hours")}}
     result = result | {"test": test, "corpus": corpus, "config": result["config"] | {"fold": None}}
     return Run(result, [], speakers, labels, predictions, runs)
 
@@ -259,12 +255,7 @@ def ratio(seconds: float, others: float) -> float:
 
 
 def markdown(
-    runs: Runs,
-    records: Sequence[dict],
-    targets: Sequence[str],
-    notes: Sequence[str],
-    folds: int = 0,
-    agreement: Mapping[str, Sequence[float]] | None = None,
+    runs: Runs, records: Sequence[dict], targets: Sequence[str], notes: Sequence[str], folds: int, agreement: Mapping
 ) -> str:
     """Where the figures come from, a table for each target, one of the costs, and notes.
 
@@ -276,7 +267,7 @@ def markdown(
         some = ", ".join(map(str, scored)) or "none"
         only = f"; scored on what every method has finished: {some}" if len(scored) < folds else ""
         lines.append(f"- folds: {folds}, each the test set once{only}")
-    known = {target: agreement[target] for target in targets if (agreement or {}).get(target)}
+    known = {target: agreement[target] for target in targets if agreement.get(target)}
     scores = [f"{target} {statistics.fmean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for target, v in known.items()]
     lines += [f"- raters, each against the mean of the others, CCC: {', '.join(scores)}"] if scores else []
     shown = [[score_row(record, target, folds) for record in records] for target in targets]
@@ -306,7 +297,7 @@ def origin(result: dict) -> dict[str, str]:
     return known | {"backbone": result["backbone"]["source"], "versions": versions}
 
 
-def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
+def cautions(runs: Runs, records: Sequence[dict], folds: int) -> list[str]:
     """What the figures hide, and how to read them."""
     finished = [(name, seed, each) for name, by_seed in runs.items() for seed, each in by_seed.items()]
     if not finished:
@@ -326,7 +317,7 @@ def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
     return found + [text.format(speakers=speakers) for text in (*(POOLED if folds else ONE_SET), *READING)]
 
 
-def score_row(record: dict, target: str, folds: int = 0) -> dict[str, str]:
+def score_row(record: dict, target: str, folds: int) -> dict[str, str]:
     """A record's row in the table of a target, by column."""
 
     def written(form: Callable[..., str], *scores: str) -> str:
