@@ -213,14 +213,6 @@ def set_up(method: Method, phase: str, arguments: argparse.Namespace) -> tuple[A
     return peer(method.config, phase, method.side == "naive", paths)
 
 
-def ask(worker: ProcessPoolExecutor, method: Method, action: str, arguments: argparse.Namespace) -> dict:
-    """Have a method's process do something. Raises ValueError, which names the method, if that failed."""
-    try:
-        return worker.submit(work, method, action, arguments).result()
-    except Exception as error:  # an error in the process, or its end: BrokenProcessPool
-        raise ValueError(f"{method.name} failed at {action!r}: {type(error).__name__}: {error}") from None
-
-
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -228,30 +220,27 @@ Job = tuple[str, Method]  # "build", "infer" or "step"; and "read", a step's rea
 
 
 def measure(jobs: Sequence[Job], arguments: argparse.Namespace) -> dict[Job, list[dict]]:
-    """Answers by job: the processes are started, one after the other, and then take turns."""
+    """Answers by job: processes start one after the other, then take turns. Raises ValueError, naming the method."""
     answers: dict[Job, list[dict]] = {job: [] for job in jobs}
-    rounds = range(speed.WARM_UP + arguments.rounds)
     spawn = multiprocessing.get_context("spawn")
+    bar = tqdm(list(itertools.product(range(speed.WARM_UP + arguments.rounds), jobs)), disable=None)
     with ExitStack() as stack:
         workers = {job: stack.enter_context(ProcessPoolExecutor(1, spawn)) for job in jobs}  # start when first asked
-        bar = tqdm(list(itertools.product(rounds, jobs)), disable=None)
-        for _, (phase, method) in bar:
+        for _, (action, method) in bar:
             start = time.perf_counter()
-            bar.set_description(f"{phase} {method.name}")
-            answer = ask(workers[phase, method], method, phase, arguments)
+            bar.set_description(f"{action} {method.name}")
+            worker = workers["step" if action == "read" else action, method]
+            try:
+                answer = worker.submit(work, method, action, arguments).result()
+            except Exception as error:  # an error in the process, or its end: BrokenProcessPool
+                raise ValueError(f"{method.name} failed at {action!r}: {type(error).__name__}: {error}") from None
             answer["waited"] = time.perf_counter() - start  # the first time for its start as well
-            answers[phase, method].append(answer)
-        for phase, method in jobs:
-            if phase == "step" and method.side == "ours" and method.config.cache:
-                answers["read", method] = [ask(workers[phase, method], method, "read", arguments) for _ in rounds]
+            answers[action, method].append(answer)
     return answers
 
 
 def make_groups(configs: Sequence[Config], with_peer: bool, with_naive: bool = False) -> list[list[Method]]:
-    """What is measured in turn: configs that train the same, and the peers that do so as well.
-
-    Our full finetuning is the reference in each group.
-    """
+    """What is measured in turn: configs that train the same, peers that do, and our full finetuning as reference."""
     groups: dict[str, list[Config]] = {}
     for c in configs:
         same = (c.trainable_layers, c.lora_rank, c.lora_rank and (c.lora_targets, c.lora_layers))
@@ -267,14 +256,15 @@ def make_groups(configs: Sequence[Config], with_peer: bool, with_naive: bool = F
 
 def measure_group(group: Sequence[Method], arguments: argparse.Namespace, architecture: Wav2Vec2Config) -> list[dict]:
     """A record for each method of a group: what was measured, and how many operations it needs."""
-    jobs = [("build", method) for method in group if method.config.cache and method.side == "ours"]
+    cached = [method for method in group if method.config.cache and method.side == "ours"]
+    jobs = [("build", method) for method in cached]
     jobs += [("infer", method) for method in group if method.side in ("ours", "peer")]
-    answers = measure(jobs, arguments) | measure([("step", method) for method in group], arguments)
+    steps = [("step", method) for method in group] + [("read", method) for method in cached]
+    answers = measure(jobs, arguments) | measure(steps, arguments)
     samples = [len(turn) for turn in speed.make_turns(arguments.turns, arguments.lengths)]
     records = []
     for method in group:
-        cached = method.side in ("ours", "reference") and method.config.cache
-        record = {"name": method.name, "side": method.side, "config": method.config.name, "cached": cached}
+        record = {"name": method.name, "side": method.side, "config": method.config.name, "cached": method in cached}
         for phase in ("step", "read", "build", "infer"):
             found = answers.get((phase, method))
             record[phase] = found and speed.summarise(found)
@@ -282,11 +272,11 @@ def measure_group(group: Sequence[Method], arguments: argparse.Namespace, archit
         record |= {key: first[key] for key in ("trainable_parameters", "floor_bytes")}
         record["first_step_seconds"] = first["waited"]  # since the process was started
         record["startup_seconds"] = first["waited"] - record["step"]["seconds"]  # imports, loading, preparing
-        build = record["build"]["seconds"] if cached else 0.0
+        build = record["build"]["seconds"] if record["build"] else 0.0
         record["epochs_seconds"] = build + arguments.epochs * record["step"]["seconds"]
         with torch.device("meta"):
             model = run.assemble(method.config, Wav2Vec2(architecture), LABEL_RANGE)
-        record["operations"] = speed.operations(model, samples, cached)
+        record["operations"] = speed.operations(model, samples, record["cached"])
         records.append(record)
     return records
 

@@ -147,10 +147,7 @@ def absolute(key: str, value: object) -> object:
 
 
 def build_caches(methods: Methods, jobs: Sequence[Job]) -> None:
-    """Fill every cache that a run will want. Where that fails the runs do it.
-
-    The entries of a cache are files, whatever their split, so that of the first fold serves all.
-    """
+    """Fill every cache that a run will want, of the first fold, which serves all. Where that fails the runs do it."""
     wanted = {job.method: job for job in jobs if methods[job.method].cache and not job.finished}
     if not wanted:
         return
