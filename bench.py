@@ -129,10 +129,7 @@ def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Act
 
 
 def peer_model(config: Config, naive: bool = False) -> tuple[nn.Module, nn.Module]:
-    """A transformers model set up as well as it can be for what `config` trains, and itself without PEFT around it.
-
-    `naive`: as it is often copied, nothing but `requires_grad` set, and the defaults of transformers and PEFT.
-    """
+    """A transformers model that trains what `config` does, set up well or `naive`, and itself without PEFT around."""
     from transformers import Wav2Vec2Model
 
     same = ("hidden_dropout", "attention_dropout", "activation_dropout", "mask_time_prob", "mask_feature_prob")

@@ -213,11 +213,9 @@ def raters_agreement(methods: Methods) -> dict[str, list[float]]:
     config = next(iter(methods.values()))
     if config.corpus == "manifest" or config.data_root is None:
         return {}
-    corpus = extra("corpora.published", f"corpus: {config.corpus}").CORPORA.get(config.corpus)
-    try:
+    corpus, found = extra("corpora.published", f"corpus: {config.corpus}").CORPORA.get(config.corpus), {}
+    with suppress(OSError, ValueError):  # shown from another place, without the corpus
         found = corpus.agreement(Path(config.data_root)) if corpus and corpus.agreement else {}
-    except (OSError, ValueError):  # shown from another place, without the corpus
-        return {}
     return found | ({"arousal": found["activation"]} if "activation" in found else {})
 
 

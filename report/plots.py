@@ -118,12 +118,11 @@ def curves(
     for k, (axis, target) in enumerate(zip(axes, targets, strict=True)):
         for m, (name, runs) in enumerate(zip(names, curves, strict=True)):
             for seconds, scores in runs if len(runs) > 1 else ():
-                axis.plot(seconds, np.asarray(scores)[:, k], color=style(m)["color"], linewidth=0.4, alpha=0.4)
-            epochs = min((len(seconds) for seconds, _ in runs), default=0)
-            if epochs:
-                x = np.mean([seconds[:epochs] for seconds, _ in runs], 0)
-                y = np.mean([np.asarray(scores)[:epochs, k] for _, scores in runs], 0)
-                axis.plot(x, y, **style(m), markersize=3.5, label=name)
+                axis.plot(seconds, scores[:, k], color=style(m)["color"], linewidth=0.4, alpha=0.4)
+            epochs = min(len(seconds) for seconds, _ in runs)
+            x = np.mean([seconds[:epochs] for seconds, _ in runs], 0)
+            y = np.mean([scores[:epochs, k] for _, scores in runs], 0)
+            axis.plot(x, y, **style(m), markersize=3.5, label=name)
         log_axis(axis, every_second, "training time (s)")
         axis.set(title=target, ylabel="development CCC")
     return figure
@@ -209,18 +208,14 @@ def layers(names: Sequence[str], similarity: np.ndarray, change: np.ndarray) -> 
 
 @picture
 def timeline(
-    waveform: np.ndarray,
-    spans: np.ndarray,
-    predictions: np.ndarray,
-    targets: Sequence[str],
-    label_range: tuple[float, float],
-    title: str,
+    waveform: np.ndarray, windows: np.ndarray, targets: Sequence[str], label_range: tuple[float, float], title: str
 ) -> Figure:
-    """A recording `(S,)` and below it the predictions `(W, K)` for windows from and to seconds `(W, 2)`.
+    """A recording `(S,)`, and below it predictions for windows `(W, 2 + K)`: seconds from and to, then K targets.
 
     The last window ends with the recording. A window is a step; where windows overlap, a point in the middle of each.
     """
     figure, (above, below) = panels(2, columns=1, size=1.3, width=PAGE)
+    spans, predictions = windows[:, :2], windows[:, 2:]
     seconds = spans[-1, 1]
     unit, name = (60, "min") if seconds >= 600 else (1, "s")
     lows, highs = envelope(waveform, DOTS)
@@ -249,24 +244,23 @@ def bars(
 ) -> Figure:
     """Time and memory of M methods, `(name, side)` each, as bars, with a mark on each for what it needs at least."""
     starts = [side == "ours" != before for (_, side), (_, before) in zip(methods, methods[-1:] + methods, strict=False)]
-    heights = [-y - 0.5 * gaps for y, gaps in enumerate(np.cumsum(starts))]  # a gap after each peer
+    heights = -np.arange(len(methods)) - 0.5 * np.cumsum(starts)  # a gap after each peer
     shades = {"ours": "#1b4965", "peer": "#6fa8c9", "naive": "#d3d9de"}  # a dark, a middle and a light grey as well
     figure, axes = panels(2, size=0.8 - 0.19 * heights[-1])
     for axis, values in zip(axes, (seconds, gigabytes), strict=True):
-        for (_, side), y, (value, least) in zip(methods, heights, values, strict=True):
-            axis.barh(y, value, height=0.8, color=shades[side])
-            for color, width in (("white", 3), ("black", 1.2)):
-                axis.plot([least, least], [y - 0.4, y + 0.4], color=color, linewidth=width, solid_capstyle="butt")
-            label = f"{float(format(value, '.3g')):,g}"
-            axis.annotate(label, (value, y), (3, 0), textcoords="offset points", va="center")
+        used, least = np.transpose(values)
+        drawn = axis.barh(heights, used, height=0.8, color=[shades[side] for _, side in methods])
+        for color, width in (("white", 3), ("black", 1.2)):
+            axis.vlines(least, heights - 0.4, heights + 0.4, color=color, linewidth=width)
+        axis.bar_label(drawn, [f"{float(format(value, '.3g')):,g}" for value in used], padding=3)
         axis.set_yticks(heights, [name for name, _ in methods] if axis is axes[0] else [""] * len(methods))
         axis.tick_params("y", length=0)
         axis.margins(x=0.15, y=0.02)
     positive = [value for pair in seconds for value in pair if value > 0]
-    axes[0].set(xscale="log", xlim=(0.5 * min(positive), 3 * max(positive)))
+    title = "s of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate"
+    axes[0].set(title=title, xscale="log", xlim=(0.5 * min(positive), 3 * max(positive)))
     axes[0].xaxis.set_major_formatter("{x:,g}")
-    axes[0].set_title("s of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate")
-    axes[1].set_title("peak memory, GB\nmark: weights, gradients and Adam's moments alone")
+    axes[1].set(title="peak memory, GB\nmark: weights, gradients and Adam's moments alone")
     return figure
 
 

@@ -149,9 +149,8 @@ def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> l
     methods and targets. Raises ValueError if two runs were tested on different utterances.
     """
     records = {name: {"method": name, "seeds": len(by_seed), "folds": 0} for name, by_seed in runs.items()}
-    for name, by_seed in runs.items():
-        if by_seed:
-            records[name] |= costs(list(by_seed.values()), builds.get(name, {}))
+    for name in filter(runs.get, runs):
+        records[name] |= costs(list(runs[name].values()), builds.get(name, {}))
     if any(runs.values()):
         for k, target in enumerate(targets):
             add_scores(records, runs, k, target)
@@ -230,14 +229,12 @@ def costs(runs: Sequence[Run], build: Mapping) -> dict:
 
 def add_factors(records: Mapping[str, dict], runs: Runs) -> None:
     """Costs against the first method's, and an epoch against it at a record's own precision where that was run."""
-    finished = {name: next(iter(by_seed.values())).result for name, by_seed in runs.items() if by_seed}
-    first = next(iter(runs))
-    if first not in finished:
+    own, first = dict.fromkeys(("name", "seed", "output_dir", "precision")), next(iter(runs))
+    settings = {name: next(iter(runs[name].values())).result["config"] | own for name in filter(runs.get, runs)}
+    if first not in settings:
         return
-    own = dict.fromkeys(("name", "seed", "output_dir", "precision"))
-    settings = {name: result["config"] | own for name, result in finished.items()}
-    base, alike = records[first], [records[name] for name in finished if settings[name] == settings[first]]
-    for name in finished.keys() - {first}:
+    base, alike = records[first], [records[name] for name in settings if settings[name] == settings[first]]
+    for name in settings.keys() - {first}:
         record = records[name]
         record["trainable_reduction"] = 1 - record["trainable_parameters"] / base["trainable_parameters"]
         record["epoch_factor"] = ratio(base["epoch_seconds"], record["epoch_seconds"])
