@@ -25,7 +25,6 @@ import numpy as np
 
 import run
 from config import Config, extra, load_config, parse
-from data import text_cell
 from machine import hardware
 from machine.programs import ROOT, command, last_lines, logged, split_words
 from report import results, tables
@@ -203,8 +202,7 @@ def write_table(methods: Methods, jobs: Sequence[Job]) -> tuple[str, Runs, list[
     text = results.markdown(runs, records, targets, failures(jobs), len(folds), raters_agreement(methods))
     hardware.write_text(out / "table.md", text + "\n")
     scores = (f"{target}_{score}" for target in targets for score in results.SCORES)
-    rows = [{**record, "method": text_cell(record["method"])} for record in records]
-    tables.write_csv(out / "table.csv", ["method", "seeds", "folds", *scores, *results.COSTS, "note"], rows)
+    tables.write_csv(out / "table.csv", ["method", "seeds", "folds", *scores, *results.COSTS, "note"], records)
     return text, runs, records
 
 

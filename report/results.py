@@ -172,8 +172,7 @@ class Draws:
             if each.speakers != some.speakers or not np.array_equal(each.labels, some.labels):
                 raise ValueError(f"{name}-seed{seed}: was tested on other utterances or labels than {some_job}")
         predictions = np.stack([each.predictions[:, k] for each in chosen.values()])
-        self.column = {job: number for number, job in enumerate(chosen)}
-        self.score = {job: each.result["test"][target]["ccc"] for job, each in chosen.items()}
+        self.jobs, self.scores = list(chosen), [each.result["test"][target]["ccc"] for each in chosen.values()]
         groups = speaker_groups(some.speakers)
         self.speakers, self.utterances = len(set(groups)), len(groups)
         self.by_speaker = bootstrap(predictions, some.labels[:, k], groups)
@@ -181,8 +180,8 @@ class Draws:
 
     def of(self, name: str, seeds: Sequence[int]) -> tuple[list[float], np.ndarray, np.ndarray]:
         """A method's scores with these seeds, and draws `(draws,)` of their mean by speakers and by utterances."""
-        columns = [self.column[name, seed] for seed in seeds]
-        scores = [self.score[name, seed] for seed in seeds]
+        columns = [self.jobs.index((name, seed)) for seed in seeds]
+        scores = [self.scores[column] for column in columns]
         return scores, self.by_speaker[:, columns].mean(1), self.by_utterance[:, columns].mean(1)
 
 
@@ -348,14 +347,6 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def parameters(count: int) -> str:
-    return f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count:,}"
-
-
-def fewer(share: float) -> str:
-    return f"{share:.1%}" if share >= 0 else f"{1 - share:.3g} times as many"
-
-
 def seconds(value: float) -> str:
     return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
 
@@ -372,8 +363,8 @@ def saved(factor: float) -> str:
 
 COST_COLUMNS: dict[str, tuple] = {  # of the table: how a cell is written, and the keys of a record that it shows
     "precision": (str, "precision"),
-    "trainable": (parameters, "trainable_parameters"),
-    "fewer": (fewer, "trainable_reduction"),
+    "trainable": (lambda n: f"{n / 1e6:.2f} M" if n >= 1e4 else f"{n:,}", "trainable_parameters"),
+    "fewer": (lambda x: f"{x:.1%}" if x >= 0 else f"{1 - x:.3g} times as many", "trainable_reduction"),
     "best epoch / epochs": ("{:g} / {:g}".format, "best_epoch", "epochs"),
     "s an epoch": (seconds, "epoch_seconds"),
     "cache build": (seconds, "build_seconds"),
