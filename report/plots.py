@@ -47,10 +47,8 @@ def finish(figure: Figure, note: str, path: Path) -> Figure:
     note = textwrap.fill(note, int(width * POINTS / LETTER))
     if note:
         figure.suptitle(note, style="italic")
-    named: dict[str, Any] = {}
-    for axis in figure.axes:
-        handles, names = axis.get_legend_handles_labels()
-        named |= dict(zip(names, handles, strict=True))
+    drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in figure.axes)
+    named = {name: handle for pairs in drawn for handle, name in pairs}
     columns = max(1, int(width * POINTS / (LETTER * max(map(len, named), default=0) + 36)))  # 36: the line before each
     if named:
         figure.legend(named.values(), named, loc="outside lower center", ncols=columns)
@@ -306,12 +304,11 @@ def log_axis(axis: Axes, values: Sequence[float], label: str) -> None:
     """A logarithmic x axis from one round number to another, with plain numbers at its ticks."""
     if not values or min(values) <= 0:
         raise ValueError(f"{label}: expected values above 0, found {min(values, default='none')}")
-    steps = [digit * 10.0**power for power in range(-9, 12) for digit in (1, 2, 5)]
-    low = max(step for step in steps if step <= min(values) / 1.05)
-    high = min(step for step in steps if step >= max(values) * 1.05)
-    ticks = [step for step in steps if low <= step <= high]
+    steps = np.outer(10.0 ** np.arange(-9, 12), (1, 2, 5)).ravel()
+    low, high = steps[steps <= min(values) / 1.05].max(), steps[steps >= max(values) * 1.05].min()
+    ticks = steps[(low <= steps) & (steps <= high)]
     if len(ticks) > 8:
-        ticks = [step for step in ticks if step in steps[::3]]  # 1, 10, 100
+        ticks = np.intersect1d(ticks, steps[::3])  # 1, 10, 100
     elif len(ticks) < 3:
         unit = 10 ** np.floor(np.log10(low))
         ticks = np.arange(low, high + unit / 2, unit)  # 2, 3, 4, 5
