@@ -1,17 +1,9 @@
-"""Speed and memory of every method, side by side, and beside transformers + PEFT doing the same.
-
-    python bench.py [--peer] [--naive] [--turns 8] [--rounds 5] [--out bench.json]   measure: tables, JSON, a picture
-    python bench.py --table bench.json                                               the tables again, from the JSON
+"""Speed and memory of every method, side by side, and beside transformers + PEFT doing the same (docs/speed.md).
 
 Every method runs in processes of its own, on the same audio files and the same checkpoint on disk (random weights:
 times do not depend on them). Methods that are compared take turns, so that they see the same machine: first computing
 caches and predictions, then, in new processes, training steps. Ours run the very code of a training run; a step of a
 cached method reads a cache that was filled before, as from the second epoch on, without the prefix's weights.
-
-Each method has a peer, transformers (and PEFT) set up as well as they can be (docs/speed.md), and with `--naive` one
-as it is often copied: `requires_grad = False` alone, every default. A peer's steps take the waveforms from memory, ours
-read files or the cache, and with one batch alone nothing is read ahead as it is in training; a peer's start imports
-modules of ours that it could do without, some tenths of a second.
 """
 
 import argparse
@@ -25,10 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import soundfile
 import torch
@@ -138,10 +129,7 @@ def peer(config: Config, phase: str, naive: bool, paths: list[str]) -> tuple[Act
 
 
 def peer_model(config: Config, naive: bool = False) -> tuple[nn.Module, nn.Module]:
-    """A transformers model set up as well as it can be for what `config` trains, and itself without PEFT around it.
-
-    `naive`: as it is often copied, nothing but `requires_grad` set, and the defaults of transformers and PEFT.
-    """
+    """A transformers model that trains what `config` does, set up well or `naive`, and itself without PEFT around."""
     from transformers import Wav2Vec2Model
 
     same = ("hidden_dropout", "attention_dropout", "activation_dropout", "mask_time_prob", "mask_feature_prob")
@@ -172,19 +160,20 @@ def peer_model(config: Config, naive: bool = False) -> tuple[nn.Module, nn.Modul
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-class Method(NamedTuple):
-    """A config's file, and who trains it: "ours", "reference" (ours too, its steps alone), "peer" or "naive"."""
+@dataclass(eq=False)  # which makes it a key, whatever its config holds
+class Method:
+    """A config, and who trains it: "ours", "reference" (ours too, its steps alone), "peer" or "naive"."""
 
     side: str
-    path: Path
+    config: Config
 
     @property
     def name(self) -> str:
-        """As it is called in tables: a config by its file's name."""
+        """As it is called in tables."""
         if self.side in ("ours", "reference"):
-            return self.path.stem
-        other = "transformers + PEFT" if load_config(self.path).lora_rank else "transformers"
-        return f"{'naive ' * (self.side == 'naive')}{other}: {self.path.stem.removesuffix('_cached')}"  # has no cache
+            return self.config.name
+        other = "transformers + PEFT" if self.config.lora_rank else "transformers"
+        return f"{'naive ' * (self.side == 'naive')}{other}: {self.config.name.removesuffix('_cached')}"  # has no cache
 
 
 BUILT: list[tuple[Actions, list[nn.Parameter]]] = []  # in a worker: the method that it was started for
@@ -214,25 +203,11 @@ def set_up(method: Method, phase: str, arguments: argparse.Namespace) -> tuple[A
     torch.manual_seed(0)
     if arguments.linear != "auto":  # else matrix products on a CPU are computed by what fits it
         fast.Kernels.onednn = fast.PRODUCTS if arguments.linear == "onednn" and fast.ONEDNN else ()
-    config, folder = configure(method.path, arguments), Path(arguments.folder)
+    folder = Path(arguments.folder)
     paths = [str(folder / f"{number}.wav") for number in range(arguments.turns)]
     if method.side in ("ours", "reference"):
-        return ours(config, phase, folder, paths)
-    return peer(config, phase, method.side == "naive", paths)
-
-
-def configure(path: Path, arguments: argparse.Namespace) -> Config:
-    """A config as the options want it."""
-    same = {"backbone": arguments.backbone, "device": arguments.device, "precision": arguments.precision}
-    return replace(load_config(path), **same)
-
-
-def ask(worker: ProcessPoolExecutor, method: Method, action: str, arguments: argparse.Namespace) -> dict:
-    """Have a method's process do something. Raises ValueError, which names the method, if that failed."""
-    try:
-        return worker.submit(work, method, action, arguments).result()
-    except Exception as error:  # an error in the process, or its end: BrokenProcessPool
-        raise ValueError(f"{method.name} failed at {action!r}: {type(error).__name__}: {error}") from None
+        return ours(method.config, phase, folder, paths)
+    return peer(method.config, phase, method.side == "naive", paths)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -242,55 +217,51 @@ Job = tuple[str, Method]  # "build", "infer" or "step"; and "read", a step's rea
 
 
 def measure(jobs: Sequence[Job], arguments: argparse.Namespace) -> dict[Job, list[dict]]:
-    """Answers by job: the processes are started, one after the other, and then take turns."""
+    """Answers by job: processes start one after the other, then take turns. Raises ValueError, naming the method."""
     answers: dict[Job, list[dict]] = {job: [] for job in jobs}
-    rounds = range(speed.WARM_UP + arguments.rounds)
     spawn = multiprocessing.get_context("spawn")
+    bar = tqdm(list(itertools.product(range(speed.WARM_UP + arguments.rounds), jobs)), disable=None)
     with ExitStack() as stack:
         workers = {job: stack.enter_context(ProcessPoolExecutor(1, spawn)) for job in jobs}  # start when first asked
-        bar = tqdm(list(itertools.product(rounds, jobs)), disable=None)
-        for _, (phase, method) in bar:
+        for _, (action, method) in bar:
             start = time.perf_counter()
-            bar.set_description(f"{phase} {method.name}")
-            answer = ask(workers[phase, method], method, phase, arguments)
+            bar.set_description(f"{action} {method.name}")
+            worker = workers["step" if action == "read" else action, method]
+            try:
+                answer = worker.submit(work, method, action, arguments).result()
+            except Exception as error:  # an error in the process, or its end: BrokenProcessPool
+                raise ValueError(f"{method.name} failed at {action!r}: {type(error).__name__}: {error}") from None
             answer["waited"] = time.perf_counter() - start  # the first time for its start as well
-            answers[phase, method].append(answer)
-        for phase, method in jobs:
-            if phase == "step" and method.side == "ours" and load_config(method.path).cache:
-                answers["read", method] = [ask(workers[phase, method], method, "read", arguments) for _ in rounds]
+            answers[action, method].append(answer)
     return answers
 
 
-def make_groups(configs: Sequence[Path], with_peer: bool, with_naive: bool = False) -> list[list[Method]]:
-    """What is measured in turn: configs that train the same, and the peers that do so as well.
-
-    Our full finetuning is the reference in each group.
-    """
-    groups: dict[str, list[Path]] = {}
-    for path in configs:
-        c = load_config(path)
+def make_groups(configs: Sequence[Config], with_peer: bool, with_naive: bool = False) -> list[list[Method]]:
+    """What is measured in turn: configs that train the same, peers that do, and our full finetuning as reference."""
+    groups: dict[str, list[Config]] = {}
+    for c in configs:
         same = (c.trainable_layers, c.lora_rank, c.lora_rank and (c.lora_targets, c.lora_layers))
-        groups.setdefault(str(same), []).append(path)
-    references = [path for path in configs if path.stem == "full"][:1]
+        groups.setdefault(str(same), []).append(c)
+    references = [config for config in configs if config.name == "full"][:1]
     listed = []
     for group in groups.values():
-        listed.append([Method("reference", path) for path in references if path not in group])
-        listed[-1] += [Method("ours", path) for path in group]
+        listed.append([Method("reference", config) for config in references if config not in group])
+        listed[-1] += [Method("ours", config) for config in group]
         listed[-1] += [Method("peer", group[0])] * with_peer + [Method("naive", group[0])] * with_naive
     return listed
 
 
 def measure_group(group: Sequence[Method], arguments: argparse.Namespace, architecture: Wav2Vec2Config) -> list[dict]:
     """A record for each method of a group: what was measured, and how many operations it needs."""
-    configs = {method: configure(method.path, arguments) for method in group}
-    jobs = [("build", method) for method, config in configs.items() if config.cache and method.side == "ours"]
+    cached = [method for method in group if method.config.cache and method.side == "ours"]
+    jobs = [("build", method) for method in cached]
     jobs += [("infer", method) for method in group if method.side in ("ours", "peer")]
-    answers = measure(jobs, arguments) | measure([("step", method) for method in group], arguments)
+    steps = [("step", method) for method in group] + [("read", method) for method in cached]
+    answers = measure(jobs, arguments) | measure(steps, arguments)
     samples = [len(turn) for turn in speed.make_turns(arguments.turns, arguments.lengths)]
     records = []
-    for method, config in configs.items():
-        cached = method.side in ("ours", "reference") and config.cache
-        record = {"name": method.name, "side": method.side, "config": method.path.stem, "cached": cached}
+    for method in group:
+        record = {"name": method.name, "side": method.side, "config": method.config.name, "cached": method in cached}
         for phase in ("step", "read", "build", "infer"):
             found = answers.get((phase, method))
             record[phase] = found and speed.summarise(found)
@@ -298,11 +269,11 @@ def measure_group(group: Sequence[Method], arguments: argparse.Namespace, archit
         record |= {key: first[key] for key in ("trainable_parameters", "floor_bytes")}
         record["first_step_seconds"] = first["waited"]  # since the process was started
         record["startup_seconds"] = first["waited"] - record["step"]["seconds"]  # imports, loading, preparing
-        build = record["build"]["seconds"] if cached else 0.0
+        build = record["build"]["seconds"] if record["build"] else 0.0
         record["epochs_seconds"] = build + arguments.epochs * record["step"]["seconds"]
         with torch.device("meta"):
-            model = run.assemble(config, Wav2Vec2(architecture), LABEL_RANGE)
-        record["operations"] = speed.operations(model, samples, cached)
+            model = run.assemble(method.config, Wav2Vec2(architecture), LABEL_RANGE)
+        record["operations"] = speed.operations(model, samples, record["cached"])
         records.append(record)
     return records
 
@@ -323,18 +294,19 @@ def main() -> None:
     options = {key: getattr(arguments, key) for key in ("turns", "lengths", "rounds", "epochs", "precision", "threads")}
     options |= {"device": str(device), "peer": arguments.peer, "configs": [path.stem for path in arguments.configs]}
     options["backbone"] = arguments.backbone or "random weights of wav2vec2-base"
-    groups = make_groups(arguments.configs, arguments.peer, arguments.naive)  # reads each: errors come before the hours
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        arguments.folder = folder
+        arguments.folder, backbone = folder, arguments.backbone or f"{folder}/backbone"
+        same = {"backbone": backbone, "device": arguments.device, "precision": arguments.precision}
+        configs = [replace(load_config(path), name=path.stem, **same) for path in arguments.configs]
         if arguments.backbone is None:
-            arguments.backbone = f"{folder}/backbone"
-            save_backbone(Wav2Vec2(Wav2Vec2Config()), arguments.backbone)
-        architecture = weights.load_backbone(arguments.backbone).config
+            save_backbone(Wav2Vec2(Wav2Vec2Config()), backbone)
+        architecture = weights.load_backbone(backbone).config
         turns = speed.make_turns(arguments.turns, arguments.lengths)
         for number, turn in enumerate(turns):
             soundfile.write(f"{folder}/{number}.wav", turn, speed.RATE)
         seconds = [len(turn) / speed.RATE for turn in turns]
         rates = [speed.matmul_rate(device, dtype)]
+        groups = make_groups(configs, arguments.peer, arguments.naive)
         measured = [measure_group(group, arguments, architecture) for group in groups]
         measured.sort(key=lambda group: -group[-1]["trainable_parameters"])  # full finetuning first
         rates.append(speed.matmul_rate(device, dtype))  # again: the machine may be quieter now

@@ -1,17 +1,10 @@
 """The methods of several configs side by side: score, cost and what the one buys for the other.
 
-    python compare.py configs/full.yaml configs/partial3_cached.yaml configs/lora_r8.yaml [key=value ...] [--seeds 5]
-    python compare.py configs/partial3_cached.yaml --sweep trainable_layers=0,1,2,3,6,9,12
-    python compare.py CONFIG ... --folds        every fold of a corpus that is tested so, such as emotale or iemocap
-    python compare.py CONFIG ... --table        the tables again, from what is finished
-
 Every method, seed and fold is a run of train.py in a process of its own, so that time and memory are its own. Caches
 are filled first, each for all seeds and folds. Then come the runs, all methods of a seed and fold before the next, so
-that an interrupted table is even. The same command continues a stopped comparison: finished runs are not repeated, a
-stopped one is resumed.
+that an interrupted table is even. The first method is what the others are compared with.
 
-Below `--out`: `table.md`, `table.csv`, pictures, `configs/`, `logs/`, and the runs' directories, `<method>-seed<K>` or
-`<method>-seed<K>-fold<F>`. The first method is what the others are compared with.
+Below `--out`: `table.md`, `table.csv`, pictures, `configs/`, `logs/`, and a directory for each run (docs/methods.md).
 """
 
 import argparse
@@ -23,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -31,14 +25,12 @@ import numpy as np
 
 import run
 from config import Config, extra, load_config, parse
-from data import text_cell
 from machine import hardware
-from machine.programs import command, last_lines, logged, split_words
+from machine.programs import ROOT, command, last_lines, logged, split_words
 from report import results, tables
 from report.results import Job, Run, Runs
 from weights import read_json
 
-HERE = Path(__file__).parent
 CORPUS = ("corpus", "data_root", "manifest", "fold", "test_set", "dev_set", "flip_activation")  # the same for all
 CORPUS += ("label_range", "targets", "allow_speaker_overlap")
 OURS = {"name": "as the name of the YAML file", "seed": "as --seeds", "output_dir": "as --out"}  # what compare.py sets
@@ -49,18 +41,15 @@ Methods = dict[str, Config]
 
 def make_methods(configs: Sequence[str], overrides: Sequence[str], sweeps: Sequence[str], wrong: list[str]) -> Methods:
     """Methods by name: each config, once for each combination of the sweeps' values. Adds errors to `wrong`."""
-    choices = [[(key, value) for value in values] for key, values in map(parse_sweep, sweeps)]
     keys = [word.partition("=")[0] for word in [*overrides, *sweeps]]
     wrong += [f"{key}: is set by compare.py; give it {OURS[key]}" for key in keys if key in OURS]
     wrong += [f"{key}: is given more than once" for key in keys if keys.count(key) > 1]
     methods: Methods = {}
-    for path, chosen in itertools.product(configs, itertools.product(*choices)):
-        values = [(key, json.dumps(value, default=str)) for key, value in chosen]
+    for path, values in itertools.product(configs, itertools.product(*map(parse_sweep, sweeps))):
         name = "-".join([Path(path).stem, *(f"{key}={file_name(value)}" for key, value in values)])
         try:
-            words = overrides
-            if load_config(path).backbone == "logmel":  # with another backbone it would not be that baseline
-                words = [word for word in overrides if not word.startswith("backbone=")]
+            baseline = load_config(path).backbone == "logmel"  # with another backbone it would not be that
+            words = [word for word in overrides if not (baseline and word.startswith("backbone="))]
             config = load_config(path, [*words, *(f"{key}={value}" for key, value in values)])
         except (OSError, ValueError) as error:
             wrong.append(str(error))
@@ -74,16 +63,13 @@ def make_methods(configs: Sequence[str], overrides: Sequence[str], sweeps: Seque
     return methods
 
 
-def parse_sweep(text: str) -> tuple[str, list]:
-    """`key=v1,v2,...` as the key and YAML values, of which each may be a list or null."""
-    key, equals, values = text.partition("=")
-    try:
-        parsed = parse(f"[{values}]", text)
-    except ValueError:
-        parsed = None
-    if not equals or not parsed:
-        raise ValueError(f"--sweep: expected key=value,value,..., as in trainable_layers=0,1,2; found {text!r}")
-    return key, parsed
+def parse_sweep(text: str) -> list[tuple[str, str]]:
+    """`key=v1,v2,...` as pairs of the key and a value in YAML, which may be a list or null."""
+    key, _, values = text.partition("=")
+    with suppress(ValueError):
+        if parsed := parse(f"[{values}]", text):
+            return [(key, json.dumps(value, default=str)) for value in parsed]
+    raise ValueError(f"--sweep: expected key=value,value,..., as in trainable_layers=0,1,2; found {text!r}")
 
 
 def file_name(text: str) -> str:
@@ -160,10 +146,7 @@ def absolute(key: str, value: object) -> object:
 
 
 def build_caches(methods: Methods, jobs: Sequence[Job]) -> None:
-    """Fill every cache that a run will want. Where that fails the runs do it.
-
-    The entries of a cache are files, whatever their split, so that of the first fold serves all.
-    """
+    """Fill every cache that a run will want, of the first fold, which serves all. Where that fails the runs do it."""
     wanted = {job.method: job for job in jobs if methods[job.method].cache and not job.finished}
     if not wanted:
         return
@@ -187,7 +170,7 @@ def train_all(methods: Methods, jobs: Sequence[Job]) -> None:
         if not job.finished:
             words = [f"seed={job.seed}", f"output_dir={json.dumps(str(job.out))}"]
             words += [f"name={json.dumps(job.directory.name)}", *([] if job.fold is None else [f"fold={job.fold}"])]
-            logged([str(HERE / "train.py"), str(config_path(job)), *words], log)
+            logged([str(ROOT / "train.py"), str(config_path(job)), *words], log)
             took = f"{time.perf_counter() - start:.1f} s"
         if job.finished:
             test = read_json(job.directory / "result.json")["test"]
@@ -218,10 +201,8 @@ def write_table(methods: Methods, jobs: Sequence[Job]) -> tuple[str, Runs, list[
     records = results.analyse(runs, targets, {Path(path).stem: build for path, build in builds.items()})
     text = results.markdown(runs, records, targets, failures(jobs), len(folds), raters_agreement(methods))
     hardware.write_text(out / "table.md", text + "\n")
-    scores = [*results.SCORES, *([results.FOLD_SCORE] if folds else [])]
-    columns = ["method", "seeds", "folds", *(f"{target}_{score}" for target in targets for score in scores)]
-    rows = [{**record, "method": text_cell(record["method"])} for record in records]
-    tables.write_csv(out / "table.csv", [*columns, *results.COSTS, "note"], rows)
+    scores = (f"{target}_{score}" for target in targets for score in results.SCORES)
+    tables.write_csv(out / "table.csv", ["method", "seeds", "folds", *scores, *results.COSTS, "note"], records)
     return text, runs, records
 
 
@@ -230,21 +211,17 @@ def raters_agreement(methods: Methods) -> dict[str, list[float]]:
     config = next(iter(methods.values()))
     if config.corpus == "manifest" or config.data_root is None:
         return {}
-    corpus = extra("corpora.published", f"corpus: {config.corpus}").CORPORA.get(config.corpus)
-    try:
+    corpus, found = extra("corpora.published", f"corpus: {config.corpus}").CORPORA.get(config.corpus), {}
+    with suppress(OSError, ValueError):  # shown from another place, without the corpus
         found = corpus.agreement(Path(config.data_root)) if corpus and corpus.agreement else {}
-    except (OSError, ValueError):  # shown from another place, without the corpus
-        return {}
     return found | ({"arousal": found["activation"]} if "activation" in found else {})
 
 
 def failures(jobs: Sequence[Job]) -> list[str]:
     """Notes on the runs that are not finished, with the last lines of those that failed."""
     notes, missing, caches = [], [], log_path(jobs[0].out, "caches")
-    for job in jobs:
+    for job in (job for job in jobs if not job.finished):
         log = log_path(job.out, job.directory.name)
-        if job.finished:
-            continue
         if lines := last_lines(log):
             said = "".join(f"\n      {line}" for line in lines[:-1])
             notes.append(f"{job} failed ({lines[-1]}). The end of {log}:\n{said}\n")
@@ -356,12 +333,8 @@ def run_all(methods: Methods, jobs: Sequence[Job]) -> bool:
 def parse_arguments() -> argparse.Namespace:
     """The command line, whose configs, keys and options may come in any order."""
     parser = argparse.ArgumentParser(description="The methods of several configs side by side.")
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="CONFIG or key=value",
-        help="YAML files, and keys to set in all; backbone= is not for the log-mel baseline",
-    )
+    words = "YAML files, and keys to set in all; backbone= is not for the log-mel baseline"
+    parser.add_argument("words", nargs="+", metavar="CONFIG or key=value", help=words)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to one less than this (default 3)")
     parser.add_argument("--sweep", action="append", default=[], metavar="key=v1,v2,...", help="may be given repeatedly")
     parser.add_argument("--folds", action="store_true", help="every fold: each utterance is tested once")

@@ -220,7 +220,7 @@ def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Resu
                 name = next(name for name in chain([window.path.stem], numbered) if name.lower() not in taken)
                 taken.add(name.lower())  # some systems do not tell capitals from small letters
                 shape = model.targets, model.label_range, window.path.name, note, folder / name
-                plots.timeline(window.waveform.numpy(), np.array(shown)[:, :2], np.array(shown)[:, 2:], *shape)
+                plots.timeline(window.waveform.numpy(), np.array(shown), *shape)
                 shown = []
 
 

@@ -12,8 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -27,27 +27,13 @@ MARKS = ("o", "s", "^", "D", "v", "<")
 LINES = ("-", "--", "-.", ":")
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, without yellow
 GREY = "0.6"
-STYLE = {
-    "font.size": 7,
-    "axes.titlesize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "figure.constrained_layout.h_pad": 0.06,
-    "pdf.fonttype": 42,  # letters as TrueType, as publishers ask for
-}
 
 
 def picture(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """A function that draws in the common style and then does what `finish` does, with `note` and `path` as last."""
 
     @wraps(draw)
-    @rc_context(STYLE)
+    @matplotlib.style.context(Path(__file__).with_name("style.mplstyle"))
     def drawn(*arguments: Any) -> Figure:
         *values, note, path = arguments
         return finish(draw(*values), note, path)
@@ -60,19 +46,17 @@ def finish(figure: Figure, note: str, path: Path) -> Figure:
     width, height = figure.get_size_inches()
     note = textwrap.fill(note, int(width * POINTS / LETTER))
     if note:
-        figure.suptitle(note, fontsize=7, style="italic")
-    named: dict[str, Any] = {}
-    for axis in figure.axes:
-        handles, names = axis.get_legend_handles_labels()
-        named |= dict(zip(names, handles, strict=True))
+        figure.suptitle(note, style="italic")
+    drawn = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in figure.axes)
+    named = {name: handle for pairs in drawn for handle, name in pairs}
     columns = max(1, int(width * POINTS / (LETTER * max(map(len, named), default=0) + 36)))  # 36: the line before each
     if named:
-        figure.legend(named.values(), named, loc="outside lower center", ncols=columns, handlelength=3)
+        figure.legend(named.values(), named, loc="outside lower center", ncols=columns)
     lines = note.count("\n") + 1 + -(-len(named) // columns)
     figure.set_figheight(height + lines * 10 / POINTS)
     for file in (path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "pdf")):
         try:
-            figure.savefig(file, dpi=200)
+            figure.savefig(file)
         except OSError as error:
             raise OSError(f"{file}: cannot be written ({error.strerror})") from None
     return figure
@@ -97,7 +81,7 @@ def cost(
         axis.step(x, y, where="post", color=GREY, label="efficient frontier")
         for m in there:
             form = {**style(m), "linestyle": "none"}
-            axis.errorbar(costs[m], means[m, k], deviations[m, k], **form, capsize=2, elinewidth=0.8, label=names[m])
+            axis.errorbar(costs[m], means[m, k], deviations[m, k], **form, elinewidth=0.8, label=names[m])
         if target in ceiling:
             axis.axhline(ceiling[target], color=GREY, linestyle=":", label="raters' agreement")
         axis.set(title=target, ylabel="CCC")
@@ -114,7 +98,7 @@ def depth(counts: Sequence[int], scores: np.ndarray, targets: Sequence[str]) -> 
     beside = np.broadcast_to(x[:, None], scores.shape[:2]) + 0.02 * (np.ptp(x) or 1)
     for k, target in enumerate(targets):
         axis.plot(beside, scores[:, :, k], ".", color=style(k)["color"], markersize=4, alpha=0.5, markeredgewidth=0)
-        axis.errorbar(x, means[:, k], deviations[:, k], **style(k), capsize=2, elinewidth=0.8, label=target)
+        axis.errorbar(x, means[:, k], deviations[:, k], **style(k), elinewidth=0.8, label=target)
     axis.set(xlabel="trainable layers", ylabel="CCC", xticks=np.unique(x))
     return figure
 
@@ -132,12 +116,11 @@ def curves(
     for k, (axis, target) in enumerate(zip(axes, targets, strict=True)):
         for m, (name, runs) in enumerate(zip(names, curves, strict=True)):
             for seconds, scores in runs if len(runs) > 1 else ():
-                axis.plot(seconds, np.asarray(scores)[:, k], color=style(m)["color"], linewidth=0.4, alpha=0.4)
-            epochs = min((len(seconds) for seconds, _ in runs), default=0)
-            if epochs:
-                x = np.mean([seconds[:epochs] for seconds, _ in runs], 0)
-                y = np.mean([np.asarray(scores)[:epochs, k] for _, scores in runs], 0)
-                axis.plot(x, y, **style(m), markersize=3.5, label=name)
+                axis.plot(seconds, scores[:, k], color=style(m)["color"], linewidth=0.4, alpha=0.4)
+            epochs = min(len(seconds) for seconds, _ in runs)
+            x = np.mean([seconds[:epochs] for seconds, _ in runs], 0)
+            y = np.mean([scores[:epochs, k] for _, scores in runs], 0)
+            axis.plot(x, y, **style(m), markersize=3.5, label=name)
         log_axis(axis, every_second, "training time (s)")
         axis.set(title=target, ylabel="development CCC")
     return figure
@@ -164,8 +147,8 @@ def scatter(
         axis.plot([low, high], [low, high], color=COLORS[2], linewidth=0.8)
         axis.set(title=f"{name}\nCCC {score:.3f}", xlim=(low, high), ylim=(low, high), aspect="equal")
         axis.locator_params(nbins=5)
-    figure.supxlabel(f"{target}, labels", fontsize=7)
-    figure.supylabel(f"{target}, predictions", fontsize=7)
+    figure.supxlabel(f"{target}, labels")
+    figure.supylabel(f"{target}, predictions")
     return figure
 
 
@@ -223,18 +206,14 @@ def layers(names: Sequence[str], similarity: np.ndarray, change: np.ndarray) -> 
 
 @picture
 def timeline(
-    waveform: np.ndarray,
-    spans: np.ndarray,
-    predictions: np.ndarray,
-    targets: Sequence[str],
-    label_range: tuple[float, float],
-    title: str,
+    waveform: np.ndarray, windows: np.ndarray, targets: Sequence[str], label_range: tuple[float, float], title: str
 ) -> Figure:
-    """A recording `(S,)` and below it the predictions `(W, K)` for windows from and to seconds `(W, 2)`.
+    """A recording `(S,)`, and below it predictions for windows `(W, 2 + K)`: seconds from and to, then K targets.
 
     The last window ends with the recording. A window is a step; where windows overlap, a point in the middle of each.
     """
     figure, (above, below) = panels(2, columns=1, size=1.3, width=PAGE)
+    spans, predictions = windows[:, :2], windows[:, 2:]
     seconds = spans[-1, 1]
     unit, name = (60, "min") if seconds >= 600 else (1, "s")
     lows, highs = envelope(waveform, DOTS)
@@ -263,24 +242,23 @@ def bars(
 ) -> Figure:
     """Time and memory of M methods, `(name, side)` each, as bars, with a mark on each for what it needs at least."""
     starts = [side == "ours" != before for (_, side), (_, before) in zip(methods, methods[-1:] + methods, strict=False)]
-    heights = [-y - 0.5 * gaps for y, gaps in enumerate(np.cumsum(starts))]  # a gap after each peer
+    heights = -np.arange(len(methods)) - 0.5 * np.cumsum(starts)  # a gap after each peer
     shades = {"ours": "#1b4965", "peer": "#6fa8c9", "naive": "#d3d9de"}  # a dark, a middle and a light grey as well
     figure, axes = panels(2, size=0.8 - 0.19 * heights[-1])
     for axis, values in zip(axes, (seconds, gigabytes), strict=True):
-        for (_, side), y, (value, least) in zip(methods, heights, values, strict=True):
-            axis.barh(y, value, height=0.8, color=shades[side])
-            for color, width in (("white", 3), ("black", 1.2)):
-                axis.plot([least, least], [y - 0.4, y + 0.4], color=color, linewidth=width, solid_capstyle="butt")
-            label = f"{float(format(value, '.3g')):,g}"
-            axis.annotate(label, (value, y), (3, 0), textcoords="offset points", va="center")
+        used, least = np.transpose(values)
+        drawn = axis.barh(heights, used, height=0.8, color=[shades[side] for _, side in methods])
+        for color, width in (("white", 3), ("black", 1.2)):
+            axis.vlines(least, heights - 0.4, heights + 0.4, color=color, linewidth=width)
+        axis.bar_label(drawn, [f"{float(format(value, '.3g')):,g}" for value in used], padding=3)
         axis.set_yticks(heights, [name for name, _ in methods] if axis is axes[0] else [""] * len(methods))
         axis.tick_params("y", length=0)
         axis.margins(x=0.15, y=0.02)
     positive = [value for pair in seconds for value in pair if value > 0]
-    axes[0].set(xscale="log", xlim=(0.5 * min(positive), 3 * max(positive)))
+    title = "s of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate"
+    axes[0].set(title=title, xscale="log", xlim=(0.5 * min(positive), 3 * max(positive)))
     axes[0].xaxis.set_major_formatter("{x:,g}")
-    axes[0].set_title("s of training steps per hour of audio (logarithmic)\nmark: what is needed, at the matmul rate")
-    axes[1].set_title("peak memory, GB\nmark: weights, gradients and Adam's moments alone")
+    axes[1].set(title="peak memory, GB\nmark: weights, gradients and Adam's moments alone")
     return figure
 
 
@@ -318,23 +296,19 @@ def panels(count: int, columns: int = 0, size: float = 2.4, width: float = 0.0) 
     """A figure with `count` panels of `size` inches in height."""
     columns = columns or count
     rows = -(-count // columns)
-    figure = Figure(figsize=(width or min(columns * COLUMN, PAGE), rows * size), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[count:]:
-        axis.remove()
-    return figure, axes[:count]
+    figure = Figure(figsize=(width or min(columns * COLUMN, PAGE), rows * size))
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
 
 
 def log_axis(axis: Axes, values: Sequence[float], label: str) -> None:
     """A logarithmic x axis from one round number to another, with plain numbers at its ticks."""
     if not values or min(values) <= 0:
         raise ValueError(f"{label}: expected values above 0, found {min(values, default='none')}")
-    steps = [digit * 10.0**power for power in range(-9, 12) for digit in (1, 2, 5)]
-    low = max(step for step in steps if step <= min(values) / 1.05)
-    high = min(step for step in steps if step >= max(values) * 1.05)
-    ticks = [step for step in steps if low <= step <= high]
+    steps = np.outer(10.0 ** np.arange(-9, 12), (1, 2, 5)).ravel()
+    low, high = steps[steps <= min(values) / 1.05].max(), steps[steps >= max(values) * 1.05].min()
+    ticks = steps[(low <= steps) & (steps <= high)]
     if len(ticks) > 8:
-        ticks = [step for step in ticks if step in steps[::3]]  # 1, 10, 100
+        ticks = np.intersect1d(ticks, steps[::3])  # 1, 10, 100
     elif len(ticks) < 3:
         unit = 10 ** np.floor(np.log10(low))
         ticks = np.arange(low, high + unit / 2, unit)  # 2, 3, 4, 5

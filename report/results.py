@@ -22,13 +22,8 @@ from report.statistics import bootstrap_p, holm, paired_t_test
 from weights import read_json
 
 SCORES = ("ccc", "sd", "low", "high", "difference", "difference_low", "difference_high", "p_seeds", "p_utterances")
-FOLD_SCORE = "mean_of_folds"  # what a comparison over folds has beside these
-COSTS = ("precision", "trainable_parameters", "trainable_reduction", "best_epoch", "epochs", "epoch_seconds")
-COSTS += ("build_seconds", "total_seconds", "epoch_factor", "total_factor", "epoch_factor_at_equal_precision")
-COSTS += ("peak_memory_bytes", "cache_bytes")
-ONE_SET = (
-    "CCC: mean ± standard deviation over seeds, on one test set. To predict the mean always scores 0 by construction.",
-)
+SCORES += ("mean_of_folds",)
+ONE_SET = ("CCC: mean ± standard deviation over seeds. To predict the mean always scores 0 by construction.",)
 POOLED = (
     "Pooled CCC: of the predictions of all folds together, each utterance tested once, by a model that was not trained "
     "on its fold; mean ± standard deviation over seeds. Intervals, differences and tests are those of the pooled CCC.",
@@ -137,10 +132,8 @@ def pool(runs: dict[int, Run]) -> Run:
     scores = ccc(torch.from_numpy(predictions), torch.from_numpy(labels)).tolist()
     test = {target: {"ccc": score} for target, score in zip(result["config"]["targets"], scores, strict=True)}
     tested, corpus = [part.result.get("corpus", {}).get("test") for part in parts], {}
-    if all(tested):
-        hours = sum(split["hours"] for split in tested)
-        known = len(set(filterfalse(is_nobody, speakers)))
-        corpus = {"test": {"utterances": len(labels), "speakers": known, "hours": hours}}
+    if all(tested):  # each speaker in one fold
+        corpus = {"test": {key: sum(split[key] for split in tested) for key in ("utterances", "speakers", "hours")}}
     result = result | {"test": test, "corpus": corpus, "config": result["config"] | {"fold": None}}
     return Run(result, [], speakers, labels, predictions, runs)
 
@@ -155,9 +148,8 @@ def analyse(runs: Runs, targets: Sequence[str], builds: Mapping[str, dict]) -> l
     methods and targets. Raises ValueError if two runs were tested on different utterances.
     """
     records = {name: {"method": name, "seeds": len(by_seed), "folds": 0} for name, by_seed in runs.items()}
-    for name, by_seed in runs.items():
-        if by_seed:
-            records[name] |= costs(list(by_seed.values()), builds.get(name, {}))
+    for name in filter(runs.get, runs):
+        records[name] |= costs(list(runs[name].values()), builds.get(name, {}))
     if any(runs.values()):
         for k, target in enumerate(targets):
             add_scores(records, runs, k, target)
@@ -179,87 +171,68 @@ class Draws:
             if each.speakers != some.speakers or not np.array_equal(each.labels, some.labels):
                 raise ValueError(f"{name}-seed{seed}: was tested on other utterances or labels than {some_job}")
         predictions = np.stack([each.predictions[:, k] for each in chosen.values()])
-        self.column = {job: number for number, job in enumerate(chosen)}
-        self.score = {job: each.result["test"][target]["ccc"] for job, each in chosen.items()}
+        self.jobs, self.scores = list(chosen), [each.result["test"][target]["ccc"] for each in chosen.values()]
         groups = speaker_groups(some.speakers)
         self.speakers, self.utterances = len(set(groups)), len(groups)
         self.by_speaker = bootstrap(predictions, some.labels[:, k], groups)
         self.by_utterance = bootstrap(predictions, some.labels[:, k], range(self.utterances))
 
-    def mean(self, draws: np.ndarray, name: str, seeds: Sequence[int]) -> np.ndarray:
-        """The draws of a method's mean over these seeds."""
-        return draws[:, [self.column[name, seed] for seed in seeds]].mean(1)
+    def of(self, name: str, seeds: Sequence[int]) -> tuple[list[float], np.ndarray, np.ndarray]:
+        """A method's scores with these seeds, and draws `(draws,)` of their mean by speakers and by utterances."""
+        columns = [self.jobs.index((name, seed)) for seed in seeds]
+        scores = [self.scores[column] for column in columns]
+        return scores, self.by_speaker[:, columns].mean(1), self.by_utterance[:, columns].mean(1)
 
 
 def add_scores(records: Mapping[str, dict], runs: Runs, k: int, target: str) -> None:
     """Scores of target number `k`; a difference from the first method is that over the seeds that both have."""
     draws, first = Draws(runs, k, target), next(iter(runs))
     for name in filter(runs.get, runs):
-        seeds = list(runs[name])
-        scores = [draws.score[name, seed] for seed in seeds]
-        low, high = interval(draws.mean(draws.by_speaker, name, seeds), draws.speakers) or (None, None)
+        scores, by_speaker, _ = draws.of(name, list(runs[name]))
+        low, high = interval(by_speaker, draws.speakers) or (None, None)
         sd = statistics.stdev(scores) if len(scores) > 1 else None
         found = {"ccc": statistics.fmean(scores), "sd": sd, "low": low, "high": high}
         if parts := [part for each in runs[name].values() for part in each.folds.values()]:
-            found[FOLD_SCORE] = statistics.fmean(part.result["test"][target]["ccc"] for part in parts)
-        both = [seed for seed in seeds if seed in runs[first]]
+            found["mean_of_folds"] = statistics.fmean(part.result["test"][target]["ccc"] for part in parts)
+        both = [seed for seed in runs[name] if seed in runs[first]]
         if name != first and both:
-            found |= difference(draws, name, first, both)
+            (mine, *my_draws), (theirs, *their_draws) = draws.of(name, both), draws.of(first, both)
+            by_speaker, by_utterance = np.subtract(my_draws, their_draws)
+            low, high = interval(by_speaker, draws.speakers) or (None, None)
+            found |= {"difference": statistics.fmean(mine) - statistics.fmean(theirs)}
+            found |= {"difference_low": low, "difference_high": high, "p_seeds": paired_t_test(mine, theirs)}
+            found |= {"p_utterances": bootstrap_p(by_utterance, draws.utterances)}
         records[name].update({f"{target}_{key}": value for key, value in found.items()})
-
-
-def difference(draws: Draws, name: str, first: str, seeds: Sequence[int]) -> dict:
-    """How much better a method is than the first over these seeds, with interval and p-values."""
-    mine, theirs = ([draws.score[method, seed] for seed in seeds] for method in (name, first))
-    by_speaker, by_utterance = (
-        draws.mean(values, name, seeds) - draws.mean(values, first, seeds)
-        for values in (draws.by_speaker, draws.by_utterance)
-    )
-    low, high = interval(by_speaker, draws.speakers) or (None, None)
-    return {
-        "difference": statistics.fmean(mine) - statistics.fmean(theirs),
-        "difference_low": low,
-        "difference_high": high,
-        "p_seeds": paired_t_test(mine, theirs),
-        "p_utterances": bootstrap_p(by_utterance, draws.utterances),
-    }
 
 
 def costs(runs: Sequence[Run], build: Mapping) -> dict:
     """Medians over the runs of a method; in the total one build of the cache, whichever run or program paid for it."""
     results = [part.result for each in runs for part in each.parts]
-
-    def median(value: Callable[[dict], float]) -> float:
-        return statistics.median(map(value, results))
-
-    result = results[0]
-    own = max(each["seconds"]["cache_build"] for each in results)
-    build_seconds = (build.get("seconds") or own or None) if result["config"]["cache"] else None
-    return {
+    first, spent = results[0], [result["seconds"] for result in results]
+    own = max(seconds["cache_build"] for seconds in spent)
+    build_seconds = (build.get("seconds") or own or None) if first["config"]["cache"] else None
+    without_build = statistics.median(seconds["total"] - seconds["cache_build"] for seconds in spent)
+    medians = ("best_epoch", "epochs", "peak_memory_bytes")
+    return {key: statistics.median(result[key] for result in results) for key in medians} | {
         "folds": len(runs[0].folds),
-        "precision": result["precision"],
-        "trainable_parameters": result["trainable_parameters"],
-        "best_epoch": median(lambda r: r["best_epoch"]),
-        "epochs": median(lambda r: r["epochs"]),
-        "epoch_seconds": median(lambda r: r["seconds"]["per_epoch"]),
+        "precision": first["precision"],
+        "trainable_parameters": first["trainable_parameters"],
+        "epoch_seconds": statistics.median(seconds["per_epoch"] for seconds in spent),
         "build_seconds": build_seconds,
-        "total_seconds": median(lambda r: r["seconds"]["total"] - r["seconds"]["cache_build"]) + (build_seconds or 0.0),
-        "peak_memory_bytes": median(lambda r: r["peak_memory_bytes"]),
-        "cache_bytes": result["cache_bytes"] or None,
-        "note": result.get("note", ""),
+        "total_seconds": without_build + (build_seconds or 0.0),
+        "cache_bytes": first["cache_bytes"] or None,
+        "note": first.get("note", ""),
     }
 
 
 def add_factors(records: Mapping[str, dict], runs: Runs) -> None:
     """Costs against the first method's, and an epoch against it at a record's own precision where that was run."""
-    finished = {name: next(iter(by_seed.values())).result for name, by_seed in runs.items() if by_seed}
-    first = next(iter(runs))
-    if first not in finished:
+    own, first = dict.fromkeys(("name", "seed", "output_dir", "precision")), next(iter(runs))
+    settings = {name: next(iter(runs[name].values())).result["config"] | own for name in filter(runs.get, runs)}
+    if first not in settings:
         return
-    own = dict.fromkeys(("name", "seed", "output_dir", "precision"))
-    settings = {name: result["config"] | own for name, result in finished.items()}
-    base, alike = records[first], [records[name] for name in finished if settings[name] == settings[first]]
-    for name in finished.keys() - {first}:
+    base, alike = records[first], [records[name] for name in settings if settings[name] == settings[first]]
+    for name in settings.keys() - {first}:
         record = records[name]
         record["trainable_reduction"] = 1 - record["trainable_parameters"] / base["trainable_parameters"]
         record["epoch_factor"] = ratio(base["epoch_seconds"], record["epoch_seconds"])
@@ -277,12 +250,7 @@ def ratio(seconds: float, others: float) -> float:
 
 
 def markdown(
-    runs: Runs,
-    records: Sequence[dict],
-    targets: Sequence[str],
-    notes: Sequence[str],
-    folds: int = 0,
-    agreement: Mapping[str, Sequence[float]] | None = None,
+    runs: Runs, records: Sequence[dict], targets: Sequence[str], notes: Sequence[str], folds: int, agreement: Mapping
 ) -> str:
     """Where the figures come from, a table for each target, one of the costs, and notes.
 
@@ -294,18 +262,12 @@ def markdown(
         some = ", ".join(map(str, scored)) or "none"
         only = f"; scored on what every method has finished: {some}" if len(scored) < folds else ""
         lines.append(f"- folds: {folds}, each the test set once{only}")
-    known = {target: agreement[target] for target in targets if (agreement or {}).get(target)}
+    known = {target: agreement[target] for target in targets if agreement.get(target)}
     scores = [f"{target} {statistics.fmean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for target, v in known.items()]
     lines += [f"- raters, each against the mean of the others, CCC: {', '.join(scores)}"] if scores else []
-    for target in targets:
-        columns = [f"pooled CCC of {target}", "mean of the folds' CCC"] if folds else [f"CCC of {target}"]
-        columns = ["method", *columns, "95% over speakers", "difference [95% over speakers]"]
-        cells = [score_cells(record, target, folds) for record in records]
-        lines += ["", tables.markdown([*columns, "p over seeds", "p over utterances"], cells)]
-    columns = ["method", "precision", "trainable", "fewer", "best epoch / epochs", "s an epoch", "cache build", "total"]
-    columns += ["an epoch against the first", "total against the first", "an epoch at equal precision"]
-    columns += ["peak memory", "cache size"]
-    lines += ["", tables.markdown(columns, [cost_cells(record) for record in records])]
+    shown = [[score_row(record, target, folds) for record in records] for target in targets]
+    for rows in [*shown, [cost_row(record) for record in records]]:
+        lines += ["", tables.markdown(list(rows[0]), [list(row.values()) for row in rows])]
     return "\n".join([*lines, "", *(f"- {note}" for note in [*notes, *cautions(runs, records, folds)])])
 
 
@@ -313,40 +275,32 @@ def header(results: Sequence[dict]) -> list[str]:
     """Machine, corpus, backbone and versions of all runs; what differs between them is listed."""
     if not results:
         return ["No run is finished."]
-    facts: dict[str, Callable[[dict], str]] = {
-        "machine": lambda result: result["device"],
-        "precision": lambda result: result["precision"],
-        "corpus": corpus_of,
-        "backbone": lambda result: result["backbone"]["source"],
-        "versions": versions,
-    }
+    known = [origin(result) for result in results]
     lines = [results[0]["note"], ""] if "note" in results[0] else []
-    lines += [f"- {name}: {'; '.join(dict.fromkeys(map(fact, results)))}" for name, fact in facts.items()]
+    lines += [f"- {fact}: {'; '.join(dict.fromkeys(each[fact] for each in known))}" for fact in known[0]]
     return [*lines, f"- seeds: {len({result['config']['seed'] for result in results})}"]
 
 
-def corpus_of(result: dict) -> str:
-    """Name and size of a run's corpus."""
+def origin(result: dict) -> dict[str, str]:
+    """Where a run's figures come from, in words."""
     config, splits = result["config"], result.get("corpus", {})
-    text = config["corpus"] + (f" ({config['manifest']})" if config["manifest"] else "")
+    corpus = config["corpus"] + (f" ({config['manifest']})" if config["manifest"] else "")
     for split in filter(splits.get, ("train", "dev", "test")):
-        text += ", {} {utterances:,} utterances {speakers} speakers {hours:.3g} h".format(split, **splits[split])
-    return text
+        corpus += ", {} {utterances:,} utterances {speakers} speakers {hours:.3g} h".format(split, **splits[split])
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    known = {"machine": result["device"], "precision": result["precision"], "corpus": corpus}
+    return known | {"backbone": result["backbone"]["source"], "versions": versions}
 
 
-def versions(result: dict) -> str:
-    return ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-
-
-def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
+def cautions(runs: Runs, records: Sequence[dict], folds: int) -> list[str]:
     """What the figures hide, and how to read them."""
     finished = [(name, seed, each) for name, by_seed in runs.items() for seed, each in by_seed.items()]
     if not finished:
         return []
     places: dict[str, dict[str, None]] = {}  # by machine and versions its runs, each once
     for name, seed, each in finished:
-        for result in (part.result for part in each.parts):
-            places.setdefault(f"{result['device']}, {versions(result)}", {})[f"{name} seed {seed}"] = None
+        for known in (origin(part.result) for part in each.parts):
+            places.setdefault("{machine}, {versions}".format(**known), {})[f"{name} seed {seed}"] = None
     found = []
     if len(places) > 1:
         mixed = "".join(f"\n  - {place}: {', '.join(jobs)}" for place, jobs in places.items())
@@ -358,41 +312,38 @@ def cautions(runs: Runs, records: Sequence[dict], folds: int = 0) -> list[str]:
     return found + [text.format(speakers=speakers) for text in (*(POOLED if folds else ONE_SET), *READING)]
 
 
-def score_cells(record: dict, target: str, folds: int = 0) -> list[str]:
-    """A record's row in the table of a target; what it has no figure for stays empty."""
-    of_folds = record.get(f"{target}_{FOLD_SCORE}")
-    score, sd, low, high, gain, d_low, d_high, *p_values = (record.get(f"{target}_{kind}") for kind in SCORES)
-    return [
-        record["method"],
-        "" if score is None else f"{score:.3f}" + ("" if sd is None else f" ± {sd:.3f}"),
-        *(["" if of_folds is None else f"{of_folds:.3f}"] if folds else []),
-        "" if low is None else f"[{low:.3f}, {high:.3f}]",
-        "" if gain is None else f"{gain:+.3f}" + ("" if d_low is None else f" [{d_low:+.3f}, {d_high:+.3f}]"),
-        *("" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" for p in p_values),
-    ]
+def score_row(record: dict, target: str, folds: int) -> dict[str, str]:
+    """A record's row in the table of a target, by column."""
+
+    def written(form: Callable[..., str], *scores: str) -> str:
+        return cell(form, *(record.get(f"{target}_{score}") for score in scores))
+
+    scored = written("{:.3f}".format, "ccc") + written(" ± {:.3f}".format, "sd")
+    pooled = {f"pooled CCC of {target}": scored, "mean of the folds' CCC": written("{:.3f}".format, "mean_of_folds")}
+    between = written(" [{:+.3f}, {:+.3f}]".format, "difference_low", "difference_high")
+    return {
+        "method": record["method"],
+        **(pooled if folds else {f"CCC of {target}": scored}),
+        "95% over speakers": written("[{:.3f}, {:.3f}]".format, "low", "high"),
+        "difference [95% over speakers]": written("{:+.3f}".format, "difference") + between,
+        "p over seeds": written(p_value, "p_seeds"),
+        "p over utterances": written(p_value, "p_utterances"),
+    }
 
 
-def cost_cells(record: dict) -> list[str]:
-    """A record's row in the table of costs."""
+def cost_row(record: dict) -> dict[str, str]:
+    """A record's row in the table of costs, by column."""
+    cells = {column: cell(form, *map(record.get, keys)) for column, (form, *keys) in COST_COLUMNS.items()}
+    return {"method": record["method"], **cells}
 
-    def cell(key: str, form: Callable[[float], str]) -> str:
-        return "" if record.get(key) is None else form(record[key])
 
-    return [
-        record["method"],
-        record.get("precision", ""),
-        cell("trainable_parameters", lambda count: f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count:,}"),
-        cell("trainable_reduction", lambda share: f"{share:.1%}" if share >= 0 else f"{1 - share:.3g} times as many"),
-        cell("best_epoch", lambda epoch: f"{epoch:g} / {record['epochs']:g}"),
-        cell("epoch_seconds", seconds),
-        cell("build_seconds", seconds),
-        cell("total_seconds", seconds),
-        cell("epoch_factor", saved),
-        cell("total_factor", saved),
-        cell("epoch_factor_at_equal_precision", lambda factor: f"{factor:.2f}x"),
-        cell("peak_memory_bytes", size),
-        cell("cache_bytes", size),
-    ]
+def cell(form: Callable[..., str], *values: object) -> str:
+    """These values written so; empty where one is missing."""
+    return "" if None in values else form(*values)
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def seconds(value: float) -> str:
@@ -407,3 +358,20 @@ def saved(factor: float) -> str:
     """A factor, and the same as time: 3.41 times as fast takes 71% less."""
     change = 1 - 1 / factor
     return f"{factor:.2f}x, {abs(change):.0%} {'less' if change >= 0 else 'more'}"
+
+
+COST_COLUMNS: dict[str, tuple] = {  # of the table: how a cell is written, and the keys of a record that it shows
+    "precision": (str, "precision"),
+    "trainable": (lambda n: f"{n / 1e6:.2f} M" if n >= 1e4 else f"{n:,}", "trainable_parameters"),
+    "fewer": (lambda x: f"{x:.1%}" if x >= 0 else f"{1 - x:.3g} times as many", "trainable_reduction"),
+    "best epoch / epochs": ("{:g} / {:g}".format, "best_epoch", "epochs"),
+    "s an epoch": (seconds, "epoch_seconds"),
+    "cache build": (seconds, "build_seconds"),
+    "total": (seconds, "total_seconds"),
+    "an epoch against the first": (saved, "epoch_factor"),
+    "total against the first": (saved, "total_factor"),
+    "an epoch at equal precision": ("{:.2f}x".format, "epoch_factor_at_equal_precision"),
+    "peak memory": (size, "peak_memory_bytes"),
+    "cache size": (size, "cache_bytes"),
+}
+COSTS = [key for _, *keys in COST_COLUMNS.values() for key in keys]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from data import text_cell
 from machine import hardware
 
 
@@ -17,11 +18,11 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping]) -> None:
-    """Rows as CSV; a column that a row lacks stays empty."""
+    """Rows as CSV; a column that a row lacks stays empty, and no text is taken for a formula."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: text_cell(c) if isinstance(c, str) else c for key, c in row.items()} for row in rows)
     hardware.write_text(path, stream.getvalue())
 
 

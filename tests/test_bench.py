@@ -129,16 +129,17 @@ def test_turns_are_as_long_as_those_of_the_corpus_and_repeat():
 
 def test_what_trains_the_same_is_measured_in_turn():
     """Every config once, with both peers of what it trains, and our full finetuning in every group."""
-    groups = bench.make_groups(bench.CONFIGS, with_peer=True, with_naive=True)
+    configs = [load_config(path) for path in bench.CONFIGS]
+    groups = bench.make_groups(configs, with_peer=True, with_naive=True)
     by_name = {tuple(method.name for method in group) for group in groups}
     peers = ("transformers: partial3", "naive transformers: partial3")
     assert ("full", "partial3", "partial3_cached", *peers) in by_name
     lora = "transformers + PEFT: lora_last3"
     assert ("full", "lora_last3_cached", lora, f"naive {lora}") in by_name
-    ours = [method.path for group in groups for method in group if method.side == "ours"]
-    assert sorted(ours) == bench.CONFIGS
-    references = [method.path for group in groups for method in group if method.side == "reference"]
-    assert references == [path_of("full")] * (len(groups) - 1)
+    ours = [method.name for group in groups for method in group if method.side == "ours"]
+    assert sorted(ours) == [path.stem for path in bench.CONFIGS]
+    references = [method.config for group in groups for method in group if method.side == "reference"]
+    assert references == [load_config(path_of("full"))] * (len(groups) - 1)
 
 
 # ---------------------------------------------------------------- the peers
@@ -305,10 +306,10 @@ def test_the_command_measures_writes_and_prints(tiny_checkpoint, tmp_path):
 def test_a_process_that_fails_is_named_with_its_error(tiny_checkpoint, tmp_path):
     """A config with a layer that the backbone does not have."""
     (tmp_path / "deep.yaml").write_text("trainable_layers: [11]\n", encoding="utf-8")
-    options = {"turns": 2, "threads": 1, "precision": "fp32", "device": "cpu", "rounds": 1}
-    options |= {"backbone": str(tiny_checkpoint), "folder": str(tmp_path), "linear": "auto"}
+    config = load_config(tmp_path / "deep.yaml", [f"backbone={tiny_checkpoint}", "device=cpu", "precision=fp32"])
+    options = {"turns": 2, "threads": 1, "device": "cpu", "rounds": 1, "folder": str(tmp_path), "linear": "auto"}
     with pytest.raises(ValueError, match=r"^deep failed at 'infer': ValueError: .*no layer 11; expected") as error:
-        bench.measure([("infer", bench.Method("ours", tmp_path / "deep.yaml"))], argparse.Namespace(**options))
+        bench.measure([("infer", bench.Method("ours", config))], argparse.Namespace(**options))
     assert len(str(error.value).splitlines()) == 1
 
 

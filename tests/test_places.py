@@ -234,5 +234,5 @@ def test_a_result_and_a_table_count_unknown_speakers_as_the_check_does(settings,
     runs = results.read_runs(results.Job(tmp_path / "out", "m", seed) for seed in range(2))
     draws = results.Draws(runs, 0, "activation")
     assert draws.speakers == 6 + 10
-    text = results.markdown(runs, results.analyse(runs, ["activation"], {}), ["activation"], [])
+    text = results.markdown(runs, results.analyse(runs, ["activation"], {}), ["activation"], [], 0, {})
     assert "bootstrap over the 6 speakers tested" in text

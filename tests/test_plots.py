@@ -64,7 +64,7 @@ def timeline(path: Path, count: int = 12, seeds: int = 3, note: str = NOTE, hop:
     starts = hop * np.arange(count)
     waveform = speech_like(round(16_000 * (starts[-1] + 1))).numpy()
     spans, predictions = np.stack([starts, starts + 1], 1), RANDOM.uniform(2, 5, (count, 2))
-    return plots.timeline(waveform, spans, predictions, TARGETS, (1, 7), "speech.wav", note, path)
+    return plots.timeline(waveform, np.hstack([spans, predictions]), TARGETS, (1, 7), "speech.wav", note, path)
 
 
 def words(figure: Figure) -> list[tuple[str, Bbox]]:
@@ -228,8 +228,8 @@ def test_predictions_over_time_have_the_scale_of_the_labels(tmp_path, hop):
 
 def test_no_prediction_lies_outside_of_the_picture(tmp_path):
     """The head is not bound to the range of the labels."""
-    spans, predictions = np.array([[0, 0.5], [0.5, 1]]), np.array([[0.2, 4], [3, 9]])
-    figure = plots.timeline(np.zeros(16_000), spans, predictions, TARGETS, (1, 7), "a", NOTE, tmp_path / "picture")
+    windows = np.array([[0, 0.5, 0.2, 4], [0.5, 1, 3, 9]])
+    figure = plots.timeline(np.zeros(16_000), windows, TARGETS, (1, 7), "a", NOTE, tmp_path / "picture")
     low, high = figure.axes[1].get_ylim()
     assert low < 0.2 < 9 < high
 
@@ -243,7 +243,7 @@ def test_an_hour_is_a_small_picture_in_which_no_click_is_lost(tmp_path):
     assert lows.argmin() == 1_234_567 * 1400 // len(waveform)
     predictions, spans = RANDOM.uniform(2, 5, (3596, 3)), np.stack([starts, starts + 5], 1)
     names = (*TARGETS, "dominance")
-    figure = plots.timeline(waveform, spans, predictions, names, (1, 7), "a", NOTE, tmp_path / "picture")
+    figure = plots.timeline(waveform, np.hstack([spans, predictions]), names, (1, 7), "a", NOTE, tmp_path / "picture")
     assert figure.axes[1].get_xlim() == (0, 60)
     assert "time (min)" in texts(figure)
     assert (tmp_path / "picture.pdf").stat().st_size < 300_000
@@ -260,8 +260,8 @@ def test_the_envelope_by_hand():
 @pytest.mark.parametrize("title", ["a$b$.wav", "x^{_$\\frac$.wav", "long" * 60 + ".wav"])
 def test_any_name_of_a_file_is_a_title(tmp_path, title):
     """No formula, and not beyond the page."""
-    spans, predictions = np.array([[0, 1]]), np.array([[3, 4]])
-    figure = plots.timeline(np.ones(16_000), spans, predictions, TARGETS, (1, 7), title, NOTE, tmp_path / "picture")
+    windows = np.array([[0, 1, 3, 4]])
+    figure = plots.timeline(np.ones(16_000), windows, TARGETS, (1, 7), title, NOTE, tmp_path / "picture")
     check_words(figure)
     assert any(word.endswith(title[-50:]) for word in texts(figure))
 

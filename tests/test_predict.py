@@ -335,7 +335,8 @@ def test_every_file_gets_a_picture(trained, recordings, tmp_path, monkeypatch, c
     assert [arguments[-1] for arguments in drawn] == [
         tmp_path / "some" / "pictures" / n for n in ("a", "b", "A_2", "C")
     ]
-    for path, (waveform, spans, predictions, targets, label_range, title, note, _) in zip(files, drawn, strict=True):
+    for path, (waveform, windows, targets, label_range, title, note, _) in zip(files, drawn, strict=True):
+        spans, predictions = windows[:, :2], windows[:, 2:]
         assert waveform == pytest.approx(data.read_audio(path).numpy())
         own = [row for row in rows if row["file"] == str(path)]
         assert spans == pytest.approx(np.array([[float(row["start"]), float(row["end"])] for row in own]), abs=6e-4)

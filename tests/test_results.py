@@ -86,7 +86,7 @@ def test_a_score_is_mean_and_deviation_over_seeds_and_its_interval_that_of_all_r
     for k, target in enumerate(TARGETS):
         expected = bootstrap_ci(np.stack([each.predictions[:, k] for each in runs]), LABELS[:, k], SPEAKERS)
         assert [record[f"{target}_low"], record[f"{target}_high"]] == pytest.approx(expected, abs=1e-12)
-    assert results.score_cells(record, "activation")[1] == "0.600 ± 0.141"
+    assert results.score_row(record, "activation", 0)["CCC of activation"] == "0.600 ± 0.141"
 
 
 def test_a_difference_is_over_the_seeds_that_both_methods_have(tmp_path):
@@ -131,9 +131,9 @@ def test_one_seed_has_neither_deviation_nor_t_test(tmp_path):
     fabricate(tmp_path, "full", 0, 0.5)
     fabricate(tmp_path, "lora", 0, 0.625, noise=0.5)
     _, lora = analyse(tmp_path, "full", "lora")
-    shown = results.score_cells(lora, "activation")
-    assert (shown[1], shown[4]) == ("0.625", "")
-    assert shown[3].startswith("+0.125 [+0.")
+    shown = results.score_row(lora, "activation", 0)
+    assert (shown["CCC of activation"], shown["p over seeds"]) == ("0.625", "")
+    assert shown["difference [95% over speakers]"].startswith("+0.125 [+0.")
 
 
 def test_runs_that_were_tested_on_different_utterances_are_refused(tmp_path):
@@ -157,8 +157,9 @@ def test_costs_are_medians_and_the_total_has_one_build_whoever_paid_for_it(tmp_p
     assert record["epoch_seconds"] == 5
     (record,) = analyse(tmp_path, "a", builds={"a": {"seconds": 35.0}})
     assert (record["build_seconds"], record["total_seconds"]) == (35, 135)
-    shown = results.cost_cells(record)
-    assert [shown[place] for place in (4, 5, 6, 7, 11, 12)] == ["8 / 10", "5 s", "35 s", "135 s", "2.00 GB", "3.00 GB"]
+    shown = results.cost_row(record)
+    columns = ("best epoch / epochs", "s an epoch", "cache build", "total", "peak memory", "cache size")
+    assert [shown[column] for column in columns] == ["8 / 10", "5 s", "35 s", "135 s", "2.00 GB", "3.00 GB"]
 
 
 def test_a_cache_of_unknown_cost_is_said_to_be_one(tmp_path):
@@ -167,9 +168,9 @@ def test_a_cache_of_unknown_cost_is_said_to_be_one(tmp_path):
     fabricate(tmp_path, "b", 0)
     records = analyse(tmp_path, "a", "b", builds={"a": {"seconds": None}})
     assert [record["build_seconds"] for record in records] == [None, None]
-    notes = "\n".join(results.cautions(read(tmp_path, "a", "b"), records))
+    notes = "\n".join(results.cautions(read(tmp_path, "a", "b"), records, 0))
     assert "what it cost is in no total: a." in notes
-    assert [results.cost_cells(record)[-1] for record in records] == ["10 MB", ""]
+    assert [results.cost_row(record)["cache size"] for record in records] == ["10 MB", ""]
 
 
 def test_factors_are_against_the_first_and_read_both_ways(tmp_path):
@@ -177,10 +178,10 @@ def test_factors_are_against_the_first_and_read_both_ways(tmp_path):
     fabricate(tmp_path, "full", 0, epoch=10.0, total=200.0)
     fabricate(tmp_path, "fast", 0, epoch=4.0, total=50.0, trainable_parameters=250_000)
     fabricate(tmp_path, "slow", 0, epoch=12.4, total=200.0, trainable_parameters=3_000_000)
-    shown = [results.cost_cells(record) for record in analyse(tmp_path, "full", "fast", "slow")]
-    assert [row[3] for row in shown] == ["", "75.0%", "3 times as many"]
-    assert [row[8] for row in shown] == ["", "2.50x, 60% less", "0.81x, 24% more"]
-    assert [row[9] for row in shown] == ["", "4.00x, 75% less", "1.00x, 0% less"]
+    shown = [results.cost_row(record) for record in analyse(tmp_path, "full", "fast", "slow")]
+    assert [row["fewer"] for row in shown] == ["", "75.0%", "3 times as many"]
+    assert [row["an epoch against the first"] for row in shown] == ["", "2.50x, 60% less", "0.81x, 24% more"]
+    assert [row["total against the first"] for row in shown] == ["", "4.00x, 75% less", "1.00x, 0% less"]
 
 
 @pytest.mark.parametrize("fast", ["full", "heads", "both"])
@@ -192,7 +193,7 @@ def test_times_below_the_steps_of_a_coarse_clock_give_a_table(tmp_path, fast):
     _, other = records = analyse(tmp_path, "full", "heads")
     assert other["epoch_factor"] > 0 and other["total_factor"] > 0
     assert (other["epoch_factor"] == 1) == (fast == "both")
-    assert all(cell for record in records for cell in results.cost_cells(record)[:1])
+    assert all(results.cost_row(record)["s an epoch"] for record in records)
 
 
 def test_an_epoch_at_equal_precision_is_against_the_first_methods_twin(tmp_path):
@@ -223,7 +224,7 @@ def test_the_table_says_where_its_figures_come_from(tmp_path):
     split = {"utterances": 1200, "speakers": 8, "hours": 0.0333}
     fabricate(tmp_path, "full", 0, sizes=split)
     runs = read(tmp_path, "full")
-    text = results.markdown(runs, results.analyse(runs, TARGETS, {}), TARGETS, ["a note"])
+    text = results.markdown(runs, results.analyse(runs, TARGETS, {}), TARGETS, ["a note"], 0, {})
     lines = text.splitlines()
     assert lines[0] == run.DEMO_NOTE
     for part in ("a CPU", "fp32", "train 1,200 utterances 8 speakers 0.0333 h", "random weights", "torch 2.13"):
@@ -237,7 +238,7 @@ def test_rows_are_padded_and_a_method_without_runs_has_one(tmp_path):
     """Every line of a table is as long as its first; nothing is compared with a first method that has no run."""
     fabricate(tmp_path, "b", 0)
     runs = read(tmp_path, "a_method", "b")
-    lines = results.markdown(runs, results.analyse(runs, TARGETS, {}), TARGETS, []).splitlines()
+    lines = results.markdown(runs, results.analyse(runs, TARGETS, {}), TARGETS, [], 0, {}).splitlines()
     tables = [line for line in lines if line.startswith("|")]
     assert len(tables) == 3 * 4
     assert all(len({len(line) for line in tables[start : start + 4]}) == 1 for start in (0, 4, 8))
@@ -249,7 +250,7 @@ def test_rows_are_padded_and_a_method_without_runs_has_one(tmp_path):
 def test_no_finished_run_is_a_table_too(tmp_path):
     """Its notes say why."""
     runs = read(tmp_path, "a", "b")
-    text = results.markdown(runs, results.analyse(runs, TARGETS, {}), TARGETS, ["a seed 0 failed"])
+    text = results.markdown(runs, results.analyse(runs, TARGETS, {}), TARGETS, ["a seed 0 failed"], 0, {})
     assert text.startswith("No run is finished.")
     assert text.endswith("- a seed 0 failed")
 
@@ -259,10 +260,10 @@ def test_runs_of_different_machines_are_pointed_out(tmp_path):
     for seed, machine in enumerate(("a CPU", "a GPU")):
         fabricate(tmp_path, "full", seed, machine=machine)
     runs = read(tmp_path, "full")
-    notes = "\n".join(results.cautions(runs, results.analyse(runs, TARGETS, {})))
+    notes = "\n".join(results.cautions(runs, results.analyse(runs, TARGETS, {}), 0))
     assert "  - a CPU, python 3.12, torch 2.13: full seed 0\n  - a GPU, python 3.12, torch 2.13: full seed 1" in notes
     runs["full"].pop(1)
-    assert "mixed" not in "\n".join(results.cautions(runs, results.analyse(runs, TARGETS, {})))
+    assert "mixed" not in "\n".join(results.cautions(runs, results.analyse(runs, TARGETS, {}), 0))
 
 
 @pytest.mark.parametrize(
