@@ -422,13 +422,18 @@ def add(folder: Path, row: str) -> None:
         file.write(row + "\n")
 
 
+def unpadded(report: str) -> str:
+    """A report whose tables have a blank on either side of a cell."""
+    return re.sub(r" +\|", " |", report)
+
+
 def check_manifest(folder: Path, *more: str) -> tuple[int, str, list[dict[str, str]]]:
     """Exit code, report and problems of a manifest, checked through the function behind the command."""
     out = folder / "out"
     keys = ["corpus=manifest", f"manifest={folder / 'manifest.csv'}", "label_range=[1, 7]", *more]
     report, code = check.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(out))
     with open(out / "problems.csv", newline="", encoding="utf-8") as file:
-        return code, report, list(csv.DictReader(file))
+        return code, unpadded(report), list(csv.DictReader(file))
 
 
 def test_a_good_corpus_is_counted_and_drawn(good):
@@ -441,7 +446,7 @@ def test_a_good_corpus_is_counted_and_drawn(good):
         "| train | 4 | 4 | 1 (1 to 1) | 0.00 | 0.4 (0.4 to 0.4) | 2.75 (2.00 to 3.50) | 5.25 (4.50 to 6.00) |" in report
     )
     assert "| all | 8 | 8 |" in report
-    assert (good / "out" / "report.md").read_text(encoding="utf-8").strip() in report
+    assert unpadded((good / "out" / "report.md").read_text(encoding="utf-8")).strip() in report
     speakers = (good / "out" / "speakers.csv").read_text(encoding="utf-8").splitlines()
     assert len(speakers) == 9 and speakers[1] == "train,s0,1,0.0001"
     assert (good / "out" / "labels.png").read_bytes().startswith(b"\x89PNG")
@@ -526,6 +531,7 @@ def test_what_a_reader_leaves_out_is_a_warning_with_its_files(tmp_path):
     keys = ["corpus=msp-podcast", f"data_root={root}", f"output_dir={tmp_path / 'runs'}", "test_set=Test2"]
     report, code = check.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys)
     assert code == 2 and report.startswith("# msp-podcast test_set=Test2\n")
+    report = unpadded(report)
     assert "| error | unreadable | 5 |" in report
     assert "| warning | audio that the labels do not name, left out | 1 |" in report
     assert (tmp_path / "runs" / "check" / "msp-podcast_test_set=Test2" / "problems.csv").is_file()
@@ -545,7 +551,7 @@ def test_a_report_that_cannot_be_written_is_printed(good):
     (good / "out" / "problems.csv").mkdir(parents=True)
     keys = ["corpus=manifest", f"manifest={good / 'manifest.csv'}", "label_range=[1, 7]"]
     report, code = check.check_corpus(str(ROOT / "configs" / "logmel.yaml"), keys, str(good / "out"))
-    assert code == 2 and "| all | 8 | 8 |" in report and "out: cannot be written: " in report
+    assert code == 2 and "| all | 8 | 8 |" in unpadded(report) and "out: cannot be written: " in report
 
 
 def test_the_command_prints_the_report_and_exits_by_severity(good):
@@ -554,7 +560,7 @@ def test_the_command_prints_the_report_and_exits_by_severity(good):
     keys = ["corpus=manifest", "manifest=manifest.csv", "label_range=[1, 7]"]
     add(good, "absent.wav,train,s9,4,4")
     done = python("-m", "corpora.check", config, *keys, "--out", "found", cwd=good)
-    assert done.returncode == 2 and "| error | missing | 1 |" in done.stdout
+    assert done.returncode == 2 and "| error | missing | 1 |" in unpadded(done.stdout)
     assert "found: report.md, problems.csv, speakers.csv" in done.stdout
     wrong = python("-m", "corpora.check", config, "corpus=iemocap", "fold=1", "data_root=nowhere", cwd=good)
     assert wrong.returncode == 2
