@@ -11,6 +11,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     problems = list(data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap))
     problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
     problems += [problem for _, _, faults in heard for problem in faults] + duplicates(utterances, heard)
-    problems.sort(key=lambda problem: problem.kind not in ERRORS)  # errors first, else as they were
+    found = [("error" if problem.kind in ERRORS else "warning", *problem) for problem in problems]
+    found.sort(key=itemgetter(0))  # errors first, else as they were
     splits = labels_and_seconds(rows, config.targets)
     lines = [f"# {title}", "", split_table(utterances, splits, config.targets), ""]
     corpus = CORPORA.get(config.corpus)
@@ -62,11 +64,10 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
         scores = corpus.agreement(Path(config.data_root or "")).items()
         agreement = ", ".join(f"{target} {spread(values, 2)}" for target, values in scores if values)
         lines += [f"Raters, each against the mean of the others, CCC: {agreement or 'unknown'}.", ""]
-    report = "\n".join(lines + list_problems(problems))
-    severities = {severity(problem.kind) for problem in problems}
+    report = "\n".join(lines + list_problems(found))
+    severities = {severity for severity, *_ in found}
     try:
         (folder / "report.md").write_text(f"{report}\n", encoding="utf-8", errors="as_named")
-        found = [(severity(problem.kind), *problem) for problem in problems]
         write_csv(folder / "problems.csv", ["severity", "problem", "file", "detail"], found)
         write_csv(folder / "speakers.csv", ["split", "speaker", "utterances", "hours"], speakers(rows))
         if plots := tables.find_plots():
@@ -134,19 +135,15 @@ def spread(values: Sequence[float], digits: int) -> str:
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(np.mean(values), min(values), max(values), d=digits)
 
 
-def list_problems(problems: Sequence[Problem], limit: int = 20) -> list[str]:
-    """Markdown: how many problems there are of each kind, and the first in full."""
-    if not problems:
+def list_problems(found: Sequence[tuple[str, ...]], limit: int = 20) -> list[str]:
+    """Markdown: how many problems there are of each kind, and the first in full, of severity, kind, file and detail."""
+    if not found:
         return ["No problem was found."]
-    times = Counter(problem.kind for problem in problems).items()
-    counts = [[severity(kind), kind, f"{count:,}"] for kind, count in times]
-    lines = [tables.markdown(["severity", "problem", "times"], counts), ""]
-    lines += [f"- {': '.join(filter(None, problem))}" for problem in problems[:limit]]
-    return lines + ([f"- and {len(problems) - limit:,} more"] if len(problems) > limit else [])
-
-
-def severity(kind: str) -> str:
-    return "error" if kind in ERRORS else "warning"
+    counts = Counter((severity, kind) for severity, kind, *_ in found)
+    rows = [[severity, kind, f"{count:,}"] for (severity, kind), count in counts.items()]
+    lines = [tables.markdown(["severity", "problem", "times"], rows), ""]
+    lines += [f"- {': '.join(filter(None, problem))}" for _, *problem in found[:limit]]
+    return lines + ([f"- and {len(found) - limit:,} more"] if len(found) > limit else [])
 
 
 def speakers(rows: Rows) -> list[tuple[str, str, int, str]]:

@@ -58,8 +58,7 @@ def join(source: Path, rows: Iterable[Utterance], folders: Sequence[Path]) -> tu
 def folders_below(folder: str | Path, unread: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
     """A folder and those below it, also behind links, and the files in each; without the `._*` of macOS.
 
-    A folder that links lead to a second time is left out, so that they may go round in a circle. What cannot be listed
-    is added to `unread`, or is an error.
+    Each is there once, so links may go round in a circle. What cannot be listed is added to `unread`, or is an error.
     """
 
     def failed(error: OSError) -> None:
