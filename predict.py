@@ -15,10 +15,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from itertools import chain, count, islice, pairwise, repeat, takewhile
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -43,8 +42,7 @@ MAGIC = re.compile(  # how sound and film begin; the pictures of phones have `ft
 Row = dict[str, str | float]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Window:
+class Window(NamedTuple):
     """What gets a row: samples `start` to `stop` of a recording's waveform `(S,)`, 16 kHz."""
 
     number: int  # of the file
@@ -132,10 +130,9 @@ def is_audio(file: Path) -> bool:
 
 
 def spans(samples: int, window: float, hop: float | None = None) -> Iterator[tuple[int, int]]:
-    """Where the windows of a recording start and stop, in samples.
+    """Where the windows of a recording start and stop, in samples: equal ones of at most `window` seconds.
 
-    Without `hop` they are equal, at most `window` seconds each, and do not overlap. With it they have that length, one
-    starts every `hop` seconds, and the last ends with the recording.
+    With `hop` they have that length, one starts every `hop` seconds, and the last ends with the recording.
     """
     size = round(min(window * data.SAMPLE_RATE, samples))
     if hop is None:

@@ -35,11 +35,11 @@ Rows = Sequence[tuple[Utterance, float]]  # each with its seconds, 0 if it canno
 Heard = tuple[float, bytes, list[Problem]]  # of a file: seconds, a hash of its samples unless it is silent, and faults
 
 
-def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) -> tuple[str, int]:
-    """Check the corpus of a configuration and write what is found into folder `out`, by default below its output_dir.
+def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) -> int:
+    """Print a report on the corpus of a configuration and write it to folder `out`, by default below its output_dir.
 
-    Returns the report in Markdown, and how bad it is: 0, 1 for warnings alone, 2 for errors, one being that it cannot
-    be written. Raises FileNotFoundError, OSError or ValueError where there is no corpus to look at.
+    Returns how bad it is: 0, 1 for warnings alone, 2 for errors. Raises OSError or ValueError where there is no corpus
+    to look at, or no place to write to.
     """
     config = load_config(path, overrides)
     utterances, notes = data.read_corpus(**run.corpus_keys(config))
@@ -65,18 +65,16 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
         agreement = ", ".join(f"{target} {spread(values, 2)}" for target, values in scores if values)
         lines += [f"Raters, each against the mean of the others, CCC: {agreement or 'unknown'}.", ""]
     report = "\n".join(lines + list_problems(found))
+    print(report)  # before a full disk can take it away
+    (folder / "report.md").write_text(f"{report}\n", encoding="utf-8", errors="as_named")
+    write_csv(folder / "problems.csv", ["severity", "problem", "file", "detail"], found)
+    write_csv(folder / "speakers.csv", ["split", "speaker", "utterances", "hours"], speakers(rows))
+    if plots := tables.find_plots():
+        plots.labels(splits, config.targets, label_range, title, folder / "labels")
+    drawn = "labels.png, labels.pdf" if plots else "no picture, since matplotlib is not installed"
+    print(f"\n{folder}: report.md, problems.csv, speakers.csv, {drawn}")
     severities = {severity for severity, *_ in found}
-    try:
-        (folder / "report.md").write_text(f"{report}\n", encoding="utf-8", errors="as_named")
-        write_csv(folder / "problems.csv", ["severity", "problem", "file", "detail"], found)
-        write_csv(folder / "speakers.csv", ["split", "speaker", "utterances", "hours"], speakers(rows))
-        if plots := tables.find_plots():
-            plots.labels(splits, config.targets, label_range, title, folder / "labels")
-        drawn = "labels.png, labels.pdf" if plots else "no picture, since matplotlib is not installed"
-        end = f"report.md, problems.csv, speakers.csv, {drawn}"
-    except OSError as error:  # a full disk does not take the report away
-        severities, end = {"error"}, f"cannot be written: {error}"
-    return f"{report}\n\n{folder}: {end}", 2 if "error" in severities else len(severities)
+    return 2 if "error" in severities else len(severities)
 
 
 def listen(path: str) -> Heard:
@@ -167,9 +165,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
     parser.add_argument("--out", type=expand, help="folder for the report, tables and pictures; else below output_dir")
     arguments = parser.parse_args()
-    report, status = check_corpus(arguments.config, arguments.overrides, arguments.out)
-    print(report)
-    sys.exit(status)
+    sys.exit(check_corpus(arguments.config, arguments.overrides, arguments.out))
 
 
 if __name__ == "__main__":

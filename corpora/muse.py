@@ -1,6 +1,5 @@
 """MuSE, of the University of Michigan."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from corpora.tree import find, join, not_found, numbers, read_table
@@ -21,9 +20,8 @@ def read_muse(folder: Path) -> tuple[list[Utterance], Notes]:
     table = list(read_table(sources[0], columns))
     speakers = sorted({file[:2] for _, (file, *_) in table})
     split = {speaker: ("train", "train", "train", "dev", "test")[at % 5] for at, speaker in enumerate(speakers)}
-
-    def rows() -> Iterator[Utterance]:
-        for where, (file, *cells) in table:
-            yield Utterance(file.removesuffix(".wav") + ".wav", split[file[:2]], file[:2], numbers(cells, where))
-
-    return join(sources[0], rows(), audio)
+    rows = (
+        Utterance(file.removesuffix(".wav") + ".wav", split[file[:2]], file[:2], numbers(cells, where))
+        for where, (file, *cells) in table
+    )
+    return join(sources[0], rows, audio)

@@ -211,8 +211,7 @@ def build(words: Sequence[str]) -> dict[str, dict]:
 def fill(prefix: Prefix, precision: str, tf32: bool) -> dict:
     """Complete a cache: its "directory", its "bytes", and the "seconds" that it took, None if it was complete.
 
-    Several commands may do this at once, each in a random order and without what another has done by then. The
-    processes of one command share the work.
+    Several commands may do this at once, in random orders. The processes of one command share the work.
     """
     start, opened = time.perf_counter(), prefix.cache
     lacking = bool(opened.missing)
