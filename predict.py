@@ -157,7 +157,7 @@ def windows(
             yield from (Window(number, path, waveform, *span) for span in spans(len(waveform), window, hop))
 
 
-# ---------------------------------------------------------------- predictions
+# ---------------------------------------------------------------- predictions and pictures
 
 
 def predict(model: EmotionModel, stream: Iterator[Window], batch: int = 8, precision: str = "fp32") -> Results:
@@ -187,9 +187,6 @@ def row_writer(stream: TextIO, kind: str, targets: Sequence[str]) -> Callable[[I
     return lambda rows: writer.writerows({**row, "file": data.text_cell(row["file"])} for row in rows)
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Results:
     """Pass results on, and draw a file when its last window is through; of two a.wav the second becomes a_2."""
     plots, taken, shown = extra("report.plots", "--plot"), set(), []
@@ -204,9 +201,6 @@ def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Resu
                 shape = model.targets, model.label_range, window.path.name, note, folder / name
                 plots.timeline(window.waveform.numpy(), np.array(shown)[:, :2], np.array(shown)[:, 2:], *shape)
                 shown = []
-
-
-# ---------------------------------------------------------------- command line
 
 
 def parse_arguments() -> argparse.Namespace:

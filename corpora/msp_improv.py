@@ -20,8 +20,7 @@ TURN = re.compile(
 def read_msp_improv(folder: Path, fold: int, flip_activation: bool = True) -> tuple[list[Utterance], Notes]:
     """MSP-IMPROV: labels 1..5, activation as 6 - A if it is flipped. Splits: see `leave_session_out`.
 
-    Activation was stored from high to low according to one laboratory, and another took it as it is. Therefore the
-    turns that raters called angry and neutral are compared, and it is noted if angry is not the more active.
+    Laboratories differ on whether it was stored from high to low, so it is noted if angry turns are not more active.
     """
     source = find(folder, "Evalution.txt", "Evaluation.txt")
     activations = defaultdict(list)  # by category

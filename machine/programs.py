@@ -52,7 +52,7 @@ codecs.register_error("as_named", as_named)
 
 
 def logged(words: Sequence[str], log: Path) -> int:
-    """Run `python WORDS` with its output in `log`; returns the exit code. Ctrl-C asks the program to end, and waits."""
+    """Run `python -m WORDS` with its output in `log`; returns the exit code. Ctrl-C asks it to end, and waits."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
     forks = "forkserver" in multiprocessing.get_all_start_methods()
@@ -77,19 +77,14 @@ def logged(words: Sequence[str], log: Path) -> int:
 
 
 def be(words: Sequence[str], log: str) -> None:
-    """Become the program `python WORDS`: a file, or -m and a module, and its arguments."""
+    """Become the program `python -m WORDS`: a module and its arguments."""
     with open(log, "ab") as file:
         for number, stream in ((1, sys.stdout), (2, sys.stderr)):
             os.dup2(file.fileno(), number)
             stream.reconfigure(line_buffering=True)  # what a killed process has said is in the file
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if words[0] == "-m":
-        sys.argv = list(words[1:])
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = list(words)
-        sys.path.insert(0, str(Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def last_lines(log: Path, count: int = 5) -> list[str]:

@@ -55,13 +55,13 @@ def describe(directory: Path) -> str:
             match json.loads(path.read_text(encoding="utf-8")):
                 case {"path": str(user), "backbone": str(source)}:
                     sources.add(source)
-                    users |= {user} if os.path.exists(user) else set()
+                    users.add(user)
     used = time.localtime(max(path.stat().st_mtime for path in files(directory)))
     text += f"{len(recorded):,} utterances{f' ({lost:,} of files that are gone or have changed)' if lost else ''}, "
     text += time.strftime("last used %Y-%m-%d %H:%M\n  ", used)
     text += ", ".join(sorted(sources)) or f"SHA-256 {str(identity.get('backbone'))[:12]}..."
     text += f", hidden state {identity.get('depth')}, {identity['width']} of {identity['dtype']}"
-    for user in sorted(users) or ["nothing that still exists"]:
+    for user in sorted(filter(os.path.exists, users)) or ["nothing that still exists"]:
         text += f"\n  used by {user}"
     return text + "\n  written by another version; no longer used" * (identity.get("format") != cache.FORMAT)
 
@@ -229,9 +229,6 @@ def fill(prefix: Prefix, precision: str, tf32: bool) -> dict:
     prefix.release_if_cached()  # looks for what other processes have written, too
     seconds = time.perf_counter() - start if lacking else None
     return {"directory": str(opened.directory), "seconds": seconds, "bytes": opened.stored_bytes()}
-
-
-# ---------------------------------------------------------------- the command
 
 
 def main() -> None:

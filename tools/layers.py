@@ -25,10 +25,8 @@ from model import Wav2Vec2
 from report import tables
 
 TOGETHER = 8  # utterances in memory at once
-OUTSIDE = {"projection": ("projection.norm", "projection.linear"), "positional convolution": ("position",)}
-OUTSIDE |= {"norm": ("norm",)}
-PARTS = {"attention": ("attention",), "feed-forward": ("feed_forward",)}  # of a layer
-PARTS |= {"norms": ("attention_norm", "feed_forward_norm")}
+OUTSIDE = {"projection": "projection.norm projection.linear", "positional convolution": "position", "norm": "norm"}
+PARTS = {"attention": "attention", "feed-forward": "feed_forward", "norms": "attention_norm feed_forward_norm"}
 COLUMNS = ("part", "similarity", "change", *PARTS)
 CHANGE = "Change of weights: ||W - W0|| / ||W0||. It grows with learning rate and steps, much alike wherever Adam "
 CHANGE += "trains; what it amounts to, with all changes below, is in the similarity of the output."
@@ -78,12 +76,14 @@ def changes(before: Wav2Vec2, after: Wav2Vec2, trained: Sequence[str]) -> tuple[
     """Rows of what lies outside the layers, if it is among the parameters that `trained`, and of every layer."""
     outside, layers = [], []
     for part, names in OUTSIDE.items():
-        if any(parameter.startswith(tuple(f"backbone.{name}." for name in names)) for parameter in trained):
-            outside.append({"part": part, "change": relative_change(before, after, names)})
+        starts = tuple(f"backbone.{name}." for name in names.split())
+        if any(parameter.startswith(starts) for parameter in trained):
+            outside.append({"part": part, "change": relative_change(before, after, names.split())})
     for number in range(len(before.layers)):
         layer = f"layers.{number}"
         row: Row = {"part": f"layer {number}", "change": relative_change(before, after, [layer])}
-        row |= {p: relative_change(before, after, [f"{layer}.{name}" for name in names]) for p, names in PARTS.items()}
+        for part, names in PARTS.items():
+            row[part] = relative_change(before, after, [f"{layer}.{name}" for name in names.split()])
         layers.append(row)
     return outside, layers
 
@@ -151,8 +151,7 @@ def main() -> None:
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
     hardware.prepare(model, device, "fp32")
     similarity, frames = similarities(pretrained.to(device), model.backbone, prefix, len(chosen))
-    for row, value in zip(layers, similarity[1:], strict=True):
-        row["similarity"] = value
+    layers = [{**row, "similarity": value} for row, value in zip(layers, similarity[1:], strict=True)]
 
     note = run.DEMO_NOTE if config.corpus == "demo" else ""
     noise = pretrained.config.width / (pretrained.config.width + frames)
