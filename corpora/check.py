@@ -11,7 +11,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +54,8 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     problems = list(data.label_problems(utterances, config.targets, label_range, config.allow_speaker_overlap))
     problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
     problems += [problem for _, _, faults in heard for problem in faults] + duplicates(utterances, heard)
+    problems.sort(key=lambda problem: problem.kind not in ERRORS)  # errors first, else as they were
     found = [("error" if problem.kind in ERRORS else "warning", *problem) for problem in problems]
-    found.sort(key=itemgetter(0))  # errors first, else as they were
     splits = labels_and_seconds(rows, config.targets)
     lines = [f"# {title}", "", split_table(utterances, splits, config.targets), ""]
     corpus = CORPORA.get(config.corpus)
@@ -73,8 +72,7 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
         plots.labels(splits, config.targets, label_range, title, folder / "labels")
     drawn = "labels.png, labels.pdf" if plots else "no picture, since matplotlib is not installed"
     print(f"\n{folder}: report.md, problems.csv, speakers.csv, {drawn}")
-    severities = {severity for severity, *_ in found}
-    return 2 if "error" in severities else len(severities)
+    return 0 if not found else 1 if found[0][0] == "warning" else 2
 
 
 def listen(path: str) -> Heard:

@@ -33,11 +33,10 @@ def synthesize_demo(root: str | Path, train: int = 96, dev: int = 32, test: int 
             voices[root / path] = rng, speaker, (labels - 1) / 6
         first_speaker += DEMO_SPEAKERS[split]
     text = "\n".join([*rows, ""]).encode()
-    if manifest.exists():
-        if manifest.read_bytes() != text:
-            raise ValueError(f"{manifest}: not this version's demo; delete it or set another `data_root`")
-        if all(path.exists() for path in voices):
-            return manifest
+    if manifest.exists() and manifest.read_bytes() != text:
+        raise ValueError(f"{manifest}: not this version's demo; delete it or set another `data_root`")
+    if all(path.exists() for path in (manifest, *voices)):
+        return manifest
     root.mkdir(parents=True, exist_ok=True)
     for path, controls in voices.items():
         soundfile.write(path, _voice(*controls), SAMPLE_RATE, subtype="PCM_16")

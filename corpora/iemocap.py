@@ -34,6 +34,5 @@ def read_iemocap(folder: Path, fold: int, dev_set: str = "session") -> tuple[lis
                     split = leave_session_out(fold, SESSIONS, session, gender, dev_set)
                     yield Utterance(f"{turn}.wav", split, turn[:5] + gender, labels | slips)
 
-    places = [find(find(place, "sentences"), "wav") for place in sessions.values()]
-    utterances, notes = join(folder, rows(), places)
+    utterances, notes = join(folder, rows(), [find(find(place, "sentences"), "wav") for place in sessions.values()])
     return utterances, notes | ({f"labels slightly above {HIGH:g}, taken as {HIGH:g}": above} if above else {})

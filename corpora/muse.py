@@ -16,8 +16,7 @@ def read_muse(folder: Path) -> tuple[list[Utterance], Notes]:
     if not sources:
         raise not_found(folder, "a folder with `Emotion data from crowdsourcing ... .csv`")
     audio = [find(find(folder, kind), "Audio") for kind in ("NotStressed", "Stressed")]
-    columns = ("", "Activation_Mean", "Valence_Mean")
-    table = list(read_table(sources[0], columns))
+    table = list(read_table(sources[0], ("", "Activation_Mean", "Valence_Mean")))
     speakers = sorted({file[:2] for _, (file, *_) in table})
     split = {speaker: ("train", "train", "train", "dev", "test")[at % 5] for at, speaker in enumerate(speakers)}
     rows = (

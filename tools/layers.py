@@ -145,8 +145,7 @@ def main() -> None:
 
     model = run.load_run(directory, merged=False, backbone=arguments.backbone)
     pretrained, _ = run.find_backbone(config)
-    paths = [utterance.source for utterance in chosen]
-    prefix = Prefix(model, paths, device, torch.float32)  # ends before the first LoRA
+    prefix = Prefix(model, [utterance.source for utterance in chosen], device, torch.float32)  # to the first LoRA
     merge(model)
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
     hardware.prepare(model, device, "fp32")
