@@ -147,7 +147,7 @@ def spans(samples: int, window: float, hop: float | None = None) -> Iterator[tup
 def windows(
     paths: Iterable[Path], window: float, hop: float | None, failed: list[str], silent: list[str] | None = None
 ) -> Iterator[Window]:
-    """The windows of all files, read when due. Why one has none is added to `failed`, one without sound to `silent`."""
+    """The windows of all files, read when due. Why one has none is added to `failed`, a silent one to `silent`."""
     for number, path in enumerate(paths):
         try:
             waveform = data.read_audio(data.find_file("", str(path)), silent)

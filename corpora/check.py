@@ -72,7 +72,7 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
         plots.labels(splits, config.targets, label_range, title, folder / "labels")
     drawn = "labels.png, labels.pdf" if plots else "no picture, since matplotlib is not installed"
     print(f"\n{folder}: report.md, problems.csv, speakers.csv, {drawn}")
-    return 0 if not found else 1 if found[0][0] == "warning" else 2
+    return max((2 if severity == "error" else 1 for severity, *_ in found), default=0)
 
 
 def listen(path: str) -> Heard:
