@@ -26,7 +26,7 @@ import numpy as np
 import run
 from config import Config, extra, load_config, parse
 from machine import hardware
-from machine.programs import ROOT, command, last_lines, logged, split_words
+from machine.programs import command, last_lines, logged, split_words
 from report import results, tables
 from report.results import Job, Run, Runs
 from weights import read_json
@@ -154,7 +154,7 @@ def build_caches(methods: Methods, jobs: Sequence[Job]) -> None:
     report, log, fold = jobs[0].out / "builds.json", log_path(jobs[0].out, "caches"), jobs[0].fold
     before = read_json(report) if report.is_file() else {}
     words = [*(str(config_path(job)) for job in wanted.values()), *([] if fold is None else [f"fold={fold}"])]
-    if logged(["-m", "tools.caches", "build", *words, "--report", str(report)], log):
+    if logged(["tools.caches", "build", *words, "--report", str(report)], log):
         print(f"failed, see {log}; the runs fill them in their first epoch")
     if report.is_file():
         after = read_json(report)  # where nothing was left to build, what it cost then still holds
@@ -170,7 +170,7 @@ def train_all(methods: Methods, jobs: Sequence[Job]) -> None:
         if not job.finished:
             words = [f"seed={job.seed}", f"output_dir={json.dumps(str(job.out))}"]
             words += [f"name={json.dumps(job.directory.name)}", *([] if job.fold is None else [f"fold={job.fold}"])]
-            logged([str(ROOT / "train.py"), str(config_path(job)), *words], log)
+            logged(["train", str(config_path(job)), *words], log)
             took = f"{time.perf_counter() - start:.1f} s"
         if job.finished:
             test = read_json(job.directory / "result.json")["test"]

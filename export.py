@@ -1,9 +1,7 @@
 """Hand a finished run on: as a checkpoint of transformers, a PEFT adapter or an ONNX file, each with a model card.
 
-    python export.py runs/lora_r8 exported --format transformers
-
-The directory must not exist yet, or be empty. `transformers` and `peft` hold the backbone or its LoRA, and the pooling
-and head as `head.safetensors`; the card shows how predictions follow from them. `onnx` is waveform in, labels out.
+transformers and peft hold the backbone or its LoRA, and the pooling and head as `head.safetensors`; the card shows how
+predictions follow from them. onnx is waveform in, labels out.
 """
 
 import argparse
@@ -30,9 +28,8 @@ FORMATS = ("transformers", "peft", "onnx")
 
 
 def export(directory: str | Path, out: str | Path, form: str, backbone: str | None = None) -> Path:
-    """Write a finished run to `out` in one of FORMATS, all of it or nothing.
+    """Write a finished run to `out` in one of FORMATS, all or nothing; `backbone` is where that is, if it moved.
 
-    `backbone` says where the run's backbone is now, if it has moved.
     Raises FileNotFoundError or ValueError for what is no finished run, cannot be exported so or would be overwritten.
     """
     directory, out = Path(directory), Path(out).resolve()
@@ -109,9 +106,9 @@ def save_head(model: EmotionModel, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a finished run for other programs, with a model card.")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=expand, help="the directory of a run of train.py")
-    parser.add_argument("out", type=expand, help="a new directory")
+    parser.add_argument("out", type=expand, help="a directory that is new or empty")
     parser.add_argument("--backbone", type=expand, help="where the backbone of the run is now, if it has moved")
     parser.add_argument("--format", choices=FORMATS, default="transformers")
     arguments = parser.parse_args()

@@ -1,14 +1,7 @@
 """Predict activation and valence of audio files with a finished run, or with a published emotion model.
 
-    python predict.py runs/lora_r8 speech.wav recordings/ "talks/**/*.mp3" --out predictions.csv
-    python predict.py runs/lora_r8 - --window 5 --hop 1 --plot pictures < list.txt
-    python predict.py runs/lora_r8 speech.wav --backbone models/wav2vec2-base        the backbone has moved
-    python predict.py audeering/wav2vec2-large-robust-12-ft-emotion-msp-dim speech.wav
-
-Folders are searched for audio, patterns work in quotes as well, and - is a list of paths on standard input, one a line.
-An input listed twice is predicted once; rows have the order of the inputs. A file longer than the window becomes equal
-windows, a row each; with --hop windows slide, and the last one ends with the file. Files that cannot be read are named
-at the end and do not stop the others; the exit status is then 1.
+A file longer than the window becomes equal windows, a row each; with --hop windows slide, and the last one ends with
+the file. Files that cannot be read are named at the end and do not stop the others; the exit status is then 1.
 """
 
 import argparse
@@ -22,10 +15,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from itertools import chain, count, islice, pairwise, repeat, takewhile
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -50,8 +42,7 @@ MAGIC = re.compile(  # how sound and film begin; the pictures of phones have `ft
 Row = dict[str, str | float]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Window:
+class Window(NamedTuple):
     """What gets a row: samples `start` to `stop` of a recording's waveform `(S,)`, 16 kHz."""
 
     number: int  # of the file
@@ -68,10 +59,7 @@ Results = Iterator[tuple[list[Window], list[list[float]]]]
 
 
 def find_audio(words: Sequence[str]) -> list[Path]:
-    """The files that words name, each once: paths, folders (searched), patterns, and - for a list on standard input.
-
-    Raises FileNotFoundError for a folder, a pattern or a list in which there is none. A file that does not exist stays.
-    """
+    """The files that words name, each once. Raises FileNotFoundError for a folder, a pattern or a list without any."""
     files: dict[str, Path] = {}
     for word in words:
         for path in map(Path, listed() if word == "-" else expanded(word)):
@@ -142,10 +130,9 @@ def is_audio(file: Path) -> bool:
 
 
 def spans(samples: int, window: float, hop: float | None = None) -> Iterator[tuple[int, int]]:
-    """Where the windows of a recording start and stop, in samples.
+    """Where the windows of a recording start and stop, in samples: equal ones of at most `window` seconds.
 
-    Without `hop` they are equal, at most `window` seconds each, and do not overlap. With it they have that length, one
-    starts every `hop` seconds, and the last ends with the recording.
+    With `hop` they have that length, one starts every `hop` seconds, and the last ends with the recording.
     """
     size = round(min(window * data.SAMPLE_RATE, samples))
     if hop is None:
@@ -160,10 +147,7 @@ def spans(samples: int, window: float, hop: float | None = None) -> Iterator[tup
 def windows(
     paths: Iterable[Path], window: float, hop: float | None, failed: list[str], silent: list[str] | None = None
 ) -> Iterator[Window]:
-    """The windows of all files; a file is read when its first one is due.
-
-    Why a file has none is added to `failed`, and a file in which nothing can be heard to `silent`.
-    """
+    """The windows of all files, read when due. Why one has none is added to `failed`, a silent one to `silent`."""
     for number, path in enumerate(paths):
         try:
             waveform = data.read_audio(data.find_file("", str(path)), silent)
@@ -173,7 +157,7 @@ def windows(
             yield from (Window(number, path, waveform, *span) for span in spans(len(waveform), window, hop))
 
 
-# ---------------------------------------------------------------- predictions
+# ---------------------------------------------------------------- predictions and pictures
 
 
 def predict(model: EmotionModel, stream: Iterator[Window], batch: int = 8, precision: str = "fp32") -> Results:
@@ -186,26 +170,21 @@ def predict(model: EmotionModel, stream: Iterator[Window], batch: int = 8, preci
         yield group, data.unscale_labels(predictions.cpu(), model.label_range).tolist()
 
 
-def rows(group: Sequence[Window], predictions: Sequence[Sequence[float]], targets: Sequence[str]) -> list[Row]:
+def rows(group: Sequence[Window], predictions: Sequence[Sequence[float]], targets: Sequence[str]) -> Iterator[Row]:
     """File, start and end in seconds, and a column for each target."""
-    return [
-        {"file": str(window.path)}
-        | {"start": round(window.start / data.SAMPLE_RATE, 3), "end": round(window.stop / data.SAMPLE_RATE, 3)}
-        | {target: round(value, 4) for target, value in zip(targets, values, strict=True)}
-        for window, values in zip(group, predictions, strict=True)
-    ]
+    for window, values in zip(group, predictions, strict=True):
+        start, end = round(window.start / data.SAMPLE_RATE, 3), round(window.stop / data.SAMPLE_RATE, 3)
+        labels = {target: round(value, 4) for target, value in zip(targets, values, strict=True)}
+        yield {"file": str(window.path), "start": start, "end": end, **labels}
 
 
-def row_writer(stream: TextIO, kind: str, targets: Sequence[str]) -> Callable[[list[Row]], None]:
+def row_writer(stream: TextIO, kind: str, targets: Sequence[str]) -> Callable[[Iterable[Row]], None]:
     """What writes rows as CSV, whose header it has written, or as JSON, one object a line."""
     if kind == "jsonl":
         return lambda rows: stream.writelines(f"{json.dumps(row)}\n" for row in rows)
     writer = csv.DictWriter(stream, ["file", "start", "end", *targets], lineterminator="\n")
     writer.writeheader()
     return lambda rows: writer.writerows({**row, "file": data.text_cell(row["file"])} for row in rows)
-
-
-# ---------------------------------------------------------------- pictures
 
 
 def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Results:
@@ -224,14 +203,11 @@ def draw(results: Results, folder: Path, model: EmotionModel, note: str) -> Resu
                 shown = []
 
 
-# ---------------------------------------------------------------- command line
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked before anything is read."""
-    parser = argparse.ArgumentParser(description="Predict activation and valence of audio files.")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=expand, help="the directory of a run of train.py, or a published emotion model")
-    parser.add_argument("audio", nargs="+", help="files, folders, patterns, or - for a list on standard input")
+    parser.add_argument("audio", nargs="+", help="files, folders, patterns in quotes, or - for a list on stdin")
     parser.add_argument("--out", type=expand, help="file to write; otherwise the rows are printed")
     parser.add_argument("--format", choices=("csv", "jsonl"), help="otherwise by the suffix of --out, else csv")
     parser.add_argument("--window", type=float, default=20.0, help="longest stretch in seconds that gets one row")

@@ -1,14 +1,10 @@
 """Look at a corpus without training: its numbers, a picture of its labels, and every problem with its file.
 
-    python -m corpora.check CONFIG [key=value ...] [--out DIR]
-
-The exit status is 0 if no problem was found, 1 after warnings, and 2 after errors, which are what training refuses
-and what makes scores too good.
+The exit status is 0 if no problem was found, 1 after warnings, and 2 after errors.
 """
 
 import argparse
 import csv
-import io
 import math
 import os
 import sys
@@ -27,7 +23,7 @@ from corpora.published import CORPORA
 from data import SPLITS, Problem, Utterance
 from machine.audio import TooShortError, read_original, silence
 from machine.programs import command
-from report.tables import find_plots
+from report import tables
 
 CLIPPED = 1e-3  # the share of samples at full scale that is heard
 LONG = 60.0  # seconds; one label hardly holds for so long, and attention needs memory for the square
@@ -38,11 +34,11 @@ Rows = Sequence[tuple[Utterance, float]]  # each with its seconds, 0 if it canno
 Heard = tuple[float, bytes, list[Problem]]  # of a file: seconds, a hash of its samples unless it is silent, and faults
 
 
-def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) -> tuple[str, int]:
-    """Check the corpus of a configuration and write what is found into folder `out`, by default below its output_dir.
+def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) -> int:
+    """Print a report on the corpus of a configuration and write it to folder `out`, by default below its output_dir.
 
-    Returns the report in Markdown, and how bad it is: 0, 1 for warnings alone, 2 for errors. What cannot be written is
-    said at its end, and an error. Raises FileNotFoundError, OSError or ValueError where there is no corpus to look at.
+    Returns how bad it is: 0, 1 for warnings alone, 2 for errors. Raises OSError or ValueError where there is no corpus
+    to look at, or no place to write to.
     """
     config = load_config(path, overrides)
     utterances, notes = data.read_corpus(**run.corpus_keys(config))
@@ -59,27 +55,24 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
     problems += [Problem(note, file, "") for note, files in notes.items() for file in files or [""]]
     problems += [problem for _, _, faults in heard for problem in faults] + duplicates(utterances, heard)
     problems.sort(key=lambda problem: problem.kind not in ERRORS)  # errors first, else as they were
+    found = [("error" if problem.kind in ERRORS else "warning", *problem) for problem in problems]
     splits = labels_and_seconds(rows, config.targets)
-    lines = [f"# {title}", "", *split_table(utterances, splits, config.targets), ""]
+    lines = [f"# {title}", "", split_table(utterances, splits, config.targets), ""]
     corpus = CORPORA.get(config.corpus)
     if corpus and corpus.agreement:
         scores = corpus.agreement(Path(config.data_root or "")).items()
         agreement = ", ".join(f"{target} {spread(values, 2)}" for target, values in scores if values)
         lines += [f"Raters, each against the mean of the others, CCC: {agreement or 'unknown'}.", ""]
-    report = "\n".join(lines + list_problems(problems))
-    found = csv_text(["severity", "problem", "file", "detail"], [[severity(p.kind), *p] for p in problems])
-    texts = {"report.md": f"{report}\n", "problems.csv": found, "speakers.csv": speakers_csv(rows)}
-    severities = {severity(problem.kind) for problem in problems}
-    try:
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8", errors="as_named")
-        if plots := find_plots():
-            plots.labels(splits, config.targets, label_range, title, folder / "labels")
-        drawn = "labels.png, labels.pdf" if plots else "no picture, since matplotlib is not installed"
-        end = ", ".join([*texts, drawn])
-    except OSError as error:  # a full disk does not take the report away
-        severities, end = {"error"}, f"cannot be written: {error}"
-    return f"{report}\n\n{folder}: {end}", 2 if "error" in severities else len(severities)
+    report = "\n".join(lines + list_problems(found))
+    print(report)  # before a full disk can take it away
+    (folder / "report.md").write_text(f"{report}\n", encoding="utf-8", errors="as_named")
+    write_csv(folder / "problems.csv", ["severity", "problem", "file", "detail"], found)
+    write_csv(folder / "speakers.csv", ["split", "speaker", "utterances", "hours"], speakers(rows))
+    if plots := tables.find_plots():
+        plots.labels(splits, config.targets, label_range, title, folder / "labels")
+    drawn = "labels.png, labels.pdf" if plots else "no picture, since matplotlib is not installed"
+    print(f"\n{folder}: report.md, problems.csv, speakers.csv, {drawn}")
+    return max((2 if severity == "error" else 1 for severity, *_ in found), default=0)
 
 
 def listen(path: str) -> Heard:
@@ -120,17 +113,16 @@ def labels_and_seconds(rows: Rows, targets: Sequence[str]) -> dict[str, np.ndarr
     return {split: values[[utterance.split == split for utterance, _ in rows]] for split in SPLITS}
 
 
-def split_table(utterances: Sequence[Utterance], splits: Mapping[str, np.ndarray], targets: Sequence[str]) -> list[str]:
+def split_table(utterances: Sequence[Utterance], splits: Mapping[str, np.ndarray], targets: Sequence[str]) -> str:
     """Markdown: a row a split; seconds, labels and a speaker's utterances as mean (least to most)."""
-    columns = ["split", "utterances", "speakers", "utterances a speaker", "hours", "seconds", *targets]
-    table = [columns, ["---"] * len(columns)]
+    columns, table = ["split", "utterances", "speakers", "utterances a speaker", "hours", "seconds", *targets], []
     for split, values in (*splits.items(), ("all", np.concatenate(list(splits.values())))):
         speakers = Counter(utterance.speaker for utterance in utterances if split in (utterance.split, "all"))
         named = sum(not data.is_nobody(speaker) for speaker in speakers)
         *labels, seconds = (column[~np.isnan(column)] for column in values.T)
         table.append([split, f"{len(values):,}", f"{named:,}", spread(list(speakers.values()), 0)])
         table[-1] += [f"{sum(seconds) / 3600:.2f}", spread(seconds, 1), *(spread(found, 2) for found in labels)]
-    return [f"| {' | '.join(row)} |" for row in table]
+    return tables.markdown(columns, table)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -139,45 +131,39 @@ def spread(values: Sequence[float], digits: int) -> str:
     return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(np.mean(values), min(values), max(values), d=digits)
 
 
-def list_problems(problems: Sequence[Problem], limit: int = 20) -> list[str]:
-    """Markdown: how many problems there are of each kind, and the first in full."""
-    if not problems:
+def list_problems(found: Sequence[tuple[str, ...]], limit: int = 20) -> list[str]:
+    """Markdown: how many problems there are of each kind, and the first in full, of severity, kind, file and detail."""
+    if not found:
         return ["No problem was found."]
-    lines = ["| severity | problem | times |", "| --- | --- | --- |"]
-    lines += [f"| {severity(kind)} | {kind} | {times:,} |" for kind, times in Counter(p.kind for p in problems).items()]
-    lines += ["", *(f"- {': '.join(filter(None, problem))}" for problem in problems[:limit])]
-    return lines + ([f"- and {len(problems) - limit:,} more"] if len(problems) > limit else [])
+    counts = Counter((severity, kind) for severity, kind, *_ in found)
+    rows = [[severity, kind, f"{count:,}"] for (severity, kind), count in counts.items()]
+    lines = [tables.markdown(["severity", "problem", "times"], rows), ""]
+    lines += [f"- {': '.join(filter(None, problem))}" for _, *problem in found[:limit]]
+    return lines + ([f"- and {len(found) - limit:,} more"] if len(found) > limit else [])
 
 
-def severity(kind: str) -> str:
-    return "error" if kind in ERRORS else "warning"
-
-
-def speakers_csv(rows: Rows) -> str:
-    """CSV: utterances and hours of each speaker in each split."""
+def speakers(rows: Rows) -> list[tuple[str, str, int, str]]:
+    """Split, speaker, utterances and hours, of each speaker in each split."""
     lengths = defaultdict(list)
     for utterance, seconds in rows:
         lengths[SPLITS.index(utterance.split), utterance.speaker].append(seconds)
-    cells = [[SPLITS[at], who, len(each), f"{sum(each) / 3600:.4f}"] for (at, who), each in sorted(lengths.items())]
-    return csv_text(["split", "speaker", "utterances", "hours"], cells)
+    return [(SPLITS[at], who, len(each), f"{sum(each) / 3600:.4f}") for (at, who), each in sorted(lengths.items())]
 
 
-def csv_text(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    stream = io.StringIO()
-    rows = [head, *([data.text_cell(str(cell)) for cell in row] for row in rows)]
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue()
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="as_named") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([data.text_cell(str(cell)) for cell in row] for row in rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m corpora.check", description="Look at a corpus without training.")
+    parser = argparse.ArgumentParser(prog="python -m corpora.check", description=__doc__)
     parser.add_argument("config", help="a YAML file, as in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to set otherwise")
     parser.add_argument("--out", type=expand, help="folder for the report, tables and pictures; else below output_dir")
     arguments = parser.parse_args()
-    report, status = check_corpus(arguments.config, arguments.overrides, arguments.out)
-    print(report)
-    sys.exit(status)
+    sys.exit(check_corpus(arguments.config, arguments.overrides, arguments.out))
 
 
 if __name__ == "__main__":

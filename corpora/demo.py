@@ -17,9 +17,8 @@ BANDWIDTHS = np.array([70, 100, 140, 200])  # Hz, of the four formants
 def synthesize_demo(root: str | Path, train: int = 96, dev: int = 32, test: int = 32) -> Path:
     """Make the demo corpus in `root`, unless it is there already, and return the path of its manifest.
 
-    A synthetic voice (buzz and breath through four resonators) whose labels, 1..7, are the knobs it was made with: it
-    shows that a pipeline learns and **says nothing about emotion**. Each speaker has a pitch and a vocal tract and is
-    in one split. Every run makes the same files. Raises ValueError if `root` holds another manifest.csv.
+    Labels are 1..7. Each speaker has a pitch and a vocal tract and is in one split. Every run makes the same files.
+    Raises ValueError if `root` holds another manifest.csv.
     """
     root = Path(root)
     manifest, voices, first_speaker = root / "manifest.csv", {}, 0
@@ -34,11 +33,10 @@ def synthesize_demo(root: str | Path, train: int = 96, dev: int = 32, test: int 
             voices[root / path] = rng, speaker, (labels - 1) / 6
         first_speaker += DEMO_SPEAKERS[split]
     text = "\n".join([*rows, ""]).encode()
-    if manifest.exists():
-        if manifest.read_bytes() != text:
-            raise ValueError(f"{manifest}: not this version's demo; delete it or set another `data_root`")
-        if all(path.exists() for path in voices):
-            return manifest
+    if manifest.exists() and manifest.read_bytes() != text:
+        raise ValueError(f"{manifest}: not this version's demo; delete it or set another `data_root`")
+    if all(path.exists() for path in (manifest, *voices)):
+        return manifest
     root.mkdir(parents=True, exist_ok=True)
     for path, controls in voices.items():
         soundfile.write(path, _voice(*controls), SAMPLE_RATE, subtype="PCM_16")
@@ -49,7 +47,7 @@ def synthesize_demo(root: str | Path, train: int = 96, dev: int = 32, test: int 
 
 
 def _voice(rng: np.random.Generator, speaker: int, knobs: np.ndarray) -> np.ndarray:
-    """One utterance of 0.9 to 1.8 s, (S,) within -1..1; the knobs activation, valence, dominance are 0..1.
+    """Buzz and breath through four resonators, (S,) of 0.9 to 1.8 s within -1..1. Activation, valence, dominance: 0..1.
 
     Activation raises pitch, pitch range, syllable rate and treble. Valence turns the pitch from falling to rising,
     takes breath out of the voice and, as a smile does, lifts the upper formants. Dominance separates the syllables.

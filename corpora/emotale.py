@@ -1,7 +1,6 @@
 """EmoTale, enacted emotional speech in Danish and English, of the Technical University of Denmark (ASRU 2025).
 
-It is at https://github.com/snehadas/EmoTale, without a licence: ask its authors before you publish more than scores,
-and cite them. Its readme tells of two raters; `annotations.csv` holds the ratings of three.
+It has no licence: ask its authors before you publish more than scores. Three raters, though its readme tells of two.
 """
 
 import re
@@ -24,7 +23,15 @@ SOURCE = "EmoTale is at https://github.com/snehadas/EmoTale; clone it and cite i
 
 
 def read_emotale(folder: Path, fold: int) -> tuple[list[Utterance], Notes]:
-    """EmoTale: labels 1..5, the mean of the raters; 18 speakers, of whom each speaks both languages under one number.
+    """EmoTale: labels 1..5, the mean of the raters."""
+    try:
+        return join(find(folder, "annotations.csv"), read_clips(folder, fold), [find(folder, "wav")])
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}. {SOURCE}") from None
+
+
+def read_clips(folder: Path, fold: int) -> Iterator[Utterance]:
+    """Every clip, of 18 speakers, of whom each speaks both languages under one number.
 
     A fold tests on three speakers, in the order of their numbers; the next fold's, after the last one the first's,
     are for development.
@@ -35,17 +42,10 @@ def read_emotale(folder: Path, fold: int) -> tuple[list[Utterance], Notes]:
         raise ValueError(f"{folder}: annotations of {len(speakers)} speakers, expected {SPEAKERS}: an unknown version")
     fold_of = {speaker: number * FOLDS // SPEAKERS + 1 for number, speaker in enumerate(speakers)}
     splits = {fold: "test", fold % FOLDS + 1: "dev"}
-
-    def rows() -> Iterator[Utterance]:
-        for file, ratings in clips.items():
-            given = {target: [rater[target] for rater in ratings if target in rater] for target in LABEL_COLUMNS}
-            labels = {target: fmean(values) for target, values in given.items() if values}
-            yield Utterance(file, splits.get(fold_of[speaker_of(file)], "train"), speaker_of(file), labels)
-
-    try:
-        return join(folder / "annotations.csv", rows(), [find(folder, "wav")])
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{error}. {SOURCE}") from None
+    for file, ratings in clips.items():
+        given = {target: [rater[target] for rater in ratings if target in rater] for target in LABEL_COLUMNS}
+        labels = {target: fmean(values) for target, values in given.items() if values}
+        yield Utterance(file, splits.get(fold_of[speaker_of(file)], "train"), speaker_of(file), labels)
 
 
 def agreement(folder: Path) -> dict[str, list[float]]:
@@ -60,12 +60,8 @@ def agreement(folder: Path) -> dict[str, list[float]]:
 
 def read_ratings(folder: Path) -> dict[str, list[dict[str, float]]]:
     """The ratings of each clip by each rater. Raises FileNotFoundError, or ValueError for an unknown version."""
-    try:
-        source = find(folder, "annotations.csv")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. {SOURCE}") from None
     clips = {}
-    for where, (file, *cells) in read_table(source, ("file", *COLUMNS)):
+    for where, (file, *cells) in read_table(find(folder, "annotations.csv"), ("file", *COLUMNS)):
         if not CLIP.fullmatch(file):
             raise ValueError(f"{where}: file {file!r}, expected a name such as DK_004_A_5.wav: an unknown version")
         if file in clips:

@@ -15,7 +15,6 @@ SLACK = 0.5  # how far above 5 a mean of ratings is a slip and not another scale
 
 def read_iemocap(folder: Path, fold: int, dev_set: str = "session") -> tuple[list[Utterance], Notes]:
     """IEMOCAP: labels 1..5, where a mean of ratings slightly above 5 counts as 5. Splits: see `leave_session_out`."""
-    split = leave_session_out(fold, SESSIONS, dev_set)
     sessions = {number: find(folder, f"Session{number}") for number in range(1, SESSIONS + 1)}
     above = []
 
@@ -32,8 +31,8 @@ def read_iemocap(folder: Path, fold: int, dev_set: str = "session") -> tuple[lis
                     if slips:
                         above.append(f"{turn}.wav")
                     gender = turn.rpartition("_")[2][0]
-                    yield Utterance(f"{turn}.wav", split(session, gender), turn[:5] + gender, labels | slips)
+                    split = leave_session_out(fold, SESSIONS, session, gender, dev_set)
+                    yield Utterance(f"{turn}.wav", split, turn[:5] + gender, labels | slips)
 
-    places = [find(find(place, "sentences"), "wav") for place in sessions.values()]
-    utterances, notes = join(folder, rows(), places)
+    utterances, notes = join(folder, rows(), [find(find(place, "sentences"), "wav") for place in sessions.values()])
     return utterances, notes | ({f"labels slightly above {HIGH:g}, taken as {HIGH:g}": above} if above else {})

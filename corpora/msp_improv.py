@@ -20,10 +20,8 @@ TURN = re.compile(
 def read_msp_improv(folder: Path, fold: int, flip_activation: bool = True) -> tuple[list[Utterance], Notes]:
     """MSP-IMPROV: labels 1..5, activation as 6 - A if it is flipped. Splits: see `leave_session_out`.
 
-    Activation was stored from high to low according to one laboratory, and another took it as it is. Therefore the
-    turns that raters called angry and neutral are compared, and it is noted if angry is not the more active.
+    Laboratories differ on whether it was stored from high to low, so it is noted if angry turns are not more active.
     """
-    split = leave_session_out(fold, SESSIONS)
     source = find(folder, "Evalution.txt", "Evaluation.txt")
     activations = defaultdict(list)  # by category
 
@@ -32,15 +30,15 @@ def read_msp_improv(folder: Path, fold: int, flip_activation: bool = True) -> tu
             for line, text in enumerate(file, 1):
                 if not text.startswith("UTD-"):
                     continue  # a rater, or nothing
-                match = TURN.match(text)
-                if not match:
+                if not (match := TURN.match(text)):
                     raise ValueError(f"{source}: line {line}: expected UTD-IMPROV-...avi; N; A:3.0; V:3.0; D:3.0; ...")
                 turn, speaker, category, *cells = match.groups()
                 labels = numbers(cells, f"{source}: line {line}")
                 if "activation" in labels:
                     labels["activation"] = 6 - labels["activation"] if flip_activation else labels["activation"]
                     activations[category].append(labels["activation"])
-                yield Utterance(f"MSP-{turn}.wav", split(int(speaker[1:]), speaker[0]), speaker, labels)
+                split = leave_session_out(fold, SESSIONS, int(speaker[1:]), speaker[0])
+                yield Utterance(f"MSP-{turn}.wav", split, speaker, labels)
 
     utterances, notes = join(source, rows(), [folder])
     angry, neutral = (fmean(activations[category] or [math.nan]) for category in "AN")

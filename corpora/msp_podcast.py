@@ -22,8 +22,7 @@ def read_msp_podcast(folder: Path, test_set: str = "Test1") -> tuple[list[Uttera
     def rows() -> Iterator[Utterance]:
         for where, (file, *cells, speaker, split) in read_table(source, COLUMNS):
             if split.lower() not in splits:
-                known = "Train, Development or Validation, Test1, Test2, Test3"
-                raise ValueError(f"{where}: split {split!r}, expected one of {known}: an unknown version")
+                raise ValueError(f"{where}: split {split!r}, expected one of {', '.join(splits)}: an unknown version")
             yield Utterance(file, splits[split.lower()], speaker, numbers(cells, where))
 
     utterances, notes = join(source, rows(), [audio])

@@ -1,6 +1,5 @@
 """MuSE, of the University of Michigan."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from corpora.tree import find, join, not_found, numbers, read_table
@@ -17,13 +16,11 @@ def read_muse(folder: Path) -> tuple[list[Utterance], Notes]:
     if not sources:
         raise not_found(folder, "a folder with `Emotion data from crowdsourcing ... .csv`")
     audio = [find(find(folder, kind), "Audio") for kind in ("NotStressed", "Stressed")]
-    columns = ("", "Activation_Mean", "Valence_Mean")
-    table = list(read_table(sources[0], columns))
+    table = list(read_table(sources[0], ("", "Activation_Mean", "Valence_Mean")))
     speakers = sorted({file[:2] for _, (file, *_) in table})
     split = {speaker: ("train", "train", "train", "dev", "test")[at % 5] for at, speaker in enumerate(speakers)}
-
-    def rows() -> Iterator[Utterance]:
-        for where, (file, *cells) in table:
-            yield Utterance(file.removesuffix(".wav") + ".wav", split[file[:2]], file[:2], numbers(cells, where))
-
-    return join(sources[0], rows(), audio)
+    rows = (
+        Utterance(file.removesuffix(".wav") + ".wav", split[file[:2]], file[:2], numbers(cells, where))
+        for where, (file, *cells) in table
+    )
+    return join(sources[0], rows, audio)

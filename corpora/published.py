@@ -1,7 +1,5 @@
 """The corpora that can be named in a configuration, and the one function that reads them. No audio is opened.
 
-    utterances, notes = read("iemocap", {"data_root": "corpora/IEMOCAP_full_release", "fold": 1})
-
 Splits are those that were published, else whole sessions or speakers, so that no speaker is in two of them.
 """
 
@@ -42,8 +40,7 @@ CORPORA = {
 def read(name: str, keys: dict[str, str | int | None]) -> tuple[list[Utterance], Notes]:
     """The utterances of a corpus, and what a user should know of them: what was left out or is odd, with the files.
 
-    Raises FileNotFoundError or ValueError for an unknown name, a key that the corpus does not use, and files that are
-    not as published.
+    Raises FileNotFoundError or ValueError for a name, a key or files that are not as expected.
     """
     if name not in CORPORA:
         names = ["manifest", *CORPORA]

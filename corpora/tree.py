@@ -3,28 +3,24 @@
 import csv
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from data import LABEL_COLUMNS, Notes, Utterance, number, reading
 
 
-def leave_session_out(fold: int, sessions: int, dev_set: str = "session") -> Callable[[int, str], str]:
+def leave_session_out(fold: int, sessions: int, session: int, gender: str, dev_set: str = "session") -> str:
     """The split of a session's speaker, "F" or "M": session `fold` is for testing.
 
     The next session is for development, after the last one the first. With `dev_set` "speaker" that session trains
     too, and the held-out session's woman is for development, its man for testing. Raises ValueError for `dev_set`.
     """
-    if dev_set not in ("session", "speaker"):
+    if dev_set == "session":
+        return {fold: "test", fold % sessions + 1: "dev"}.get(session, "train")
+    if dev_set != "speaker":
         raise ValueError(f"dev_set: found {dev_set!r}, expected session or speaker")
-
-    def split(session: int, gender: str) -> str:
-        if dev_set == "session":
-            return {fold: "test", fold % sessions + 1: "dev"}.get(session, "train")
-        return "train" if session != fold else "dev" if gender == "F" else "test"
-
-    return split
+    return "train" if session != fold else "dev" if gender == "F" else "test"
 
 
 def join(source: Path, rows: Iterable[Utterance], folders: Sequence[Path]) -> tuple[list[Utterance], Notes]:
@@ -58,8 +54,7 @@ def join(source: Path, rows: Iterable[Utterance], folders: Sequence[Path]) -> tu
 def folders_below(folder: str | Path, unread: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
     """A folder and those below it, also behind links, and the files in each; without the `._*` of macOS.
 
-    A folder that links lead to a second time is left out, so that they may go round in a circle. What cannot be listed
-    is added to `unread`, or is an error.
+    Each is there once, so links may go round in a circle. What cannot be listed is added to `unread`, or is an error.
     """
 
     def failed(error: OSError) -> None:

@@ -1,9 +1,8 @@
 """Programs of this repository: what all commands share, processes of their own, and what they say in a log.
 
-A process has its time and its memory to itself, and whatever ends it ends no other. But Python and PyTorch take two to
-five seconds to start, and the first optimizer as long again. So a server imports them once and forks for each program,
-where there is fork. A program's seconds then leave out these imports, and on a CPU its peak memory counts, of PyTorch's
-own files, only what it touches: 65 MB less than when it is started by itself.
+Python and PyTorch take two to five seconds to start, and the first optimizer as long again. So a server imports them
+once and forks for each program, where there is fork. A program's seconds then leave out these imports, and its peak
+memory on a CPU counts, of PyTorch's own files, only what it touches: 65 MB less than when it is started by itself.
 """
 
 import codecs
@@ -53,10 +52,7 @@ codecs.register_error("as_named", as_named)
 
 
 def logged(words: Sequence[str], log: Path) -> int:
-    """Run `python WORDS` with its output in `log`; returns the exit code. The last line of the log tells of a failure.
-
-    Ctrl-C asks the program to end, and waits for it.
-    """
+    """Run `python -m WORDS` with its output in `log`; returns the exit code. Ctrl-C asks it to end, and waits."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes(b"")
     forks = "forkserver" in multiprocessing.get_all_start_methods()
@@ -81,19 +77,14 @@ def logged(words: Sequence[str], log: Path) -> int:
 
 
 def be(words: Sequence[str], log: str) -> None:
-    """Become the program `python WORDS`: a file, or -m and a module, and its arguments."""
+    """Become the program `python -m WORDS`: a module and its arguments."""
     with open(log, "ab") as file:
         for number, stream in ((1, sys.stdout), (2, sys.stderr)):
             os.dup2(file.fileno(), number)
             stream.reconfigure(line_buffering=True)  # what a killed process has said is in the file
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if words[0] == "-m":
-        sys.argv = list(words[1:])
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = list(words)
-        sys.path.insert(0, str(Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def last_lines(log: Path, count: int = 5) -> list[str]:

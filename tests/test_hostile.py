@@ -686,9 +686,11 @@ def test_no_name_becomes_a_formula_in_a_table_and_numbers_stay_numbers(tmp_path)
     predict.row_writer(table, "csv", ["valence"])([row])
     predict.row_writer(lines, "jsonl", ["valence"])([row])
     assert json.loads(lines.getvalue()) == row
-    problems = check.csv_text(["severity", "problem", "file", "detail"], [["warning", "silent", FORMULA, "-x"]])
-    texts = [table.getvalue(), problems, check.speakers_csv([(utterance, 1.0) for utterance in utterances])]
-    texts.append((tmp_path / "predictions_test.csv").read_text("utf-8"))
+    check.write_csv(tmp_path / "problems.csv", ["problem", "file", "detail"], [["silent", FORMULA, "-x"]])
+    speakers = check.speakers([(utterance, 1.0) for utterance in utterances])
+    check.write_csv(tmp_path / "speakers.csv", ["split", "speaker", "utterances", "hours"], speakers)
+    names = ("problems.csv", "speakers.csv", "predictions_test.csv")
+    texts = [table.getvalue(), *((tmp_path / name).read_text("utf-8") for name in names)]
     cells = [cell for text in texts for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
     assert cells.count(f"'{FORMULA}") == 5
     assert [cell for cell in cells if cell[:1] in "=+-@" and cell] == ["-0.5", *["-0.2500", "-1.5"] * len(NAMES)]

@@ -263,8 +263,6 @@ def test_without_matplotlib_there_are_tables(trained, monkeypatch, tmp_path, cap
     ("arguments", "message"),
     [
         (["nowhere"], f"{Path('nowhere') / 'best.pt'}: no such file; expected a run's directory"),
-        (["RUN", "--split", "train"], "--split: expected test or dev, found train"),
-        (["RUN", "--utterances", 1], "--utterances: expected at least 2, found 1"),
         (["RUN", "--out", __file__], __file__),
     ],
 )
@@ -274,6 +272,19 @@ def test_errors_are_one_line(trained, monkeypatch, arguments, message):
     assert said.startswith("error: ")
     assert message in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--split", "train", "invalid choice: 'train'"),
+        ("--utterances", 1, "--utterances: expected at least 2, found 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(monkeypatch, capsys, option, value, message):
+    """As everywhere, with the usage: before anything is read."""
+    assert command_line(monkeypatch, "RUN", option, value) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_backbone_that_has_moved_is_found_where_the_option_says(

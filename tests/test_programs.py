@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,13 @@ from conftest import tiny_settings
 from processes import python
 
 from machine.programs import command, last_lines, logged
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch) -> Path:
+    """Where a program is found as module `program`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "program.py"
 
 
 def fail(error: BaseException):
@@ -50,32 +58,32 @@ def test_a_name_is_printed_whatever_the_encoding(monkeypatch):
         assert stream.buffer.getvalue() == expected + b"\xff\xfe\\ud800"
 
 
-def test_a_log_ends_with_how_its_process_did_and_reads_as_on_a_terminal(tmp_path):
+def test_a_log_ends_with_how_its_process_did_and_reads_as_on_a_terminal(program, tmp_path):
     """Of a bar that was drawn over and over its last state is left; one that ended well has no last lines."""
-    log, program = tmp_path / "logs" / "a.txt", tmp_path / "program.py"
+    log = tmp_path / "logs" / "a.txt"
     program.write_text("import sys\nprint('1%\\r50%\\r100%\\n\\nerror: é', file=sys.stderr)\nsys.exit(3)")
-    assert logged([str(program)], log) == 3
+    assert logged(["program"], log) == 3
     assert last_lines(log)[0] == "100%"
     assert last_lines(log)[-1] == "exit code 3"
     assert len(last_lines(log)) == 3
     program.write_text("print('fine')")
-    assert logged([str(program)], log) == 0
+    assert logged(["program"], log) == 0
     assert last_lines(log) == last_lines(tmp_path / "none.txt") == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no signals")
-def test_a_killed_process_is_said_to_be_one(tmp_path, monkeypatch):
+def test_a_killed_process_is_said_to_be_one(program, tmp_path, monkeypatch):
     """What it had said until then is there."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    (tmp_path / "program.py").write_text("import os\nprint('epoch 1')\nos.kill(os.getpid(), 9)")
-    assert logged([str(tmp_path / "program.py")], tmp_path / "log.txt") == -9
+    program.write_text("import os\nprint('epoch 1')\nos.kill(os.getpid(), 9)")
+    assert logged(["program"], tmp_path / "log.txt") == -9
     assert last_lines(tmp_path / "log.txt") == ["epoch 1", "signal 9, Killed, perhaps for memory"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
-def test_an_interrupt_waits_until_the_run_has_saved(tmp_path):
+def test_an_interrupt_waits_until_the_run_has_saved(program, tmp_path):
     """However long its step takes, where `subprocess.run` would kill it after a quarter of a second."""
-    program, log = tmp_path / "program.py", tmp_path / "log.txt"
+    log = tmp_path / "log.txt"
     program.write_text(
         "import os, signal, sys, time\n"  # os.write: the signal may come while print still holds the stream
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.6), os.write(1, b'saved\\n'), sys.exit(1)))\n"
@@ -89,20 +97,20 @@ def test_an_interrupt_waits_until_the_run_has_saved(tmp_path):
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        logged([str(program)], log)
+        logged(["program"], log)
     assert log.read_text().split() == ["begun", "saved"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
-def test_programs_are_processes_of_their_own_that_need_not_import_pytorch(tmp_path):
+def test_programs_are_processes_of_their_own_that_need_not_import_pytorch(program, tmp_path):
     """One server forks them all, with what train.py needs; what one leaves behind the next does not see."""
-    program, said = tmp_path / "program.py", []
+    said = []
     program.write_text(
         "import os, sys\nprint(os.getpid(), os.getppid(), 'run' in sys.modules, 'torch._dynamo' in sys.modules)\n"
         "print(hasattr(sys, 'left_behind'), sys.argv[1:], __name__)\nsys.left_behind = True\n"
     )
     for number in range(2):
-        assert logged([str(program), str(number)], tmp_path / "log.txt") == 0
+        assert logged(["program", str(number)], tmp_path / "log.txt") == 0
         said.append((tmp_path / "log.txt").read_text().splitlines())
     (first, second), (pids, parents) = said, zip(*(lines[0].split()[:2] for lines in said), strict=True)
     assert len(set(pids)) == 2

@@ -1,10 +1,6 @@
 """The care of activation caches: fill them, find damage, list what they take and who uses them, delete them.
 
-python -m tools.caches build configs/partial3_cached.yaml      fill the caches that configs use
-torchrun --nproc_per_node=2 -m tools.caches build ...          the same, each of two processes computing half of it
-python -m tools.caches verify cache/1f0c3a... [--repair]       read everything, name what is damaged, and forget it
-python -m tools.caches list cache                              size, content, last use and users of each cache
-python -m tools.caches clear cache/1f0c3a... [--gone]          delete these caches, or what they hold of lost files
+`python -m tools.caches --help` lists the commands.
 """
 
 import argparse
@@ -36,9 +32,8 @@ from machine.programs import command, split_words
 PARTS = (".bin", ".index", ".user", ".tmp", ".csv")  # of a cache, beside cache.json; .csv: the index until format 2
 
 
-def list_caches(root: str | Path) -> str:
+def list_caches(root: Path) -> str:
     """A few lines on each cache below `root`, the largest first. Raises FileNotFoundError if there is no folder."""
-    root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected one of caches, as cache_dir names it")
     caches = sorted((path.parent for path in root.glob("*/cache.json")), key=size, reverse=True)
@@ -60,13 +55,13 @@ def describe(directory: Path) -> str:
             match json.loads(path.read_text(encoding="utf-8")):
                 case {"path": str(user), "backbone": str(source)}:
                     sources.add(source)
-                    users |= {user} if os.path.exists(user) else set()
+                    users.add(user)
     used = time.localtime(max(path.stat().st_mtime for path in files(directory)))
     text += f"{len(recorded):,} utterances{f' ({lost:,} of files that are gone or have changed)' if lost else ''}, "
     text += time.strftime("last used %Y-%m-%d %H:%M\n  ", used)
     text += ", ".join(sorted(sources)) or f"SHA-256 {str(identity.get('backbone'))[:12]}..."
     text += f", hidden state {identity.get('depth')}, {identity['width']} of {identity['dtype']}"
-    for user in sorted(users) or ["nothing that still exists"]:
+    for user in sorted(filter(os.path.exists, users)) or ["nothing that still exists"]:
         text += f"\n  used by {user}"
     return text + "\n  written by another version; no longer used" * (identity.get("format") != cache.FORMAT)
 
@@ -87,13 +82,13 @@ def size(directory: Path) -> int:
 # ---------------------------------------------------------------- clear and verify
 
 
-def clear(names: list[str], root: str | Path = "cache", only_lost: bool = False) -> str:
-    """Delete caches, each a directory or the name of one below `root`; a line on each, and what was freed.
+def clear(names: list[str], only_lost: bool = False) -> str:
+    """Delete caches, each a directory or the name of one below ./cache; a line on each, and what was freed.
 
-    With `only_lost` each remains, without what it holds of files that are gone or have changed. Raises ValueError or
-    FileNotFoundError, before anything is deleted, for what is no cache. Files of others stay.
+    `only_lost` deletes what they hold of files that are gone or have changed. Files of others stay. Raises ValueError
+    or FileNotFoundError for what is no cache, before anything is deleted.
     """
-    chosen = dict.fromkeys(Path(name) if Path(name).is_dir() else Path(root) / name for name in names)
+    chosen = dict.fromkeys(Path(name) if Path(name).is_dir() else Path("cache", name) for name in names)
     identities = [read_description(Path(os.path.abspath(directory))) for directory in chosen]
     freed = {}  # MB
     for directory, identity in zip(chosen, identities, strict=True):
@@ -132,11 +127,10 @@ def drop_lost(directory: Path, identity: dict) -> None:
 
 
 def verify(directory: str | Path, repair: bool = False) -> list[str]:
-    """Read every activation of a cache; the audio paths of those whose bytes are not what was written.
+    """Read every activation of a cache; the audio paths of those that are damaged, and damaged lines as they stand.
 
-    What lies past the end of its shard counts only where no whole one took its place: reading passes it over too. A
-    damaged line of an index is given as it stands there. `repair` takes the lines of all that is damaged out of the
-    index, so that the next run computes it anew; no run may use the cache meanwhile.
+    What lies past the end of its shard counts only where no whole one took its place: reading passes it over too.
+    `repair` takes what is damaged out of the index; no run may use the cache meanwhile.
     """
     directory = Path(os.path.abspath(directory))
     identity, whole, cut, damaged = read_description(directory), set(), [], []
@@ -180,11 +174,7 @@ def read_rows(directory: Path, line: cache.Line, identity: dict) -> bytes | None
 
 
 def build(words: Sequence[str]) -> dict[str, dict]:
-    """Compute what the caches of configs lack, one cache after the other.
-
-    `words` are paths of configs, and `key=value` for all of them. For each path the cache's "directory", its "bytes",
-    and the "seconds" that building it took, None if it was complete.
-    """
+    """Fill the caches of configs, one after the other: `words` are paths, and `key=value` for all. A report by path."""
     paths, overrides = split_words(words)
     if not paths:
         raise ValueError("build: expected at least one config")
@@ -214,49 +204,44 @@ def build(words: Sequence[str]) -> dict[str, dict]:
         prefix = Prefix(model, audio, device, hardware.DTYPES[precision], opened, size)
         jobs.setdefault(opened.directory, (prefix, precision, tf32))
     hardware.require_space(needed)
-    built = {}
-    for directory, job in jobs.items():
-        seconds = fill(*job)
-        built[directory] = {"directory": str(directory), "seconds": seconds, "bytes": job[0].cache.stored_bytes()}
-    return {path: built[directory] for path, directory in directories.items()}
+    reports = {directory: fill(*job) for directory, job in jobs.items()}
+    return {path: reports[directory] for path, directory in directories.items()}
 
 
-def fill(prefix: Prefix, precision: str, tf32: bool) -> float | None:
-    """Complete a cache; returns the seconds that it took, None if it was complete.
+def fill(prefix: Prefix, precision: str, tf32: bool) -> dict:
+    """Complete a cache: its "directory", its "bytes", and the "seconds" that it took, None if it was complete.
 
-    Several commands may do this at once, each in an order of its own and without what another has done by then. The
-    processes of one command share the work.
+    Several commands may do this at once, in random orders. The processes of one command share the work.
     """
-    start, lacking = time.perf_counter(), bool(prefix.cache.missing)
+    start, opened = time.perf_counter(), prefix.cache
+    lacking = bool(opened.missing)
     if lacking:
         run.prepare(prefix.model, prefix.device, precision, tf32)
         size, count = prefix.at_once, len(prefix.paths)
         batches = parallel.share([range(i, min(i + size, count)) for i in range(0, count, size)])
-        missing = [batch for batch in batches if not prefix.cache.has(batch)]
+        missing = [batch for batch in batches if not opened.has(batch)]
         random.shuffle(missing)
-        progress = {"desc": "cache", "unit": "batch", "disable": parallel.rank() > 0 or None}
-        for _ in tqdm(prefix(missing), total=len(missing), **progress):
+        quiet = parallel.rank() > 0 or None
+        for _ in tqdm(prefix(missing), desc="cache", total=len(missing), unit="batch", disable=quiet):
             pass
     parallel.wait()
-    prefix.cache.close()
+    opened.close()
     prefix.release_if_cached()  # looks for what other processes have written, too
-    return time.perf_counter() - start if lacking else None
-
-
-# ---------------------------------------------------------------- the command
+    seconds = time.perf_counter() - start if lacking else None
+    return {"directory": str(opened.directory), "seconds": seconds, "bytes": opened.stored_bytes()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fill, check, list or delete activation caches.")
     commands = parser.add_subparsers(dest="command", required=True)
-    built = commands.add_parser("build", help="fill the caches that configs use")
+    built = commands.add_parser("build", help="fill the caches that configs use; under torchrun processes share this")
     built.add_argument("words", nargs="+", metavar="config | key=value", help="keys are for all of the configs")
     built.add_argument("--report", help="JSON file to write: directory, bytes and seconds of each config's cache")
-    verified = commands.add_parser("verify", help="name damaged activations")
+    verified = commands.add_parser("verify", help="read everything, and name damaged activations")
     verified.add_argument("directory")
     verified.add_argument("--repair", action="store_true", help="forget them, so that the next run computes them anew")
     listed = commands.add_parser("list", help="size, content, last use and users of each cache in a folder")
-    listed.add_argument("directory", nargs="?", default="cache")
+    listed.add_argument("directory", nargs="?", type=Path, default="cache")
     cleared = commands.add_parser("clear", help="delete caches, without asking, and say what that freed")
     cleared.add_argument("names", nargs="+", metavar="directory", help="of a cache, or its name below ./cache")
     lost = "delete only what they hold of files that are gone or have changed; an unmounted disk is gone"
@@ -265,7 +250,7 @@ def main() -> None:
     if arguments.command == "list":
         print(list_caches(arguments.directory))
     elif arguments.command == "clear":
-        print(clear(arguments.names, only_lost=arguments.gone))
+        print(clear(arguments.names, arguments.gone))
     elif arguments.command == "verify":
         damaged = verify(arguments.directory, arguments.repair)
         print("\n".join(damaged) or "every activation is as it was written")

@@ -1,14 +1,12 @@
 """Which layers did finetuning change? Representations and weights of a finished run beside the pretrained ones.
 
-    python -m tools.layers runs/full [--out DIR] [--split test|dev] [--utterances 200] [--backbone WHERE IT IS NOW]
+    python -m tools.layers runs/full
 
-For every hidden state its similarity (linear CKA) to the pretrained one on speech that was not trained on, and for
-every layer the relative change of its weights: `layers.md`, `layers.csv` and a picture, in the run's directory or in
-DIR. What lies below all that trained is the same in both models, so it is computed once.
+Similarity (linear CKA) of every hidden state on speech that was not trained on, and relative change of every layer's
+weights. What lies below all that trained is the same in both models, so it is computed once.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +25,11 @@ from model import Wav2Vec2
 from report import tables
 
 TOGETHER = 8  # utterances in memory at once
-OUTSIDE = {"projection": ("projection.norm", "projection.linear"), "positional convolution": ("position",)}
-OUTSIDE |= {"norm": ("norm",)}
-PARTS = {"attention": ("attention",), "feed-forward": ("feed_forward",)}  # of a layer
-PARTS |= {"norms": ("attention_norm", "feed_forward_norm")}
+OUTSIDE = {"projection": "projection.norm projection.linear", "positional convolution": "position", "norm": "norm"}
+PARTS = {"attention": "attention", "feed-forward": "feed_forward", "norms": "attention_norm feed_forward_norm"}
 COLUMNS = ("part", "similarity", "change", *PARTS)
+CHANGE = "Change of weights: ||W - W0|| / ||W0||. It grows with learning rate and steps, much alike wherever Adam "
+CHANGE += "trains; what it amounts to, with all changes below, is in the similarity of the output."
 Row = dict[str, str | float]
 
 
@@ -39,8 +37,7 @@ class LinearCKA:
     """Linear CKA of two representations of the same frames, added up batch by batch in memory that does not grow.
 
     `||Y^T X||^2 / (||X^T X|| ||Y^T Y||)` with centred columns and Frobenius norms (Kornblith et al. 2019, arXiv
-    1905.00414): 1 for the same up to rotation, scale and offset. Two unrelated ones come near 0 only where frames are
-    many more than channels: white noise of D channels on both sides has about `D / (D + frames)`.
+    1905.00414): 1 for the same up to rotation, scale and offset, about `D / (D + frames)` for noise of D channels.
     """
 
     def __init__(self) -> None:
@@ -63,38 +60,37 @@ class LinearCKA:
         return (yx.square().sum() / (xx.norm() * yy.norm())).item()
 
 
+def flat(model: nn.Module, names: Sequence[str]) -> Tensor:
+    """All parameters `(P,)` of the submodules with these names, in fp64."""
+    return torch.cat([p.double().flatten() for name in names for p in model.get_submodule(name).parameters()])
+
+
 @torch.no_grad()
 def relative_change(before: nn.Module, after: nn.Module, names: Sequence[str]) -> float:
     """`||W - W0|| / ||W0||` over all parameters of the submodules with these names together."""
-    moved = size = 0.0
-    for name in names:
-        pair = before.get_submodule(name).parameters(), after.get_submodule(name).parameters()
-        for old, new in zip(*pair, strict=True):
-            moved += (new.double() - old.double()).square().sum().item()
-            size += old.double().square().sum().item()
-    return math.sqrt(moved / size)
+    old, new = flat(before, names), flat(after, names)
+    return ((new - old).norm() / old.norm()).item()
 
 
 def changes(before: Wav2Vec2, after: Wav2Vec2, trained: Sequence[str]) -> tuple[list[Row], list[Row]]:
     """Rows of what lies outside the layers, if it is among the parameters that `trained`, and of every layer."""
     outside, layers = [], []
     for part, names in OUTSIDE.items():
-        if any(parameter.startswith(tuple(f"backbone.{name}." for name in names)) for parameter in trained):
-            outside.append({"part": part, "change": relative_change(before, after, names)})
+        starts = tuple(f"backbone.{name}." for name in names.split())
+        if any(parameter.startswith(starts) for parameter in trained):
+            outside.append({"part": part, "change": relative_change(before, after, names.split())})
     for number in range(len(before.layers)):
         layer = f"layers.{number}"
         row: Row = {"part": f"layer {number}", "change": relative_change(before, after, [layer])}
-        row |= {p: relative_change(before, after, [f"{layer}.{name}" for name in names]) for p, names in PARTS.items()}
+        for part, names in PARTS.items():
+            row[part] = relative_change(before, after, [f"{layer}.{name}" for name in names.split()])
         layers.append(row)
     return outside, layers
 
 
 @torch.no_grad()
 def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: Prefix, count: int) -> tuple[list[float], int]:
-    """CKA of every hidden state, 0 to L, over `count` utterances, and their frames; exactly 1 to where `prefix` ends.
-
-    Both models go on from the prefix's output.
-    """
+    """CKA of every hidden state, 0 to L, over `count` utterances, and their frames; 1 up to where `prefix` ends."""
     depths = range(prefix.depth + 1, pretrained.config.layers + 1)
     found, frames = [LinearCKA() for _ in depths], 0
     batches = [range(i, min(i + TOGETHER, count)) for i in range(0, count, TOGETHER)] if depths else []
@@ -110,8 +106,7 @@ def similarities(pretrained: Wav2Vec2, finetuned: Wav2Vec2, prefix: Prefix, coun
 def choose(utterances: Sequence[data.Utterance], split: str, count: int) -> list[data.Utterance]:
     """At most `count` utterances of a split, from all over it."""
     there = [utterance for utterance in utterances if utterance.split == split]
-    count = min(count, len(there))
-    return [there[i * len(there) // count] for i in range(count)]
+    return [there[i * len(there) // count] for i in range(count)] if count < len(there) else there
 
 
 def cell(row: Row, column: str) -> str:
@@ -126,15 +121,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Which layers did finetuning change?")
     parser.add_argument("run", help="the directory of a run of train.py")
     parser.add_argument("--out", help="directory for what is written; otherwise that of the run")
-    parser.add_argument("--split", default="test", help="test or dev: neither was trained on")
+    parser.add_argument("--split", choices=("test", "dev"), default="test", help="neither was trained on")
     parser.add_argument("--utterances", type=int, default=200, help="at most that many of the split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--backbone", help="where the backbone of the run is now, if it has moved")
     arguments = parser.parse_args()
-    if arguments.split not in ("test", "dev"):
-        raise ValueError(f"--split: expected test or dev, found {arguments.split}")
     if arguments.utterances < 2:
-        raise ValueError(f"--utterances: expected at least 2, found {arguments.utterances}")
+        parser.error(f"--utterances: expected at least 2, found {arguments.utterances}")
     return arguments
 
 
@@ -152,14 +145,12 @@ def main() -> None:
 
     model = run.load_run(directory, merged=False, backbone=arguments.backbone)
     pretrained, _ = run.find_backbone(config)
-    paths = [utterance.source for utterance in chosen]
-    prefix = Prefix(model, paths, device, torch.float32)  # ends before the first LoRA
+    prefix = Prefix(model, [utterance.source for utterance in chosen], device, torch.float32)  # to the first LoRA
     merge(model)
     outside, layers = changes(pretrained, model.backbone, list(checkpoint["trained"]))
     run.prepare(model, device, "fp32")
     similarity, frames = similarities(pretrained.to(device), model.backbone, prefix, len(chosen))
-    for row, value in zip(layers, similarity[1:], strict=True):
-        row["similarity"] = value
+    layers = [{**row, "similarity": value} for row, value in zip(layers, similarity[1:], strict=True)]
 
     note = run.DEMO_NOTE if config.corpus == "demo" else ""
     noise = pretrained.config.width / (pretrained.config.width + frames)
@@ -167,13 +158,9 @@ def main() -> None:
         f"{directory}, epoch {checkpoint['epoch']}. Similarity to the pretrained model: linear CKA over {frames:,} "
         f"frames of {len(chosen)} utterances of {arguments.split}, by which white noise would have {noise:.2f}."
     )
-    changed = (
-        "Change of weights: ||W - W0|| / ||W0||. It grows with learning rate and steps, much alike wherever Adam "
-        "trains; what it amounts to, with all changes below, is in the similarity of the output."
-    )
     rows = [*outside, {"part": "input of layer 0", "similarity": similarity[0]}, *layers]
     table = tables.markdown(COLUMNS, [[cell(row, column) for column in COLUMNS] for row in rows])
-    text = "\n\n".join([*filter(None, [note, heard if frames else "", changed]), table]) + "\n"
+    text = "\n\n".join(filter(None, [note, heard if frames else "", CHANGE, table])) + "\n"
     hardware.write_text(out / "layers.md", text)
     tables.write_csv(out / "layers.csv", [*COLUMNS, "note"], [{**row, "note": note} for row in rows])
     drawn = "no picture: matplotlib is not installed"
