@@ -9,7 +9,7 @@ from torch import nn
 from data import say_once
 from model import EmotionModel
 from run import LICENCE
-from weights import locate, make_backbone, read, refuse, require_finite, unusable
+from weights import locate, make_backbone, read, refuse, require_finite, require_shapes, unusable
 
 PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
 TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
@@ -30,21 +30,18 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     if (pooling := settings.get("pooling_mode", "mean")) != "mean":
         raise ValueError(f"{path}: pooling_mode is {pooling!r} in its settings; only 'mean' is known here")
     backbone = make_backbone(tensors, settings, path)
-    targets = name_targets(settings, len(tensors["classifier.out_proj.weight"]), path)
+    head = {key: tensor for key, tensor in tensors.items() if key.startswith("classifier.")}
+    targets = name_targets(settings, len(head["classifier.out_proj.weight"]), path)
     with torch.device("meta"):  # no memory for a head before it is known to fit
-        width = len(tensors["classifier.dense.weight"])
+        width = len(head["classifier.dense.weight"])
         model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
     model.head[1] = nn.Tanh()
-    keys = {f"{ours}.{kind}": f"{key}.{kind}" for key, ours in PLACES.items() for kind in ("weight", "bias")}
-    surplus = [key for key in tensors if key.startswith("classifier.") and key not in keys.values()]
-    problems, state = [f"{key} has no known place in its head" for key in surplus], {}
-    for name, parameter in model.head.named_parameters():
-        state[name] = found = tensors.get(keys[name], torch.empty(0))
-        fits = found.shape == parameter.shape
-        if problem := unusable(found) or (not fits and f"is {tuple(found.shape)}, expected {tuple(parameter.shape)}"):
-            problems.append(f"{keys[name]} {problem}")
-    refuse(problems, path)
-    model.head.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    ours = {f"{key}.{kind}": f"{place}.{kind}" for key, place in PLACES.items() for kind in ("weight", "bias")}
+    refuse([f"{key} has no known place in its head" for key in head if key not in ours], path)
+    refuse([f"{key} {problem}" for key, tensor in head.items() if (problem := unusable(tensor))], path)
+    shapes = {key: model.head.get_parameter(name).shape for key, name in ours.items()}
+    require_shapes(head, shapes, {key: key for key in head}, path)
+    model.head.load_state_dict({ours[key]: tensor.float() for key, tensor in head.items()}, assign=True)
     return model.eval()
 
 

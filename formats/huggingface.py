@@ -10,6 +10,11 @@ from machine.hardware import replace
 from model import Wav2Vec2, Wav2Vec2Config
 from weights import HUGGING_FACE, OURS, SETTINGS_FILES, WEIGHT_FILES, tap_norms, translate
 
+FIELDS = """
+conv_dim=conv_channels conv_kernel=conv_kernels conv_stride=conv_strides conv_bias=conv_bias feat_extract_norm=conv_norm
+hidden_size=width num_hidden_layers=layers num_attention_heads=heads intermediate_size=ffn do_stable_layer_norm=pre_norm
+num_conv_pos_embeddings=position_kernel num_conv_pos_embedding_groups=position_groups layer_norm_eps=norm_eps
+"""  # of a `config.json`, and ours
 FAMILIES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}  # what transformers calls them
 
 
@@ -49,18 +54,9 @@ def hugging_face_key(name: str) -> str | None:
 def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict, dict]:
     """An architecture as `config.json` and `preprocessor_config.json` say it."""
     family = "wavlm" if config.relative_buckets else family if config.projection_norm else "hubert"
-    settings: dict[str, object] = {"model_type": family, "architectures": [FAMILIES[family]], "hidden_act": "gelu"}
-    settings |= {
-        "conv_dim": config.conv_channels,
-        "conv_kernel": config.conv_kernels,
-        "conv_stride": config.conv_strides,
-    }
-    settings |= {"conv_bias": config.conv_bias, "num_feat_extract_layers": len(config.conv_channels)}
-    settings |= {"feat_extract_norm": config.conv_norm, "feat_extract_activation": "gelu"}
-    settings |= {"hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads}
-    settings |= {"intermediate_size": config.ffn, "do_stable_layer_norm": config.pre_norm}
-    settings |= {"num_conv_pos_embeddings": config.position_kernel, "layer_norm_eps": config.norm_eps}
-    settings |= {"num_conv_pos_embedding_groups": config.position_groups}
+    settings: dict[str, object] = {"model_type": family, "architectures": [FAMILIES[family]]}
+    settings |= {"hidden_act": "gelu", "feat_extract_activation": "gelu"}
+    settings |= {theirs: getattr(config, ours) for theirs, ours in (pair.split("=") for pair in FIELDS.split())}
     if config.relative_buckets:
         settings |= {"num_buckets": config.relative_buckets, "max_bucket_distance": config.relative_distance}
     if not config.projection_norm:  # only HuBERT's classes can leave it out
