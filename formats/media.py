@@ -169,15 +169,10 @@ def without_padding(waveform: np.ndarray, stream: av.AudioStream) -> np.ndarray:
 
 
 def mono(frame: av.AudioFrame) -> np.ndarray:
-    """The mean of a frame's channels, (S,) float32 in -1..1."""
-    samples = frame.to_ndarray()  # (channels, S), or packed (1, S * channels)
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    if samples.dtype == np.uint8:
-        samples = (samples.astype(np.float32) - 128) / 128
-    elif samples.dtype.kind == "i":
-        samples = samples / np.float32(2 ** (8 * samples.itemsize - 1))
-    return samples.mean(axis=0, dtype=np.float32)
+    """The mean of a frame's channels, (S,) float32 in -1..1; of eight planes or more PyAV cannot make an array."""
+    (packed,) = av.AudioResampler("flt").resample(frame)
+    samples, channels = packed.to_ndarray()[0], frame.layout.nb_channels  # (S * channels,), in turns
+    return sum(samples[channel::channels] for channel in range(channels)) / channels
 
 
 def declared_seconds(
