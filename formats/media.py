@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+from av.container import InputContainer
 
 from data import say_once
 from machine.audio import BLOCK, MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_length, resample
@@ -67,7 +68,7 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or "it cannot be decoded"
 
 
-def first_track(container: av.container.InputContainer, path: str) -> av.AudioStream:
+def first_track(container: InputContainer, path: str) -> av.AudioStream:
     """The first audio track; others beside it, and films, are mentioned on stderr."""
     if not container.streams.audio:
         found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
@@ -175,9 +176,7 @@ def mono(frame: av.AudioFrame) -> np.ndarray:
     return sum(samples[channel::channels] for channel in range(channels)) / channels
 
 
-def declared_seconds(
-    container: av.container.InputContainer, stream: av.AudioStream, kind: str, first_byte: int
-) -> float:
+def declared_seconds(container: InputContainer, stream: av.AudioStream, kind: str, first_byte: int) -> float:
     """The length that the file declares; 0 where it does not, or where FFmpeg's is an estimate."""
     declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
     if kind in LOSSY or kind in LOSSLESS:
