@@ -96,14 +96,14 @@ def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, 
     """The backbone of these tensors and settings, which come from `path`."""
     state, sources = rename(tensors, path)
     fold_weight_norm(state, sources, path)
-    require_shapes(state, SIZES, sources, path)
+    refuse(misfits(state, SIZES, sources), path)
     config = replace(describe(state, settings, path), **regularisation)
     with torch.device("meta"):
         backbone = Wav2Vec2(config)
     expected = {name: parameter.shape for name, parameter in backbone.named_parameters()}
     state.setdefault("projection.mask_embedding", torch.zeros(config.width))  # left out where unused
-    refuse([f"{sources[name]} has no place" for name in state if name not in expected], path)
-    require_shapes(state, expected, sources, path)
+    surplus = [f"{sources[name]} has no place" for name in state if name not in expected]
+    refuse(surplus + misfits(state, expected, sources), path)
     backbone.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return backbone.eval()
 
@@ -323,20 +323,17 @@ def tap_norms(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=(0, 1), keepdim=True, dtype=torch.float64).float()
 
 
-def require_shapes(
-    state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int | None]], sources: Mapping[str, str], path: Path
-) -> None:
-    """Raise ValueError for tensors that are missing or of another shape. None is any size above 0."""
+def misfits(state: Mapping[str, Tensor], expected: Mapping[str, Sequence], sources: Mapping[str, str]) -> list[str]:
+    """What is missing of the expected tensors, or of another shape. None is any size above 0."""
     problems = []
     for name, sizes in expected.items():
         found = tuple(state[name].shape) if name in state else ()
+        fits = len(found) == len(sizes) and all(b and a in (b, None) for a, b in zip(sizes, found, strict=True))
         if name not in state:
             problems.append(f"{spell(name, sources)} is missing")
-        elif (
-            len(found) != len(sizes) or 0 in found or any(a not in (b, None) for a, b in zip(sizes, found, strict=True))
-        ):
+        elif not fits:
             problems.append(f"{sources[name]} is {found}, expected {str(tuple(sizes)).replace('None', 'any')}")
-    refuse(problems, path)
+    return problems
 
 
 def setting(settings: Mapping, path: Path, *names: str, default: Any, guess: bool = False) -> Any:

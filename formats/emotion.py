@@ -9,7 +9,7 @@ from torch import nn
 from data import say_once
 from model import EmotionModel
 from run import LICENCE
-from weights import locate, make_backbone, read, refuse, require_finite, require_shapes, unusable
+from weights import locate, make_backbone, misfits, read, refuse, require_finite, unusable
 
 PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
 TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
@@ -40,7 +40,7 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     refuse([f"{key} has no known place in its head" for key in head if key not in ours], path)
     refuse([f"{key} {problem}" for key, tensor in head.items() if (problem := unusable(tensor))], path)
     shapes = {key: model.head.get_parameter(name).shape for key, name in ours.items()}
-    require_shapes(head, shapes, {key: key for key in head}, path)
+    refuse(misfits(head, shapes, {key: key for key in head}), path)
     model.head.load_state_dict({ours[key]: tensor.float() for key, tensor in head.items()}, assign=True)
     return model.eval()
 
