@@ -25,8 +25,6 @@ SEEKABLE = {"mov", "matroska", "ogg"}  # each packet has its time, so that a par
 SLACK = 0.15  # seconds
 LEAD = 0.5  # seconds decoded before a part, so that the decoder has settled
 OGG_PAGE = 65_307  # bytes of the largest page there can be
-MPEG_1 = [0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]  # kbit/s of MP3, by a frame's header
-MPEG_2 = [0, *range(8, 65, 8), *range(80, 161, 16)]
 SOUND = (
     "3ga aac ac3 adts aif aifc aiff alac amr ape au avr awb caf dts eac3 flac gsm htk ircam m4a m4b m4p mat mka mp1 mp2"
     " mp3 mpc nist oga ogg opus paf pvf qcp ra rf64 sd2 sds snd sph spx svx tta voc w64 wav wave weba wma wv wve xi"
@@ -90,7 +88,7 @@ def frames(
     packets: Iterator[av.Packet], kind: str, begin: float, end: float | None, sought: bool
 ) -> Iterator[tuple[av.AudioFrame, float]]:
     """Decoded frames in order, each with its time in the track, in seconds."""
-    at, failed, last, rate = 0.0, 0, None, 0
+    at, failed, last = 0.0, 0, None
     try:
         for packet in packets:
             if packet.is_corrupt and kind != "wav":  # which sets it at the end of a pipe; its length is known before
@@ -105,7 +103,7 @@ def frames(
             for frame in decoded:
                 if frame.is_corrupt:
                     raise av.InvalidDataError(0, "a frame is cut")
-                failed, last, rate = 0, packet, frame.sample_rate
+                failed, last = 0, packet
                 if kind in SEEKABLE and frame.time is not None:
                     ahead = frame.time - begin - at
                     if sought:
@@ -115,10 +113,10 @@ def frames(
                     elif kind == "ogg" and ahead < -SLACK:  # another stream begins
                         begin = frame.time - at
                 yield frame, at
-                at += frame.samples / rate
+                at += frame.samples / frame.sample_rate
                 if end is not None and at >= end:
                     return
-        if failed or (kind == "mp3" and last and is_cut(bytes(last), rate)):
+        if failed or (kind == "mp3" and last and is_cut(last)):
             raise av.InvalidDataError(0, "the last packet is cut")
     except av.FFmpegError as error:
         if not at:
@@ -127,13 +125,13 @@ def frames(
         raise ValueError(f"{found}; copy or convert it again") from None
 
 
-def is_cut(frame: bytes, rate: int) -> bool:
-    """Whether a frame of MP3 has fewer bytes than its header says: FFmpeg decodes it all the same."""
-    first, layer, index = frame[1] >> 3 & 3 == 3, frame[1] >> 1 & 3, frame[2] >> 4
-    if layer != 1 or index == 15:  # layer III alone; 15 is no rate
-        return False
-    size = 144_000 * MPEG_1[index] if first else 72_000 * MPEG_2[index]
-    return len(frame) < size // rate + (frame[2] >> 1 & 1)
+def is_cut(packet: av.Packet) -> bool:
+    """Whether a packet of MP3 has fewer bytes than its header says: FFmpeg decodes it all the same."""
+    header, alone = bytes(packet)[:4], av.CodecContext.create("mp3", "r")
+    alone.bit_rate = 0  # unknown, so that the decoder sets it
+    alone.decode(packet)
+    size = packet.duration * packet.time_base * (alone.bit_rate or 0) // 8 + (header[2] >> 1 & 1)
+    return header[1] >> 1 & 3 == 1 and packet.size < size  # layer III alone
 
 
 def collect(found: Iterator[tuple[av.AudioFrame, float]]) -> tuple[np.ndarray, int, int]:
