@@ -8,8 +8,8 @@ reads (from the start, it held the frames back). The heads are thrown away.
 import argparse
 import copy
 import hashlib
+import io
 import math
-import shutil
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -43,21 +43,19 @@ def read_teacher(*paths):
     for path, part, digest in zip(paths, parts, PARTS, strict=True):
         if hashlib.sha256(part).hexdigest() != digest:
             raise ValueError(f"{path}: not this part of Whisper-base; give model.bin.part1, then model.bin.part2")
-    data, at, tensors = b"".join(parts), 0, {}
+    file, tensors = io.BytesIO(b"".join(parts)), {}
 
     def take(form):
-        nonlocal at
-        at += struct.calcsize(form)
-        return struct.unpack_from(form, data, at - struct.calcsize(form))[0]
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
     take("<I"), take(f"{take('<H')}s"), take("<I")  # version, kind of model, revision
     for _ in range(take("<I")):
         name = take(f"{take('<H')}s").rstrip(b"\0").decode()
         shape, kind, size = [take("<I") for _ in range(take("<B"))], take("<B"), take("<I")
+        data = file.read(size)
         if kind == 4 and name.startswith("encoder/"):  # 4: fp16
-            array = np.frombuffer(data, np.float16, size // 2, at).reshape(shape)
+            array = np.frombuffer(data, np.float16).reshape(shape)
             tensors[name.removeprefix("encoder/")] = torch.from_numpy(array.astype(np.float32))
-        at += size
     return tensors
 
 
@@ -229,14 +227,11 @@ def train(clips, tensors, out, seconds=math.inf, steps=10**9, batch=40.0, rate=3
             losses.append(sum(r[0] for r in results))
             if step % every == 0 or spent >= seconds or step >= steps:
                 print(f"{spent:.0f} s, {step} steps, {heard:.0f} s heard, loss {np.mean(losses[-every:]):.3f}")
-                out.mkdir(parents=True, exist_ok=True)
-                states = [part.state_dict() for part in parts]
+                copy.deepcopy(average).half().save_pretrained(out / "small")
+                Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(out / "small")
+                states = [part.state_dict() for part in parts]  # after `small`, which a resumed run writes again
                 torch.save({"states": states, "scales": scales, "at": (step, heard, spent)}, out / "new")
                 (out / "new").replace(file)
-                copy.deepcopy(average).half().save_pretrained(out / "small.new")
-                Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(out / "small.new")
-                shutil.rmtree(out / "small", ignore_errors=True)
-                (out / "small.new").rename(out / "small")
     return losses
 
 
