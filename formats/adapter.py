@@ -125,7 +125,6 @@ def read_settings(directory: Path, base: str | None) -> dict:
     elif theirs and ours and theirs[0] != ours[0]:
         problem = f"the adapter was made for {theirs[0]}, and the backbone is {base}"
     else:
-        strength(settings, "", directory)
         return settings
     raise ValueError(f"{directory / FILES[0]}: {problem}")
 

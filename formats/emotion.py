@@ -23,7 +23,10 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     `out_proj(tanh(dense(x)))`. `source` as in `load_backbone`. Raises FileNotFoundError, or ValueError if there is no
     such head or if it predicts something else.
     """
-    files = locate(source)
+    try:
+        files = locate(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
     path, (tensors, settings) = files[0], read(files)
     if any(f"{key}.weight" not in tensors or tensors[f"{key}.weight"].ndim != 2 for key in PLACES):
         raise ValueError(f"{path}: has no emotion head; expected {' and '.join(PLACES)} beside the backbone")
@@ -42,18 +45,9 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     shapes = {key: model.head.get_parameter(name).shape for key, name in ours.items()}
     refuse(misfits(head, shapes, {key: key for key in head}), path)
     model.head.load_state_dict({ours[key]: tensor.float() for key, tensor in head.items()}, assign=True)
-    return model.eval()
-
-
-def load_published(source: str | Path) -> EmotionModel:
-    """As `load_emotion_model`, with finite weights and a note of the licence, for who may have meant a run."""
-    try:
-        model = load_emotion_model(source)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{source}: no run here; as a published emotion model: {error}") from None
     require_finite(dict(model.named_parameters()), source)
     say_once(f"note: {LICENCE}")
-    return model
+    return model.eval()
 
 
 def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ SOUND = (
 )
 FILM = "3g2 3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts ogm ogv rm ts vob webm wmv"
 SUFFIXES = {f".{name}" for name in f"{SOUND} {FILM}".split()}  # of files that are sound or film
+Frames = Iterator[tuple[av.AudioFrame, float]]  # each with its time in the track, in seconds
 
 
 def decode(path: str, start: float = 0.0, end: float | None = None) -> tuple[np.ndarray, int]:
@@ -76,18 +77,16 @@ def first_track(container: InputContainer, path: str) -> av.AudioStream:
         raise ValueError("its audio has a codec that FFmpeg does not know; convert it to WAV or FLAC")
     if (tag := stream.codec_context.codec_tag) in ("enca", "drms"):
         raise ValueError(f"is encrypted ({tag}); export it without copy protection")
-    pictures = (av.stream.Disposition.attached_pic, av.stream.Disposition.timed_thumbnails)
-    if any(not any(kind & video.disposition for kind in pictures) for video in container.streams.video):
+    picture = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    if any(not video.disposition & picture for video in container.streams.video):
         say_once("note: some files are films; their first audio track is read")
     if len(container.streams.audio) > 1:
         say_once(f"note: {path}: has {len(container.streams.audio)} audio tracks; the first is read")
     return stream
 
 
-def frames(
-    packets: Iterator[av.Packet], kind: str, begin: float, end: float | None, sought: bool
-) -> Iterator[tuple[av.AudioFrame, float]]:
-    """Decoded frames in order, each with its time in the track, in seconds."""
+def frames(packets: Iterator[av.Packet], kind: str, begin: float, end: float | None, sought: bool) -> Frames:
+    """Decoded frames in order."""
     at, failed, last = 0.0, 0, None
     try:
         for packet in packets:
@@ -134,7 +133,7 @@ def is_cut(packet: av.Packet) -> bool:
     return header[1] >> 1 & 3 == 1 and packet.size < size  # layer III alone
 
 
-def collect(found: Iterator[tuple[av.AudioFrame, float]]) -> tuple[np.ndarray, int, int]:
+def collect(found: Frames) -> tuple[np.ndarray, int, int]:
     """All frames as one channel (S,) at the rate of the first; that rate; and the sample at which the first begins.
 
     FFmpeg's queue joins the frames, as NumPy takes longer for one than FFmpeg to decode it.
