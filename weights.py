@@ -53,6 +53,7 @@ layers.{i}.feed_forward_norm.{p}  LAYER.{i}.final_layer_norm.{p}               L
 KEYS = [row.split() for row in TABLE.strip().splitlines()]
 OURS, HUGGING_FACE, FAIRSEQ = range(3)
 HOLES = {"i": r"(?P<i>\d+)", "p": "(?P<p>weight|bias)", "x": "(?P<x>[qkv])"}
+PATTERNS = {cell: re.compile(cell.replace(".", r"\.").format(**HOLES)) for row in KEYS for cell in row}
 CONVOLUTIONS = [f"feature_encoder.convs.{i}.weight" for i in range(len(Wav2Vec2Config.conv_kernels))]
 POSITION, FC1 = "position.conv.weight", "layers.0.feed_forward.fc1.weight"
 SIZES = dict.fromkeys([*CONVOLUTIONS, POSITION], (None,) * 3) | {FC1: (None,) * 2}  # of which all others follow
@@ -71,7 +72,7 @@ ATTENTION_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # by width, in everyt
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json"]  # an index names the files that hold the tensors
 WEIGHT_FILES += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 MAX_LAYERS = 1000  # of a checkpoint; the largest published has 48
-MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
+MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors, each of which can become an object
 PROCESSOR = "processor_config.json"  # transformers 5 writes the preprocessor's settings into this file alone
 SETTINGS_FILES = ("config.json", "preprocessor_config.json", PROCESSOR)  # a later one overrides
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
@@ -203,10 +204,9 @@ def require_plain(path: Path) -> None:
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > path.stat().st_size:
             raise ValueError("it has compressed members, or members that share their bytes")
-        for member in (member for member in members if member.filename.endswith(".pkl")):
-            # a pickle can make an object of every byte
-            if member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member):
-                raise ValueError("it holds more than tensors and plain values")
+        pickles = [member for member in members if member.filename.endswith(".pkl")]
+        if any(member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member) for member in pickles):
+            raise ValueError("it holds more than tensors and plain values")
 
 
 def stored_tensors(content: Mapping, path: Path) -> dict[str, Tensor]:
@@ -240,15 +240,9 @@ def first(items: Iterable[str], most: int, between: str = ", ") -> str:
     return between.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-@cache
-def pattern(cell: str) -> re.Pattern:
-    """What the keys of a cell of TABLE look like."""
-    return re.compile(re.sub(r"\\{(\w)\\}", lambda hole: HOLES[hole[1]], re.escape(cell)))
-
-
-def translate(key: str, source: int, target: int) -> list[str]:
+def translate(key: str, source: int = OURS, target: int = HUGGING_FACE) -> list[str]:
     """A key in one column of TABLE in the words of another, every way that it is written there."""
-    found = [(row[target], pattern(row[source]).fullmatch(key)) for row in KEYS if row[target] != "-"]
+    found = [(row[target], PATTERNS[row[source]].fullmatch(key)) for row in KEYS if row[target] != "-"]
     return [cell.format(**match.groupdict()) for cell, match in found if match]
 
 
@@ -264,7 +258,7 @@ def spell(name: str, sources: Mapping[str, str]) -> str:
     """The key that a parameter of ours has, or would have, in the file of which `sources` holds the keys."""
     keys = sources.values()
     column = FAIRSEQ if any(re.search(r"\.(self_attn|fc1)\.", key) for key in keys) else HUGGING_FACE
-    spelled = [find_roots(keys)[0] + key for key in translate(name, OURS, column)] or [name]
+    spelled = [find_roots(keys)[0] + key for key in translate(name, target=column)] or [name]
     stem = partial(re.sub, "weight$|bias$|[gv01]$", "")  # what a key shares with that of the other half
     return next((key for key in spelled if stem(key) in map(stem, keys)), spelled[0])
 

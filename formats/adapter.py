@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data import raise_listed, say_once
-from formats.huggingface import hugging_face_key
 from lora import LoRALinear
 from model import Wav2Vec2
-from weights import OWN, PREFIX, ROOT, hub_id, our_name, read, read_json, require_finite, unusable
+from weights import OWN, PREFIX, ROOT, hub_id, our_name, read, read_json, require_finite, translate, unusable
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 KNOWN = (  # settings that are read below, or that change nothing in what the tensors compute
@@ -39,10 +38,9 @@ def save_adapter(backbone: Wav2Vec2, directory: str | Path, base: str) -> None:
         raise ValueError(f"{directory}: PEFT's LoRA on WavLM's q, k, v or o does nothing; use --format transformers")
     tensors, targets = {}, []
     for name, layer in layers.items():
-        targets.append(hugging_face_key(f"{name}.weight").removesuffix(".weight"))
-        for matrix in ("A", "B"):
-            tensor = getattr(layer, matrix).detach().to("cpu", torch.float32)
-            tensors[f"base_model.model.{targets[-1]}.lora_{matrix}.weight"] = tensor.contiguous()
+        targets.append(translate(f"{name}.weight")[0].removesuffix(".weight"))
+        for matrix, tensor in (("A", layer.A), ("B", layer.B)):
+            tensors[f"base_model.model.{targets[-1]}.lora_{matrix}.weight"] = tensor.detach().cpu().float().contiguous()
     rank = layer.A.shape[0]  # `inject` gives all the same
     repository, revision = hub_id(base) or (base, None)
     settings = {"peft_type": "LORA", "base_model_name_or_path": repository, "revision": revision, "r": rank}
@@ -109,9 +107,8 @@ def update(name: str, module: str, found: Tensors, parameters: Tensors, rank: in
 
 def read_settings(directory: Path, base: str | None) -> dict:
     """The settings of an adapter. Raises FileNotFoundError, or ValueError unless it is a sum of weights for `base`."""
-    for name in FILES:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"adapter: {directory} has no {name}; expected a directory as PEFT saves it")
+    if missing := [name for name in FILES if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"adapter: {directory} has no {missing[0]}; expected a directory as PEFT saves it")
     settings = read_json(directory / FILES[0])
     kind, initial = settings.get("peft_type"), settings.get("init_lora_weights")
     unknown = ", ".join(f"{key} is {value!r}" for key, value in settings.items() if value and key not in KNOWN.split())

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from machine.hardware import replace
 from model import Wav2Vec2, Wav2Vec2Config
-from weights import HUGGING_FACE, OURS, SETTINGS_FILES, WEIGHT_FILES, tap_norms, translate
+from weights import SETTINGS_FILES, WEIGHT_FILES, tap_norms, translate
 
 FIELDS = """
 conv_dim=conv_channels conv_kernel=conv_kernels conv_stride=conv_strides conv_bias=conv_bias feat_extract_norm=conv_norm
@@ -33,22 +33,17 @@ def save_backbone(backbone: Wav2Vec2, directory: str | Path, family: str = "wav2
     state["position.v"] = w.where(norm > 0, 1.0)  # where w is 0, g is, and v must not be: 0/0
     tensors = {}
     for name, tensor in state.items():
-        key = hugging_face_key(name)
-        if key is None or tensor.is_meta:
-            what = "is not in memory; save it before its prefix is dropped" if key else "has no place; merge LoRA first"
+        keys = translate(name)
+        if not keys or tensor.is_meta:
+            what = "is not in memory; save it before its prefix goes" if keys else "has no place; merge LoRA first"
             raise ValueError(f"{directory}: cannot hold the backbone: {name} {what}")
-        tensors[key] = tensor.to("cpu", torch.float32).contiguous()
+        tensors[keys[0]] = tensor.to("cpu", torch.float32).contiguous()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # The backbone may be mapped from the very file that is replaced.
     replace(directory / WEIGHT_FILES[0], lambda path: save_file(tensors, path, {"format": "pt"}))
     for name, settings in zip(SETTINGS_FILES, settings_of(backbone.config, family), strict=False):
         (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def hugging_face_key(name: str) -> str | None:
-    """The key in a Hugging Face directory of a parameter of ours, None if it has no place there."""
-    return next(iter(translate(name, OURS, HUGGING_FACE)), None)
 
 
 def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict, dict]:

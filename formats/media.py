@@ -37,9 +37,8 @@ Frames = Iterator[tuple[av.AudioFrame, float]]  # each with its time in the trac
 def decode(path: str, start: float = 0.0, end: float | None = None) -> tuple[np.ndarray, int]:
     """The first audio track between two times in seconds: mono (S,) float32 at its own rate, and that rate in Hz.
 
-    Only the part itself is decoded where the format has times to seek by. A track that changes its rate is resampled
-    to the rate it begins with. Raises ValueError, without the path, for what is no sound, encrypted, empty, cut or
-    damaged.
+    Only the part itself is decoded where the format has times to seek by. A track that changes its rate is resampled to
+    its first. Raises ValueError, without the path, for what is no sound, encrypted, empty, cut or damaged.
     """
     try:
         # An open file and no protocols: a playlist cannot make FFmpeg read other files or the network.
@@ -57,14 +56,10 @@ def decode(path: str, start: float = 0.0, end: float | None = None) -> tuple[np.
             if end is None:
                 require_whole(file, kind, (offset + len(waveform) + 0.5) / rate, declared)
     except (av.FFmpegError, UnicodeError) as error:
-        raise ValueError(f"not audio that can be read ({reason(error)}); convert it to WAV or FLAC") from None
+        reason = getattr(error, "strerror", None) or "it cannot be decoded"
+        raise ValueError(f"not audio that can be read ({reason}); convert it to WAV or FLAC") from None
     last = None if end is None else max(0, round(end * rate) - offset)
     return waveform[max(0, round(start * rate) - offset) : last], rate
-
-
-def reason(error: Exception) -> str:
-    """What FFmpeg says of an error."""
-    return getattr(error, "strerror", None) or "it cannot be decoded"
 
 
 def first_track(container: InputContainer, path: str) -> av.AudioStream:
@@ -120,7 +115,7 @@ def frames(packets: Iterator[av.Packet], kind: str, begin: float, end: float | N
     except av.FFmpegError as error:
         if not at:
             raise
-        found = f"truncated or damaged after {at:.2f} s ({reason(error)})"
+        found = f"truncated or damaged after {at:.2f} s ({error.strerror})"
         raise ValueError(f"{found}; copy or convert it again") from None
 
 
