@@ -211,8 +211,7 @@ def require_plain(path: Path) -> None:
 
 def stored_tensors(content: Mapping, path: Path) -> dict[str, Tensor]:
     """The tensors in what was unpickled, by name, without attributes. Raises ValueError if they are not in the file."""
-    items = ((key, value) for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor))
-    tensors = {key: Tensor.detach(value) for key, value in items}
+    tensors = {k: Tensor.detach(v) for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     declared, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
     if declared > 2 * size:  # of two tensors with one memory each counts
         raise ValueError(f"{path}: declares {declared:,} bytes of tensors, but has only {size:,}")

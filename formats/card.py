@@ -1,6 +1,5 @@
 """The model card of an exported run: what it is, how to compute its predictions, what it was trained on, its limits."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,11 +28,10 @@ def card(
     known = (licence for start, licence in LICENCES.items() if source.startswith(start))
     licence, sentence = next(known, ("other", "For its licence see the backbone's own."))
     about = {"library_name": form, "license": licence, "pipeline_tag": "audio-classification"}
-    if base := hub_id(source):
-        about |= {"base_model": base[0], "base_model_relation": "adapter" if form == "peft" else "finetune"}
-    name, revision = hub_id(config["backbone"]) or (config["backbone"], None)
+    if named := hub_id(source):
+        about |= {"base_model": named[0], "base_model_relation": "adapter" if form == "peft" else "finetune"}
+    base, revision = hub_id(config["backbone"]) or (config["backbone"], None)
     fields = {
-        "base": json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else ""),
         "corpus": f"manifest `{Path(config['manifest']).name}`" if config["manifest"] else config["corpus"],
         "adapter": Path(config["adapter"] or "").name,
         "changed": yaml.safe_dump(changed, sort_keys=False),
@@ -41,6 +39,6 @@ def card(
         "licence": sentence,
     }
     fields |= {"result": result, "config": config, "form": form, "targets": list(targets), "torch": torch.__version__}
-    fields |= {"low": f"{label_range[0]:g}", "high": f"{label_range[1]:g}"}
+    fields |= {"base": base, "revision": revision, "low": f"{label_range[0]:g}", "high": f"{label_range[1]:g}"}
     front_matter = ModelCardData(**about, tags=["speech", "speech-emotion-recognition"])
     return f"{ModelCard.from_template(front_matter, str(Path(__file__).with_suffix('.md')), **fields)}\n"

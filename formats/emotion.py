@@ -12,8 +12,7 @@ from run import LICENCE
 from weights import locate, make_backbone, misfits, read, refuse, require_finite, unusable
 
 PLACES = {"classifier.dense": "0", "classifier.out_proj": "3"}  # of the head's layers in `EmotionModel.head`
-TARGETS = {"arousal": "activation", "activation": "activation", "dominance": "dominance", "valence": "valence"}
-PUBLISHED = ("activation", "dominance", "valence")  # their order where a file does not name them
+TARGETS = ("activation", "dominance", "valence")  # in the order of a file that does not name them
 
 
 def load_emotion_model(source: str | Path) -> EmotionModel:
@@ -55,10 +54,10 @@ def name_targets(settings: Mapping, count: int, path: Path) -> tuple[str, ...]:
     labels = settings.get("id2label")
     names = [str(name).lower() for _, name in sorted(labels.items())] if isinstance(labels, dict) else []
     if not names or names == [f"label_{i}" for i in range(count)]:  # what transformers writes where nobody named them
-        names, advice = list(PUBLISHED), "To set them, put id2label into its config.json"
+        names, advice = list(TARGETS), "To set them, put id2label into its config.json"
         say_once(f"note: {path}: no settings name its {count} outputs; assumed {', '.join(names)}. {advice}")
-    targets = tuple(TARGETS.get(name, "") for name in names)
-    if "" in targets or len(set(targets)) != len(targets) or len(targets) != count:
+    targets = tuple("activation" if name == "arousal" else name for name in names)
+    if not set(targets) <= set(TARGETS) or not len(set(targets)) == len(targets) == count:
         expected = "each of arousal, dominance and valence at most once"
         raise ValueError(f"{path}: its {count} outputs are {', '.join(names)}; expected {expected}")
     return targets

@@ -14,7 +14,6 @@ import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import soundfile
@@ -178,7 +177,7 @@ def train(clips, tensors, out, seconds=math.inf, steps=10**9, batch=40.0, rate=3
     """Train for so many seconds on the clock or steps, from the checkpoint in `out` if there is one; the losses."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a thread for each piece of the batch, none that waits for another at every operation
-    teacher, student, lock, losses = Teacher(tensors), make_student(), Lock(), []
+    teacher, student, losses = Teacher(tensors), make_student(), []
     file = out / "checkpoint.pt"
     held = torch.load(file) if file.exists() else None
     scales = held["scales"] if held else measure(teacher, clips, np.random.default_rng(0), count)
@@ -207,10 +206,7 @@ def train(clips, tensors, out, seconds=math.inf, steps=10**9, batch=40.0, rate=3
             y = (targets[int(k > 0)] - mean[: p.shape[1]]) / deviation
             loss = loss + weight * (distance(p, y) + late * distance(p.mean(1) / between, y.mean(1) / between))
         gradients = torch.autograd.grad(loss / PIECES, list(modules.parameters()))
-        with lock:
-            for p, g in zip(modules.parameters(), gradients, strict=True):
-                p.grad = g if p.grad is None else p.grad.add_(g)
-        return loss.item() / PIECES, x.shape[0] * piece[2] / 50
+        return loss.item() / PIECES, x.shape[0] * piece[2] / 50, gradients
 
     with ThreadPoolExecutor(2) as pool:
         while spent < seconds and step < steps:
@@ -219,8 +215,9 @@ def train(clips, tensors, out, seconds=math.inf, steps=10**9, batch=40.0, rate=3
                 group["lr"] = rate * min(1, (step + 1) / 60) * min(1, max(0.01, left / 0.6))
             late = 0.25 * min(1, max(0, (0.5 - left) / 0.1))
             results = list(pool.map(work, [(step * PIECES + i, next(pieces), late) for i in range(PIECES)]))
+            for p, *shares in zip(modules.parameters(), *(r[2] for r in results), strict=True):
+                p.grad = sum(shares)
             list(pool.map(lambda optimizer: optimizer.step(), optimizers))
-            modules.zero_grad()
             keep = min(0.998, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in student.parameters()], 1 - keep)
             step, heard, spent = step + 1, heard + sum(r[1] for r in results), spent + time.time() - began
