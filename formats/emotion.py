@@ -35,8 +35,7 @@ def load_emotion_model(source: str | Path) -> EmotionModel:
     head = {key: tensor for key, tensor in tensors.items() if key.startswith("classifier.")}
     targets = name_targets(settings, len(head["classifier.out_proj.weight"]), path)
     with torch.device("meta"):  # no memory for a head before it is known to fit
-        width = len(head["classifier.dense.weight"])
-        model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=width)
+        model = EmotionModel(backbone, targets, (0.0, 1.0), head_width=len(head["classifier.dense.weight"]))
     model.head[1] = nn.Tanh()
     ours = {f"{key}.{kind}": f"{place}.{kind}" for key, place in PLACES.items() for kind in ("weight", "bias")}
     refuse([f"{key} has no known place in its head" for key in head if key not in ours], path)
