@@ -219,7 +219,7 @@ def load_run(source: str | Path, device: str = "cpu", merged: bool = True, backb
     if is_hub_id or (directory / "config.json").is_file():
         if backbone is not None:
             raise ValueError(f"--backbone: {source} is a published emotion model, which has its own; leave it out")
-        return extra("formats.emotion", f"{source}").load_published(source).to(pick_device(device))
+        return extra("formats.emotion", f"{source}").load_emotion_model(source).to(pick_device(device))
     path, (best, config) = directory / "best.pt", load_best(directory)
     config = replace(config, backbone=backbone or config.backbone)
     try:

@@ -53,6 +53,7 @@ layers.{i}.feed_forward_norm.{p}  LAYER.{i}.final_layer_norm.{p}               L
 KEYS = [row.split() for row in TABLE.strip().splitlines()]
 OURS, HUGGING_FACE, FAIRSEQ = range(3)
 HOLES = {"i": r"(?P<i>\d+)", "p": "(?P<p>weight|bias)", "x": "(?P<x>[qkv])"}
+PATTERNS = {cell: re.compile(cell.replace(".", r"\.").format(**HOLES)) for row in KEYS for cell in row}
 CONVOLUTIONS = [f"feature_encoder.convs.{i}.weight" for i in range(len(Wav2Vec2Config.conv_kernels))]
 POSITION, FC1 = "position.conv.weight", "layers.0.feed_forward.fc1.weight"
 SIZES = dict.fromkeys([*CONVOLUTIONS, POSITION], (None,) * 3) | {FC1: (None,) * 2}  # of which all others follow
@@ -71,7 +72,7 @@ ATTENTION_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # by width, in everyt
 WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json"]  # an index names the files that hold the tensors
 WEIGHT_FILES += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
 MAX_LAYERS = 1000  # of a checkpoint; the largest published has 48
-MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors
+MAX_PICKLE = 1 << 24  # bytes of what stands beside the tensors, each of which can become an object
 PROCESSOR = "processor_config.json"  # transformers 5 writes the preprocessor's settings into this file alone
 SETTINGS_FILES = ("config.json", "preprocessor_config.json", PROCESSOR)  # a later one overrides
 WAYS_OUT = "give `backbone` a directory or file with the weights, or connect to the network once"
@@ -96,14 +97,14 @@ def make_backbone(tensors: Mapping[str, Tensor], settings: Mapping, path: Path, 
     """The backbone of these tensors and settings, which come from `path`."""
     state, sources = rename(tensors, path)
     fold_weight_norm(state, sources, path)
-    require_shapes(state, SIZES, sources, path)
+    refuse(misfits(state, SIZES, sources), path)
     config = replace(describe(state, settings, path), **regularisation)
     with torch.device("meta"):
         backbone = Wav2Vec2(config)
     expected = {name: parameter.shape for name, parameter in backbone.named_parameters()}
     state.setdefault("projection.mask_embedding", torch.zeros(config.width))  # left out where unused
-    refuse([f"{sources[name]} has no place" for name in state if name not in expected], path)
-    require_shapes(state, expected, sources, path)
+    surplus = [f"{sources[name]} has no place" for name in state if name not in expected]
+    refuse(surplus + misfits(state, expected, sources), path)
     backbone.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return backbone.eval()
 
@@ -203,16 +204,14 @@ def require_plain(path: Path) -> None:
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > path.stat().st_size:
             raise ValueError("it has compressed members, or members that share their bytes")
-        for member in (member for member in members if member.filename.endswith(".pkl")):
-            # a pickle can make an object of every byte
-            if member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member):
-                raise ValueError("it holds more than tensors and plain values")
+        pickles = [member for member in members if member.filename.endswith(".pkl")]
+        if any(member.file_size > MAX_PICKLE or b"bytearray" in archive.read(member) for member in pickles):
+            raise ValueError("it holds more than tensors and plain values")
 
 
 def stored_tensors(content: Mapping, path: Path) -> dict[str, Tensor]:
     """The tensors in what was unpickled, by name, without attributes. Raises ValueError if they are not in the file."""
-    items = ((key, value) for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor))
-    tensors = {key: Tensor.detach(value) for key, value in items}
+    tensors = {k: Tensor.detach(v) for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     declared, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
     if declared > 2 * size:  # of two tensors with one memory each counts
         raise ValueError(f"{path}: declares {declared:,} bytes of tensors, but has only {size:,}")
@@ -240,15 +239,9 @@ def first(items: Iterable[str], most: int, between: str = ", ") -> str:
     return between.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-@cache
-def pattern(cell: str) -> re.Pattern:
-    """What the keys of a cell of TABLE look like."""
-    return re.compile(re.sub(r"\\{(\w)\\}", lambda hole: HOLES[hole[1]], re.escape(cell)))
-
-
-def translate(key: str, source: int, target: int) -> list[str]:
+def translate(key: str, source: int = OURS, target: int = HUGGING_FACE) -> list[str]:
     """A key in one column of TABLE in the words of another, every way that it is written there."""
-    found = [(row[target], pattern(row[source]).fullmatch(key)) for row in KEYS if row[target] != "-"]
+    found = [(row[target], PATTERNS[row[source]].fullmatch(key)) for row in KEYS if row[target] != "-"]
     return [cell.format(**match.groupdict()) for cell, match in found if match]
 
 
@@ -264,7 +257,7 @@ def spell(name: str, sources: Mapping[str, str]) -> str:
     """The key that a parameter of ours has, or would have, in the file of which `sources` holds the keys."""
     keys = sources.values()
     column = FAIRSEQ if any(re.search(r"\.(self_attn|fc1)\.", key) for key in keys) else HUGGING_FACE
-    spelled = [find_roots(keys)[0] + key for key in translate(name, OURS, column)] or [name]
+    spelled = [find_roots(keys)[0] + key for key in translate(name, target=column)] or [name]
     stem = partial(re.sub, "weight$|bias$|[gv01]$", "")  # what a key shares with that of the other half
     return next((key for key in spelled if stem(key) in map(stem, keys)), spelled[0])
 
@@ -323,20 +316,17 @@ def tap_norms(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=(0, 1), keepdim=True, dtype=torch.float64).float()
 
 
-def require_shapes(
-    state: Mapping[str, Tensor], expected: Mapping[str, Sequence[int | None]], sources: Mapping[str, str], path: Path
-) -> None:
-    """Raise ValueError for tensors that are missing or of another shape. None is any size above 0."""
+def misfits(state: Mapping[str, Tensor], expected: Mapping[str, Sequence], sources: Mapping[str, str]) -> list[str]:
+    """What is missing of the expected tensors, or of another shape. None is any size above 0."""
     problems = []
     for name, sizes in expected.items():
         found = tuple(state[name].shape) if name in state else ()
+        fits = len(found) == len(sizes) and all(b and a in (b, None) for a, b in zip(sizes, found, strict=True))
         if name not in state:
             problems.append(f"{spell(name, sources)} is missing")
-        elif (
-            len(found) != len(sizes) or 0 in found or any(a not in (b, None) for a, b in zip(sizes, found, strict=True))
-        ):
+        elif not fits:
             problems.append(f"{sources[name]} is {found}, expected {str(tuple(sizes)).replace('None', 'any')}")
-    refuse(problems, path)
+    return problems
 
 
 def setting(settings: Mapping, path: Path, *names: str, default: Any, guess: bool = False) -> Any:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import raise_listed, say_once
-from formats.huggingface import hugging_face_key
 from lora import LoRALinear
 from model import Wav2Vec2
-from weights import OWN, PREFIX, ROOT, hub_id, our_name, read, read_json, require_finite, unusable
+from weights import OWN, PREFIX, ROOT, hub_id, our_name, read, read_json, require_finite, translate, unusable
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 KNOWN = (  # settings that are read below, or that change nothing in what the tensors compute
@@ -39,10 +38,9 @@ def save_adapter(backbone: Wav2Vec2, directory: str | Path, base: str) -> None:
         raise ValueError(f"{directory}: PEFT's LoRA on WavLM's q, k, v or o does nothing; use --format transformers")
     tensors, targets = {}, []
     for name, layer in layers.items():
-        targets.append(hugging_face_key(f"{name}.weight").removesuffix(".weight"))
-        for matrix in ("A", "B"):
-            tensor = getattr(layer, matrix).detach().to("cpu", torch.float32)
-            tensors[f"base_model.model.{targets[-1]}.lora_{matrix}.weight"] = tensor.contiguous()
+        targets.append(translate(f"{name}.weight")[0].removesuffix(".weight"))
+        for matrix, tensor in (("A", layer.A), ("B", layer.B)):
+            tensors[f"base_model.model.{targets[-1]}.lora_{matrix}.weight"] = tensor.detach().cpu().float().contiguous()
     rank = layer.A.shape[0]  # `inject` gives all the same
     repository, revision = hub_id(base) or (base, None)
     settings = {"peft_type": "LORA", "base_model_name_or_path": repository, "revision": revision, "r": rank}
@@ -83,10 +81,7 @@ def merge_adapter(backbone: Wav2Vec2, directory: str | Path, base: str | None = 
     raise_listed(f"{directory}: the adapter does not fit the backbone{f' {base}' if base else ''}", problems, limit=8)
     if beside:
         say_once(f"note: {directory}: what was trained beside the backbone is left out: {', '.join(beside)}")
-    for name, tensor in updates.items():
-        module, _, attribute = name.rpartition(".")
-        merged = nn.Parameter(tensor, requires_grad=parameters[name].requires_grad)
-        setattr(backbone.get_submodule(module), attribute, merged)
+    backbone.load_state_dict(updates, strict=False, assign=True)
     return list(updates)
 
 
@@ -112,46 +107,42 @@ def update(name: str, module: str, found: Tensors, parameters: Tensors, rank: in
 
 def read_settings(directory: Path, base: str | None) -> dict:
     """The settings of an adapter. Raises FileNotFoundError, or ValueError unless it is a sum of weights for `base`."""
-    for name in FILES:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"adapter: {directory} has no {name}; expected a directory as PEFT saves it")
+    if missing := [name for name in FILES if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"adapter: {directory} has no {missing[0]}; expected a directory as PEFT saves it")
     settings = read_json(directory / FILES[0])
     kind, initial = settings.get("peft_type"), settings.get("init_lora_weights")
     unknown = ", ".join(f"{key} is {value!r}" for key, value in settings.items() if value and key not in KNOWN.split())
     theirs, ours = (hub_id(source) for source in (settings.get("base_model_name_or_path"), base))
-    problems = [
-        (kind != "LORA", f"peft_type is {kind!r}; only 'LORA' is known here"),
-        (unknown, f"{unknown}; only plain LoRA, which is added to the weights, is known"),
-        (initial not in INITIAL, f"init_lora_weights is {initial!r}, which changes the base model too; convert it"),
-        (
-            theirs and ours and theirs[0] != ours[0],
-            f"the adapter was made for {theirs and theirs[0]}, and the backbone is {base}",
-        ),
-    ]
-    for key in ("rank_pattern", "alpha_pattern"):
-        value = settings.get(key) or {}
-        problems.append((not isinstance(value, dict), f"{key} is {value!r}, expected an object of names and numbers"))
-    for wrong, problem in problems:
-        if wrong:
-            raise ValueError(f"{directory / FILES[0]}: {problem}")
-    strength(settings, "", directory)
-    return settings
+    if kind != "LORA":
+        problem = f"peft_type is {kind!r}; only 'LORA' is known here"
+    elif unknown:
+        problem = f"{unknown}; only plain LoRA, which is added to the weights, is known"
+    elif initial not in INITIAL:
+        problem = f"init_lora_weights is {initial!r}, which changes the base model too; convert it"
+    elif theirs and ours and theirs[0] != ours[0]:
+        problem = f"the adapter was made for {theirs[0]}, and the backbone is {base}"
+    else:
+        return settings
+    raise ValueError(f"{directory / FILES[0]}: {problem}")
 
 
 def strength(settings: Mapping, module: str, directory: Path) -> tuple[int, float]:
     """Rank and scale of a module's LoRA: by the first pattern that its name ends in, as in PEFT, or the default."""
 
     def chosen(key: str, patterns: str) -> object:
-        pairs = (settings.get(patterns) or {}).items()
-        return next((value for end, value in pairs if re.match(rf"(.*\.)?({end})$", module)), settings.get(key))
+        given = settings.get(patterns) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: {patterns} is {given!r}, expected an object of names and numbers")
+        matching = (value for end, value in given.items() if re.match(rf"(.*\.)?({end})$", module))
+        return next(matching, settings.get(key))
 
+    path = directory / FILES[0]
     try:
         rank, alpha = chosen("r", "rank_pattern"), chosen("lora_alpha", "alpha_pattern")
     except re.error as error:
-        raise ValueError(f"{directory / FILES[0]}: a pattern is no regular expression ({error})") from None
+        raise ValueError(f"{path}: a pattern is no regular expression ({error})") from None
     if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 2**31:
-        found = f"expected r and lora_alpha as numbers, found {rank!r} and {alpha!r}"
-        raise ValueError(f"{directory / FILES[0]}: {found}")
+        raise ValueError(f"{path}: expected r and lora_alpha as numbers, found {rank!r} and {alpha!r}")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

@@ -45,9 +45,7 @@ def fetch(repository: str, revision: str | None = None) -> Path:
         directory = directory or find_weights(lambda name: get(repository, name, pinned), whole=False)
     except Exception as error:
         failure = explain(error, repository, revision)
-        if failure is error:
-            raise
-        if directory is None:
+        if directory is None or failure is error:
             raise failure from None
         lacking = f"lacks {', '.join(needed)}, which could not be fetched: {first_line(error)[:200]}"
         say_once(f"note: {repository}: the Hugging Face cache {lacking}")
@@ -82,9 +80,8 @@ def explain(error: Exception, repository: str, revision: str | None) -> Exceptio
     """The error to raise for one of the hub's, and to say in one line; the same if it is not about the hub."""
     what = f"backbone: {repository} is neither a path here nor"
     if isinstance(error, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{repository}"
-        what = f"backbone: {repository} is gated: accept its terms on {page}, then log in with `hf auth login`"
-        return FileNotFoundError(what)
+        advice = f"accept its terms on {constants.ENDPOINT}/{repository}, then log in with `hf auth login`"
+        return FileNotFoundError(f"backbone: {repository} is gated: {advice}")
     if isinstance(error, errors.RevisionNotFoundError):
         return FileNotFoundError(f"backbone: {repository} has no revision {revision!r} on the hub")
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):

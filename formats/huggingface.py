@@ -8,8 +8,13 @@ from safetensors.torch import save_file
 
 from machine.hardware import replace
 from model import Wav2Vec2, Wav2Vec2Config
-from weights import HUGGING_FACE, OURS, SETTINGS_FILES, WEIGHT_FILES, tap_norms, translate
+from weights import SETTINGS_FILES, WEIGHT_FILES, tap_norms, translate
 
+FIELDS = """
+conv_dim=conv_channels conv_kernel=conv_kernels conv_stride=conv_strides conv_bias=conv_bias feat_extract_norm=conv_norm
+hidden_size=width num_hidden_layers=layers num_attention_heads=heads intermediate_size=ffn do_stable_layer_norm=pre_norm
+num_conv_pos_embeddings=position_kernel num_conv_pos_embedding_groups=position_groups layer_norm_eps=norm_eps
+"""  # of a `config.json`, and ours
 FAMILIES = {"wav2vec2": "Wav2Vec2Model", "hubert": "HubertModel", "wavlm": "WavLMModel"}  # what transformers calls them
 
 
@@ -28,11 +33,11 @@ def save_backbone(backbone: Wav2Vec2, directory: str | Path, family: str = "wav2
     state["position.v"] = w.where(norm > 0, 1.0)  # where w is 0, g is, and v must not be: 0/0
     tensors = {}
     for name, tensor in state.items():
-        key = hugging_face_key(name)
-        if key is None or tensor.is_meta:
-            what = "is not in memory; save it before its prefix is dropped" if key else "has no place; merge LoRA first"
+        keys = translate(name)
+        if not keys or tensor.is_meta:
+            what = "is not in memory; save it before its prefix goes" if keys else "has no place; merge LoRA first"
             raise ValueError(f"{directory}: cannot hold the backbone: {name} {what}")
-        tensors[key] = tensor.to("cpu", torch.float32).contiguous()
+        tensors[keys[0]] = tensor.to("cpu", torch.float32).contiguous()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # The backbone may be mapped from the very file that is replaced.
@@ -41,26 +46,12 @@ def save_backbone(backbone: Wav2Vec2, directory: str | Path, family: str = "wav2
         (directory / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def hugging_face_key(name: str) -> str | None:
-    """The key in a Hugging Face directory of a parameter of ours, None if it has no place there."""
-    return next(iter(translate(name, OURS, HUGGING_FACE)), None)
-
-
 def settings_of(config: Wav2Vec2Config, family: str = "wav2vec2") -> tuple[dict, dict]:
     """An architecture as `config.json` and `preprocessor_config.json` say it."""
     family = "wavlm" if config.relative_buckets else family if config.projection_norm else "hubert"
-    settings: dict[str, object] = {"model_type": family, "architectures": [FAMILIES[family]], "hidden_act": "gelu"}
-    settings |= {
-        "conv_dim": config.conv_channels,
-        "conv_kernel": config.conv_kernels,
-        "conv_stride": config.conv_strides,
-    }
-    settings |= {"conv_bias": config.conv_bias, "num_feat_extract_layers": len(config.conv_channels)}
-    settings |= {"feat_extract_norm": config.conv_norm, "feat_extract_activation": "gelu"}
-    settings |= {"hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads}
-    settings |= {"intermediate_size": config.ffn, "do_stable_layer_norm": config.pre_norm}
-    settings |= {"num_conv_pos_embeddings": config.position_kernel, "layer_norm_eps": config.norm_eps}
-    settings |= {"num_conv_pos_embedding_groups": config.position_groups}
+    settings: dict[str, object] = {"model_type": family, "architectures": [FAMILIES[family]]}
+    settings |= {"hidden_act": "gelu", "feat_extract_activation": "gelu"}
+    settings |= {theirs: getattr(config, ours) for theirs, ours in (pair.split("=") for pair in FIELDS.split())}
     if config.relative_buckets:
         settings |= {"num_buckets": config.relative_buckets, "max_bucket_distance": config.relative_distance}
     if not config.projection_norm:  # only HuBERT's classes can leave it out

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+from av.container import InputContainer
 
 from data import say_once
 from machine.audio import BLOCK, MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, require_length, resample
@@ -24,22 +25,20 @@ SEEKABLE = {"mov", "matroska", "ogg"}  # each packet has its time, so that a par
 SLACK = 0.15  # seconds
 LEAD = 0.5  # seconds decoded before a part, so that the decoder has settled
 OGG_PAGE = 65_307  # bytes of the largest page there can be
-MPEG_1 = [0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]  # kbit/s of MP3, by a frame's header
-MPEG_2 = [0, *range(8, 65, 8), *range(80, 161, 16)]
 SOUND = (
     "3ga aac ac3 adts aif aifc aiff alac amr ape au avr awb caf dts eac3 flac gsm htk ircam m4a m4b m4p mat mka mp1 mp2"
     " mp3 mpc nist oga ogg opus paf pvf qcp ra rf64 sd2 sds snd sph spx svx tta voc w64 wav wave weba wma wv wve xi"
 )
 FILM = "3g2 3gp asf avi f4v flv m2ts m4v mkv mov mp4 mpeg mpg mts ogm ogv rm ts vob webm wmv"
 SUFFIXES = {f".{name}" for name in f"{SOUND} {FILM}".split()}  # of files that are sound or film
+Frames = Iterator[tuple[av.AudioFrame, float]]  # each with its time in the track, in seconds
 
 
 def decode(path: str, start: float = 0.0, end: float | None = None) -> tuple[np.ndarray, int]:
     """The first audio track between two times in seconds: mono (S,) float32 at its own rate, and that rate in Hz.
 
-    Only the part itself is decoded where the format has times to seek by. A track that changes its rate is resampled
-    to the rate it begins with. Raises ValueError, without the path, for what is no sound, encrypted, empty, cut or
-    damaged.
+    Only the part itself is decoded where the format has times to seek by. A track that changes its rate is resampled to
+    its first. Raises ValueError, without the path, for what is no sound, encrypted, empty, cut or damaged.
     """
     try:
         # An open file and no protocols: a playlist cannot make FFmpeg read other files or the network.
@@ -57,17 +56,13 @@ def decode(path: str, start: float = 0.0, end: float | None = None) -> tuple[np.
             if end is None:
                 require_whole(file, kind, (offset + len(waveform) + 0.5) / rate, declared)
     except (av.FFmpegError, UnicodeError) as error:
-        raise ValueError(f"not audio that can be read ({reason(error)}); convert it to WAV or FLAC") from None
+        reason = getattr(error, "strerror", None) or "it cannot be decoded"
+        raise ValueError(f"not audio that can be read ({reason}); convert it to WAV or FLAC") from None
     last = None if end is None else max(0, round(end * rate) - offset)
     return waveform[max(0, round(start * rate) - offset) : last], rate
 
 
-def reason(error: Exception) -> str:
-    """What FFmpeg says of an error."""
-    return getattr(error, "strerror", None) or "it cannot be decoded"
-
-
-def first_track(container: av.container.InputContainer, path: str) -> av.AudioStream:
+def first_track(container: InputContainer, path: str) -> av.AudioStream:
     """The first audio track; others beside it, and films, are mentioned on stderr."""
     if not container.streams.audio:
         found = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
@@ -77,19 +72,17 @@ def first_track(container: av.container.InputContainer, path: str) -> av.AudioSt
         raise ValueError("its audio has a codec that FFmpeg does not know; convert it to WAV or FLAC")
     if (tag := stream.codec_context.codec_tag) in ("enca", "drms"):
         raise ValueError(f"is encrypted ({tag}); export it without copy protection")
-    pictures = (av.stream.Disposition.attached_pic, av.stream.Disposition.timed_thumbnails)
-    if any(not any(kind & video.disposition for kind in pictures) for video in container.streams.video):
+    picture = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+    if any(not video.disposition & picture for video in container.streams.video):
         say_once("note: some files are films; their first audio track is read")
     if len(container.streams.audio) > 1:
         say_once(f"note: {path}: has {len(container.streams.audio)} audio tracks; the first is read")
     return stream
 
 
-def frames(
-    packets: Iterator[av.Packet], kind: str, begin: float, end: float | None, sought: bool
-) -> Iterator[tuple[av.AudioFrame, float]]:
-    """Decoded frames in order, each with its time in the track, in seconds."""
-    at, failed, last, rate = 0.0, 0, None, 0
+def frames(packets: Iterator[av.Packet], kind: str, begin: float, end: float | None, sought: bool) -> Frames:
+    """Decoded frames in order."""
+    at, failed, last = 0.0, 0, None
     try:
         for packet in packets:
             if packet.is_corrupt and kind != "wav":  # which sets it at the end of a pipe; its length is known before
@@ -104,7 +97,7 @@ def frames(
             for frame in decoded:
                 if frame.is_corrupt:
                     raise av.InvalidDataError(0, "a frame is cut")
-                failed, last, rate = 0, packet, frame.sample_rate
+                failed, last = 0, packet
                 if kind in SEEKABLE and frame.time is not None:
                     ahead = frame.time - begin - at
                     if sought:
@@ -114,28 +107,28 @@ def frames(
                     elif kind == "ogg" and ahead < -SLACK:  # another stream begins
                         begin = frame.time - at
                 yield frame, at
-                at += frame.samples / rate
+                at += frame.samples / frame.sample_rate
                 if end is not None and at >= end:
                     return
-        if failed or (kind == "mp3" and last and is_cut(bytes(last), rate)):
+        if failed or (kind == "mp3" and last and is_cut(last)):
             raise av.InvalidDataError(0, "the last packet is cut")
     except av.FFmpegError as error:
         if not at:
             raise
-        found = f"truncated or damaged after {at:.2f} s ({reason(error)})"
+        found = f"truncated or damaged after {at:.2f} s ({error.strerror})"
         raise ValueError(f"{found}; copy or convert it again") from None
 
 
-def is_cut(frame: bytes, rate: int) -> bool:
-    """Whether a frame of MP3 has fewer bytes than its header says: FFmpeg decodes it all the same."""
-    first, layer, index = frame[1] >> 3 & 3 == 3, frame[1] >> 1 & 3, frame[2] >> 4
-    if layer != 1 or index == 15:  # layer III alone; 15 is no rate
-        return False
-    size = 144_000 * MPEG_1[index] if first else 72_000 * MPEG_2[index]
-    return len(frame) < size // rate + (frame[2] >> 1 & 1)
+def is_cut(packet: av.Packet) -> bool:
+    """Whether a packet of MP3 has fewer bytes than its header says: FFmpeg decodes it all the same."""
+    header, alone = bytes(packet)[:4], av.CodecContext.create("mp3", "r")
+    alone.bit_rate = 0  # unknown, so that the decoder sets it
+    alone.decode(packet)
+    size = packet.duration * packet.time_base * (alone.bit_rate or 0) // 8 + (header[2] >> 1 & 1)
+    return header[1] >> 1 & 3 == 1 and packet.size < size  # layer III alone
 
 
-def collect(found: Iterator[tuple[av.AudioFrame, float]]) -> tuple[np.ndarray, int, int]:
+def collect(found: Frames) -> tuple[np.ndarray, int, int]:
     """All frames as one channel (S,) at the rate of the first; that rate; and the sample at which the first begins.
 
     FFmpeg's queue joins the frames, as NumPy takes longer for one than FFmpeg to decode it.
@@ -169,20 +162,13 @@ def without_padding(waveform: np.ndarray, stream: av.AudioStream) -> np.ndarray:
 
 
 def mono(frame: av.AudioFrame) -> np.ndarray:
-    """The mean of a frame's channels, (S,) float32 in -1..1."""
-    samples = frame.to_ndarray()  # (channels, S), or packed (1, S * channels)
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    if samples.dtype == np.uint8:
-        samples = (samples.astype(np.float32) - 128) / 128
-    elif samples.dtype.kind == "i":
-        samples = samples / np.float32(2 ** (8 * samples.itemsize - 1))
-    return samples.mean(axis=0, dtype=np.float32)
+    """The mean of a frame's channels, (S,) float32 in -1..1; of eight planes or more PyAV cannot make an array."""
+    (packed,) = av.AudioResampler("flt").resample(frame)
+    samples, channels = packed.to_ndarray()[0], frame.layout.nb_channels  # (S * channels,), in turns
+    return sum(samples[channel::channels] for channel in range(channels)) / channels
 
 
-def declared_seconds(
-    container: av.container.InputContainer, stream: av.AudioStream, kind: str, first_byte: int
-) -> float:
+def declared_seconds(container: InputContainer, stream: av.AudioStream, kind: str, first_byte: int) -> float:
     """The length that the file declares; 0 where it does not, or where FFmpeg's is an estimate."""
     declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
     if kind in LOSSY or kind in LOSSLESS:

@@ -15,9 +15,6 @@ from weights import require_plain
 class StandIn(dict):
     """Takes the place of a class that a file names: holds the object's state as items and runs no code of it."""
 
-    def __new__(cls, *_: object) -> "StandIn":
-        return super().__new__(cls)
-
     def __init__(self, *_: object):
         super().__init__()
 
@@ -50,10 +47,9 @@ def read_pickle(path: Path) -> tuple[dict[str, object], dict]:
     with torch.serialization.safe_globals(harmless):
         try:
             require_plain(path)
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            with open(path, "rb") as file:
+                zipped = file.read(2) == b"PK"  # as since PyTorch 1.6; what is older cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
             what = f"names {found[1] or found[2]}, which could run code" if found else "is not a PyTorch file"

@@ -8,13 +8,12 @@ reads (from the start, it held the frames back). The heads are thrown away.
 import argparse
 import copy
 import hashlib
+import io
 import math
-import shutil
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import soundfile
@@ -43,21 +42,19 @@ def read_teacher(*paths):
     for path, part, digest in zip(paths, parts, PARTS, strict=True):
         if hashlib.sha256(part).hexdigest() != digest:
             raise ValueError(f"{path}: not this part of Whisper-base; give model.bin.part1, then model.bin.part2")
-    data, at, tensors = b"".join(parts), 0, {}
+    file, tensors = io.BytesIO(b"".join(parts)), {}
 
     def take(form):
-        nonlocal at
-        at += struct.calcsize(form)
-        return struct.unpack_from(form, data, at - struct.calcsize(form))[0]
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
     take("<I"), take(f"{take('<H')}s"), take("<I")  # version, kind of model, revision
     for _ in range(take("<I")):
         name = take(f"{take('<H')}s").rstrip(b"\0").decode()
         shape, kind, size = [take("<I") for _ in range(take("<B"))], take("<B"), take("<I")
+        data = file.read(size)
         if kind == 4 and name.startswith("encoder/"):  # 4: fp16
-            array = np.frombuffer(data, np.float16, size // 2, at).reshape(shape)
+            array = np.frombuffer(data, np.float16).reshape(shape)
             tensors[name.removeprefix("encoder/")] = torch.from_numpy(array.astype(np.float32))
-        at += size
     return tensors
 
 
@@ -180,7 +177,7 @@ def train(clips, tensors, out, seconds=math.inf, steps=10**9, batch=40.0, rate=3
     """Train for so many seconds on the clock or steps, from the checkpoint in `out` if there is one; the losses."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a thread for each piece of the batch, none that waits for another at every operation
-    teacher, student, lock, losses = Teacher(tensors), make_student(), Lock(), []
+    teacher, student, losses = Teacher(tensors), make_student(), []
     file = out / "checkpoint.pt"
     held = torch.load(file) if file.exists() else None
     scales = held["scales"] if held else measure(teacher, clips, np.random.default_rng(0), count)
@@ -209,10 +206,7 @@ def train(clips, tensors, out, seconds=math.inf, steps=10**9, batch=40.0, rate=3
             y = (targets[int(k > 0)] - mean[: p.shape[1]]) / deviation
             loss = loss + weight * (distance(p, y) + late * distance(p.mean(1) / between, y.mean(1) / between))
         gradients = torch.autograd.grad(loss / PIECES, list(modules.parameters()))
-        with lock:
-            for p, g in zip(modules.parameters(), gradients, strict=True):
-                p.grad = g if p.grad is None else p.grad.add_(g)
-        return loss.item() / PIECES, x.shape[0] * piece[2] / 50
+        return loss.item() / PIECES, x.shape[0] * piece[2] / 50, gradients
 
     with ThreadPoolExecutor(2) as pool:
         while spent < seconds and step < steps:
@@ -221,22 +215,20 @@ def train(clips, tensors, out, seconds=math.inf, steps=10**9, batch=40.0, rate=3
                 group["lr"] = rate * min(1, (step + 1) / 60) * min(1, max(0.01, left / 0.6))
             late = 0.25 * min(1, max(0, (0.5 - left) / 0.1))
             results = list(pool.map(work, [(step * PIECES + i, next(pieces), late) for i in range(PIECES)]))
+            for p, *shares in zip(modules.parameters(), *(r[2] for r in results), strict=True):
+                p.grad = sum(shares)
             list(pool.map(lambda optimizer: optimizer.step(), optimizers))
-            modules.zero_grad()
             keep = min(0.998, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in student.parameters()], 1 - keep)
             step, heard, spent = step + 1, heard + sum(r[1] for r in results), spent + time.time() - began
             losses.append(sum(r[0] for r in results))
             if step % every == 0 or spent >= seconds or step >= steps:
                 print(f"{spent:.0f} s, {step} steps, {heard:.0f} s heard, loss {np.mean(losses[-every:]):.3f}")
-                out.mkdir(parents=True, exist_ok=True)
-                states = [part.state_dict() for part in parts]
+                copy.deepcopy(average).half().save_pretrained(out / "small")
+                Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(out / "small")
+                states = [part.state_dict() for part in parts]  # after `small`, which a resumed run writes again
                 torch.save({"states": states, "scales": scales, "at": (step, heard, spent)}, out / "new")
                 (out / "new").replace(file)
-                copy.deepcopy(average).half().save_pretrained(out / "small.new")
-                Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(out / "small.new")
-                shutil.rmtree(out / "small", ignore_errors=True)
-                (out / "small.new").rename(out / "small")
     return losses
 
 

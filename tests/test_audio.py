@@ -32,7 +32,7 @@ def voice(rate: int = RATE, seconds: float = 4.0, seed: int = 0) -> np.ndarray:
     return ((0.1 * tone + 0.02 * rng.standard_normal(len(t))) * loud).astype(np.float32)
 
 
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 
 
 def add_track(container, codec: str, rate: int, channels: int = 1, **options: str):
@@ -47,7 +47,7 @@ def add_track(container, codec: str, rate: int, channels: int = 1, **options: st
 def write_sound(container, stream, sound: np.ndarray, rate: int, channels: int = 1) -> None:
     """This sound in every channel."""
     layout = LAYOUTS[channels]
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(np.stack([sound] * channels)), "fltp", layout)
+    frame = av.AudioFrame.from_ndarray(np.repeat(sound, channels)[None], "flt", layout)
     frame.sample_rate, frame.pts = rate, 0
     resampler, fifo = av.AudioResampler(stream.codec_context.format, layout, rate), av.AudioFifo()
     for part in [*resampler.resample(frame), *resampler.resample(None)]:
@@ -105,6 +105,7 @@ FORMATS = [  # suffix, codec, rate, channels, options of the container
     ("webm", "libopus", 48_000, 1, None),
     ("webm", "libopus", 48_000, 1, {"live": "1"}),  # MediaRecorder: without a length
     ("mkv", "aac", 48_000, 6, None),
+    ("mka", "aac", 48_000, 8, None),
     ("ogg", "libopus", 48_000, 1, None),
     ("ogg", "vorbis", 44_100, 2, None),
     ("wma", "wmav2", 44_100, 1, None),

@@ -306,6 +306,27 @@ def test_a_demo_says_beside_its_scores_that_it_is_one(runs, tmp_path):
     assert run.DEMO_NOTE in scores.split("## Data")[0]
 
 
+def card_of(runs, source: str, **changes) -> str:
+    """The card of a run as if it had begun with another backbone and been exported for PEFT."""
+    config = run.plain(run.load_best(runs["linear_head"])[1]) | {"backbone": source, **changes}
+    result = json.loads((runs["linear_head"] / "result.json").read_text())
+    return card.card(result, config, {}, source, "peft", ["valence"], (1, 7))
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "words"),
+    [
+        ("all", 0, "Trained: all of the backbone but its feature encoder and the head;"),
+        ([2, 3], 0, "Trained: transformer layers 2, 3 and the head;"),
+        (2, 4, "Trained: the last 2 transformer layers and LoRA of rank 4 on q, v and the head;"),
+        ([], 0, "Trained: the head;"),
+    ],
+)
+def test_the_card_says_what_trained(runs, layers, rank, words):
+    trained = {"trainable_layers": layers, "lora_rank": rank, "lora_targets": ["q", "v"]}
+    assert words in card_of(runs, "some/base", **trained)
+
+
 @pytest.mark.parametrize(
     ("source", "identifier", "words"),
     [
@@ -315,10 +336,10 @@ def test_a_demo_says_beside_its_scores_that_it_is_one(runs, tmp_path):
         ("someone/wav2vec2", "other", "see the backbone's own"),
     ],
 )
-def test_the_licence_is_that_of_the_backbone(source, identifier, words):
-    assert card.licence(source)[0] == identifier
-    assert words in card.licence(source)[1]
-    about = card.front_matter(source, "peft")
+def test_the_licence_is_that_of_the_backbone(runs, source, identifier, words):
+    text = card_of(runs, source)
+    assert words in text.split("## Backbone and licence")[1].split("##")[0]
+    about = yaml.safe_load(text.split("---\n")[1])
     assert about.get("base_model") == (source if "/" in source else None)
     assert about["license"] == identifier
 
@@ -328,9 +349,7 @@ def test_the_licence_is_that_of_the_backbone(source, identifier, words):
 
 def test_the_card_keeps_the_revision_of_the_backbone(runs):
     """The front matter names the repository alone, as the hub wants it; the code loads the very revision."""
-    config = run.plain(run.load_best(runs["linear_head"])[1]) | {"backbone": "some/base@v1"}
-    result = json.loads((runs["linear_head"] / "result.json").read_text())
-    text = card.card(result, config, {}, "some/base@v1", "peft", ["valence"], (1, 7))
+    text = card_of(runs, "some/base@v1")
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "some/base"
     assert 'AutoModel.from_pretrained("some/base", revision="v1")' in text
 
