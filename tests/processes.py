@@ -11,6 +11,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,22 @@ def server() -> multiprocessing.context.BaseContext:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # where it finds what it imports
         multiprocessing.forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def server_with(*modules: str) -> Iterator[multiprocessing.context.BaseContext]:
+    """While this lasts processes come from another server, which has imported these modules, and what lies here."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        yield multiprocessing.get_context("spawn")
+        return
+    other = multiprocessing.forkserver.ForkServer()
+    other.set_forkserver_preload([*IMPORTED, *modules])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]), prepend=os.pathsep)
+        other.ensure_running()
+        patch.setattr(multiprocessing.forkserver, "connect_to_new_process", other.connect_to_new_process)
+        yield multiprocessing.get_context("forkserver")
+    other._stop()
 
 
 def python(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
