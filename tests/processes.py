@@ -20,6 +20,7 @@ import pytest
 from machine.programs import IMPORTED
 
 ROOT = Path(__file__).parents[1]
+Ended = subprocess.CompletedProcess[str]
 
 
 def server() -> multiprocessing.context.BaseContext:
@@ -27,7 +28,7 @@ def server() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload([*IMPORTED, "pytest"])  # which this file imports, in each fork
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # where it finds what it imports
         multiprocessing.forkserver.ensure_running()
@@ -50,16 +51,22 @@ def server_with(*modules: str) -> Iterator[multiprocessing.context.BaseContext]:
     other._stop()
 
 
-def python(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What `python WORDS` says and ends with: a file, or -m and a module, and its arguments, as from a shell."""
-    words = tuple(map(str, words))
+def start(folder: Path, *words: object, cwd: Path = ROOT, **environment: str) -> multiprocessing.process.BaseProcess:
+    """Start `python WORDS`: a file, or -m and a module, and its arguments. What it says is in FOLDER/stdout, stderr."""
+    given = (tuple(map(str, words)), str(cwd), os.environ | environment, str(folder))
+    process = server().Process(target=be, args=given)
+    process.start()
+    return process
+
+
+def python(*words: object, cwd: Path = ROOT, seconds: float = 120, **environment: str) -> Ended:
+    """What `python WORDS` says and ends with, as from a shell; within so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        process = server().Process(target=be, args=(words, str(cwd), os.environ | environment, folder))
-        process.start()
-        process.join(120)
+        process = start(Path(folder), *words, cwd=cwd, **environment)
+        process.join(seconds)
         if process.is_alive():
             process.kill()
-            raise subprocess.TimeoutExpired(words, 120)
+            raise subprocess.TimeoutExpired(words, seconds)
         said = [
             (Path(folder) / name).read_bytes().decode("utf-8", "surrogateescape").replace(os.linesep, "\n")
             for name in ("stdout", "stderr")

@@ -4,15 +4,13 @@ Tolerances on an accelerator, where sums may be added in another order each time
 """
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import speech_like, tiny_settings
+from processes import python
 
 import run
 import train
@@ -142,15 +140,9 @@ def test_several_processes_train_as_one(tmp_path, tiny_checkpoint, tiny_manifest
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}", f"--master_port={port}"]
-    ended = subprocess.run(
-        [*command, "train.py", "configs/partial3.yaml", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", f"--master_port={port}"]
+    command += ["train.py", "configs/partial3.yaml", *words]
+    ended = python(*command, seconds=240, OMP_NUM_THREADS="1")
     assert ended.returncode == 0, ended.stderr
     lines = (tmp_path / "runs" / "several" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line)["train_loss"] for line in lines]

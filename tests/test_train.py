@@ -9,7 +9,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import soundfile
 import torch
 import yaml
 from conftest import speech_like, tiny_settings
+from processes import python
 from torch import Tensor
 from tqdm import tqdm
 
@@ -105,9 +105,7 @@ def finished(tmp_path_factory, tiny_checkpoint, tiny_manifest):
     keys = tiny_settings(folder, tiny_checkpoint, tiny_manifest, cache=True, cache_dtype="float32", lr=1e-2)
     path = write_config(folder, **keys)
     arguments = [str(path), "lora_rank=4", "epochs=4", "name=done"]
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = python("train.py", *arguments)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "done", done, arguments
 
@@ -315,7 +313,8 @@ def test_a_run_killed_while_it_saves_continues_as_if_it_had_not_been(settings, t
     keys = {**METHODS["LoRA"], "cache": True}
     whole, killed = (settings(name=name, cache_dir=str(tmp_path / name), **keys) for name in ("one", "two"))
     path = write_config(tmp_path, **run.plain(killed))
-    done = subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = python(tmp_path / "killed.py", path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     directory = directory_of(killed)
     assert torch.load(directory / "last.pt", weights_only=True)["state"]["epoch"] == 1
@@ -1006,10 +1005,7 @@ def test_a_damaged_checkpoint_of_a_run_is_named(settings, monkeypatch):
 def test_without_a_network_a_real_corpus_is_an_error_that_names_the_ways_out(settings, tmp_path):
     """As a real process: status 1, one message on stderr, no traceback, and no random weights in its place."""
     path = write_config(tmp_path, **run.plain(settings(backbone="facebook/wav2vec2-base")))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(
-        [sys.executable, "train.py", path], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = python("train.py", path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(
