@@ -59,6 +59,21 @@ def directory_of(config: Config) -> Path:
     return Path(config.output_dir) / config.name
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_checkpoint, tiny_manifest):
+    """A function from keys to the directory of such a run, with a cache of its own; each is trained once."""
+    finished: dict[str, Path] = {}
+
+    def directory(**keys) -> Path:
+        if (name := str(keys)) not in finished:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            train.train(config := Config(**tiny_settings(folder, tiny_checkpoint, tiny_manifest, name="a", **keys)))
+            finished[name] = directory_of(config)
+        return finished[name]
+
+    return directory
+
+
 def command_line(monkeypatch, *arguments: object) -> object:
     """`python train.py ...` in this process: what it exits with, None at its end."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
@@ -350,11 +365,10 @@ STOPPED = {  # moments: a function of train.py that a run calls between its sign
 
 @pytest.mark.parametrize("name", [number.name for number in hardware.STOP_SIGNALS])
 @pytest.mark.parametrize("moment", STOPPED.values(), ids=STOPPED)
-def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp_path, monkeypatch, name, moment):
+def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, uninterrupted, monkeypatch, name, moment):
     """Ctrl-C and SIGTERM: no step is lost or repeated, and the whole is bit by bit the run that was not stopped."""
     keys = {**METHODS["LoRA"], "precision": "fp16", "cache": True, "epochs": 4, "patience": 4}
-    whole, parts = (settings(name=name, cache_dir=str(tmp_path / name), **keys) for name in ("one", "two"))
-    train.train(whole)
+    whole, parts = uninterrupted(**keys), settings(**keys)
     home = run if hasattr(run, moment[0]) else train
     steps, calls, real_step, real = [], [], run.step, getattr(home, moment[0])
 
@@ -379,10 +393,10 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp
     assert STEPS * state["epoch"] + len(state["losses"]) == taken < 4 * STEPS
     train.train(parts)
     assert len(steps) == 4 * STEPS
-    assert_same_run(directory_of(whole), directory_of(parts))
+    assert_same_run(whole, directory_of(parts))
 
 
-def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkeypatch):
+def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, uninterrupted, monkeypatch):
     """More than a second later. In the middle of a step nothing can be saved: the last finished epoch counts."""
     real, calls = run.step, []
 
@@ -395,8 +409,7 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments, **how)
 
-    whole, parts = settings(name="one"), settings(name="two")
-    train.train(whole)
+    whole, parts = uninterrupted(), settings()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         patch.setattr(run, "step", step)
         train.train(parts)
@@ -404,7 +417,7 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
     state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
     assert (state["epoch"], state["losses"]) == (1, [])
     train.train(parts)
-    assert_same_run(directory_of(whole), directory_of(parts))
+    assert_same_run(whole, directory_of(parts))
 
 
 def test_a_signal_that_is_repeated_at_once_is_one():
