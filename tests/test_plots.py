@@ -122,7 +122,7 @@ def test_layers_that_did_not_change_look_alike(tmp_path):
 
 
 @pytest.mark.parametrize("picture", [cost, depth])
-def test_one_seed_has_no_error_bars(tmp_path, picture):
+def test_one_seed_has_no_error_bars(tmp_path, undrawn, picture):
     """Three have one each; a method of which one seed alone is left has none either."""
 
     def bars(figure: Figure) -> int:
@@ -135,7 +135,7 @@ def test_one_seed_has_no_error_bars(tmp_path, picture):
     assert bars(picture(tmp_path / "failed", 4)) == 2 * 3
 
 
-def test_a_method_without_scores_is_left_out_of_the_cost(tmp_path):
+def test_a_method_without_scores_is_left_out_of_the_cost(tmp_path, undrawn):
     """And keeps no place in the legend; the others keep their marks."""
     found = texts(cost(tmp_path / "picture"))
     assert [name for name in NAMES if name not in found] == [NAMES[5]]
@@ -171,7 +171,7 @@ def test_twelve_methods_differ_without_colour():
     assert len({s["linestyle"] for s in styles[:4]}) == 4
 
 
-def test_curves_end_where_the_first_seed_stopped_and_runs_go_on(tmp_path):
+def test_curves_end_where_the_first_seed_stopped_and_runs_go_on(tmp_path, undrawn):
     """Seeds of 4, 5 and 6 epochs: the mean has four points, of mean seconds; each run its own."""
     runs = [[seconds_and_scores(4, 10), seconds_and_scores(5, 11), seconds_and_scores(6, 12)], [seconds_and_scores(3)]]
     figure = plots.curves(NAMES[:2], runs, TARGETS, NOTE, tmp_path / "picture")
@@ -225,7 +225,7 @@ def test_predictions_over_time_have_the_scale_of_the_labels(tmp_path, hop):
     assert {*TARGETS, "speech.wav", "time (s)"} <= set(texts(figure))
 
 
-def test_no_prediction_lies_outside_of_the_picture(tmp_path):
+def test_no_prediction_lies_outside_of_the_picture(tmp_path, undrawn):
     """The head is not bound to the range of the labels."""
     spans, predictions = np.array([[0, 0.5], [0.5, 1]]), np.array([[0.2, 4], [3, 9]])
     figure = plots.timeline(np.zeros(16_000), spans, predictions, TARGETS, (1, 7), "a", NOTE, tmp_path / "picture")
@@ -289,7 +289,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         layers(tmp_path / "missing" / "picture", 2)
 
 
-def test_the_agreement_of_raters_is_a_line_in_the_panel_of_its_target(tmp_path):
+def test_the_agreement_of_raters_is_a_line_in_the_panel_of_its_target(tmp_path, undrawn):
     """And in the legend; a target without it has none."""
     costs, ceiling = np.geomspace(3, 50, 2), {"activation": 0.77}
     figure = plots.cost(NAMES[:2], costs, SCORES[:2], TARGETS, "time (s)", ceiling, "", tmp_path / "cost")
