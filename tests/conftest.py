@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the processor; before PyTorch is imported
@@ -140,6 +141,13 @@ def forget_plots(monkeypatch) -> None:
 
     monkeypatch.delitem(sys.modules, "report.plots", raising=False)
     monkeypatch.delattr(report, "plots", raising=False)
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Pictures are made as ever, and their files are there, but empty: to fill them takes half a second each."""
+    with suppress(ImportError):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **how: Path(file).touch())
 
 
 @pytest.fixture

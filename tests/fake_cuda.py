@@ -1,12 +1,14 @@
 """The CUDA paths on fake tensors: type, device and hidden waits are checked, nothing is computed.
 
-`python tests/fake_cuda.py LIBRARY FOLDER I N` runs every N-th case from the I-th on the devices that LIBRARY (made of
-fakecuda.cpp) pretends, and prints a JSON line for each: its name, and what is wrong. It is a process of its own, as
-PyTorch cannot unlearn the devices.
+`python tests/fake_cuda.py LIBRARY FOLDER N` runs every case on the devices that LIBRARY (made of fakecuda.cpp)
+pretends, in N processes, which write JSON lines to FOLDER/I.jsonl: a case's name, and what is wrong. It is a process
+of its own, as PyTorch cannot unlearn the devices, and imports it, as they must be there before.
 """
 
 import ctypes
+import itertools
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -282,14 +284,36 @@ def main() -> None:
         paths.append(str(folder / f"{number}.wav"))
         soundfile.write(paths[-1], 0.1 * np.random.default_rng(number).standard_normal(samples), 16_000)
     pretend()
-    first, of = map(int, sys.argv[3:5])
-    for name, case in list(cases(paths, folder))[first::of]:
-        error = None
-        try:
-            case()
-        except Exception as problem:
-            error = f"{type(problem).__name__}: {str(problem)[:600]}"
-        print(json.dumps({"case": name, "error": error}), flush=True)
+    count = int(sys.argv[3])
+    children = [child for number in range(count) if (child := fork_to(work, number, count, paths, folder))]
+    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+
+
+def fork_to(function: Callable[..., None], *given: object) -> int:
+    """The id of a process that does this and ends; nothing is imported twice."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        function(*given)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def work(number: int, count: int, paths: list[str], folder: Path) -> None:
+    """Every `count`-th case from this one on."""
+    with open(folder / f"{number}.jsonl", "w", encoding="utf-8") as file:
+        for name, case in itertools.islice(cases(paths, folder), number, None, count):
+            error = None
+            try:
+                case()
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {str(problem)[:600]}"
+            print(json.dumps({"case": name, "error": error}), file=file, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from machine.programs import IMPORTED
 
 ROOT = Path(__file__).parents[1]
+Ended = subprocess.CompletedProcess[str]
 
 
 def server() -> multiprocessing.context.BaseContext:
@@ -25,23 +28,45 @@ def server() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    context.set_forkserver_preload([*IMPORTED, "pytest"])  # which this file imports, in each fork
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # where it finds what it imports
         multiprocessing.forkserver.ensure_running()
     return context
 
 
-def python(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What `python WORDS` says and ends with: a file, or -m and a module, and its arguments, as from a shell."""
-    words = tuple(map(str, words))
+@contextmanager
+def server_with(*modules: str) -> Iterator[multiprocessing.context.BaseContext]:
+    """While this lasts processes come from another server, which has imported these modules, and what lies here."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        yield multiprocessing.get_context("spawn")
+        return
+    other = multiprocessing.forkserver.ForkServer()
+    other.set_forkserver_preload([*IMPORTED, *modules])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]), prepend=os.pathsep)
+        other.ensure_running()
+        patch.setattr(multiprocessing.forkserver, "connect_to_new_process", other.connect_to_new_process)
+        yield multiprocessing.get_context("forkserver")
+    other._stop()
+
+
+def start(folder: Path, *words: object, cwd: Path = ROOT, **environment: str) -> multiprocessing.process.BaseProcess:
+    """Start `python WORDS`: a file, or -m and a module, and its arguments. What it says is in FOLDER/stdout, stderr."""
+    given = (tuple(map(str, words)), str(cwd), os.environ | environment, str(folder))
+    process = server().Process(target=be, args=given)
+    process.start()
+    return process
+
+
+def python(*words: object, cwd: Path = ROOT, seconds: float = 120, **environment: str) -> Ended:
+    """What `python WORDS` says and ends with, as from a shell; within so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        process = server().Process(target=be, args=(words, str(cwd), os.environ | environment, folder))
-        process.start()
-        process.join(120)
+        process = start(Path(folder), *words, cwd=cwd, **environment)
+        process.join(seconds)
         if process.is_alive():
             process.kill()
-            raise subprocess.TimeoutExpired(words, 120)
+            raise subprocess.TimeoutExpired(words, seconds)
         said = [
             (Path(folder) / name).read_bytes().decode("utf-8", "surrogateescape").replace(os.linesep, "\n")
             for name in ("stdout", "stderr")

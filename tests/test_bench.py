@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import forget_plots
+from processes import python, server_with
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -230,13 +230,13 @@ def hand_made() -> dict:
     }
 
 
-def test_a_factor_is_against_what_was_measured_in_turn(tmp_path, monkeypatch, capsys):
+def test_a_factor_is_against_what_was_measured_in_turn(tmp_path):
     """`--table` alone: full as of the row's own group, the peer as of the same; each method in each table once."""
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(hand_made()), encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--table", str(path)])
-    bench.main()
-    text = capsys.readouterr().out
+    done = python(ROOT / "bench.py", "--table", path)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
     assert text == speed.tables(hand_made()) + "\n"
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     steps, others = lines[:7], lines[7:]
@@ -275,16 +275,30 @@ def test_another_file_is_no_result(tmp_path, text, found):
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command_measures_writes_and_prints(tiny_checkpoint, tmp_path):
-    """From processes to tables at a tiny size: every figure is there, and follows from the others."""
+@pytest.mark.usefixtures("one_thread")
+def test_the_command_measures_writes_and_prints(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """From processes to tables at a tiny size: every figure is there, and follows from the others.
+
+    The processes are forked from one that has the peers; others, below, start as bench.py has them start.
+    """
     out = tmp_path / "bench.json"
-    command = [sys.executable, str(ROOT / "bench.py"), f"--backbone={tiny_checkpoint}", "--turns=2", "--rounds=1"]
-    command += ["--epochs=4", "--device=cpu", f"--configs={path_of('partial3_cached')}", f"--out={out}"]
-    done = subprocess.run(command + ["--naive"] * HAS_PEER, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = [f"--backbone={tiny_checkpoint}", "--turns=2", "--rounds=1", "--epochs=4", "--device=cpu", "--threads=1"]
+    words += [f"--configs={path_of('partial3_cached')}", f"--out={out}", *["--naive"] * HAS_PEER]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    rate = speed.matmul_rate(torch.device("cpu"), torch.float32)  # takes seconds, and is asked for twice
+    asked = []
+    monkeypatch.setattr(speed, "matmul_rate", lambda *given: asked.append(given) or len(asked) * rate)
+    peers = [f"transformers.models.wav2vec2.{name}_wav2vec2" for name in ("modeling", "feature_extraction")]
+    with server_with("bench", "conftest", *[*peers, "peft"] * HAS_PEER) as context:
+        monkeypatch.setattr(bench.multiprocessing, "get_context", {"spawn": context}.get)
+        bench.main()
+    printed = capsys.readouterr().out
+    assert asked == [(torch.device("cpu"), torch.float32)] * 2
     result = speed.read_result(out)
-    assert done.stdout.startswith(speed.tables(result))
-    assert out.with_suffix(".png").is_file() or "matplotlib is not installed" in done.stdout
+    assert result["matmul_flops_measured"] == [rate, 2 * rate]
+    assert result["matmul_flops"] == 2 * rate > 0
+    assert printed.startswith(speed.tables(result))
+    assert out.with_suffix(".png").is_file() or "matplotlib is not installed" in printed
     (group,) = result["groups"]
     assert [r["side"] for r in group] == (["ours", "peer", "naive"] if HAS_PEER else ["ours"])
     assert result["options"]["turns"] == 2 and result["versions"]["torch"] == torch.__version__
@@ -292,7 +306,8 @@ def test_the_command_measures_writes_and_prints(tiny_checkpoint, tmp_path):
     cached = group[0]
     assert cached["epochs_seconds"] == pytest.approx(cached["build"]["seconds"] + 4 * cached["step"]["seconds"])
     for r in group:
-        assert 0 < r["startup_seconds"] < r["first_step_seconds"]
+        assert r["startup_seconds"] == pytest.approx(r["first_step_seconds"] - r["step"]["seconds"])
+        assert r["first_step_seconds"] > r["step"]["warm_up_seconds"][0] > 0  # of the step itself
         assert r["floor_bytes"] < r["step"]["peak_memory_bytes"]
         for phase in ("step", "build", "infer"):
             if figures := r[phase]:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_old_wav
+from processes import python, start
 from random_weights import random_backbone
 
 import cache as cache_module
@@ -708,22 +708,23 @@ def test_a_process_that_is_killed_loses_only_what_it_had_in_hand(tmp_path, dtype
     def written() -> int:
         return sum(path.stat().st_size for path in root.glob("*/*.bin"))
 
-    command = [sys.executable, "-c", WRITER, listing, root, str(dtype).removeprefix("torch.")]
+    (tmp_path / "writer.py").write_text(WRITER)
+    words = [tmp_path / "writer.py", listing, root, str(dtype).removeprefix("torch.")]
     before, rng = 0, np.random.default_rng(0)
     for _ in range(3):
-        process = subprocess.Popen(command, cwd=ROOT)
-        start, stop, began = written(), rng.integers(400, 8_000) * row, time.monotonic()
-        while written() < start + stop and process.poll() is None and time.monotonic() - began < 60:
+        process = start(tmp_path, *words)
+        so_far, stop, began = written(), rng.integers(400, 8_000) * row, time.monotonic()
+        while written() < so_far + stop and process.is_alive() and time.monotonic() - began < 60:
             time.sleep(0.001)
         process.kill()
-        process.wait()
+        process.join()
         there = present()
         assert before < len(there) < count
         assert there.tolist() == list(range(len(there)))  # each took up where the last was killed
         in_hand = written() - sum((head + 20 + n % 30) * row for n in there.tolist())
         assert in_hand <= 3 * (head + 49) * row  # one for each killed
         before = len(there)
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    assert python(*words).returncode == 0
     assert len(present()) == count
 
 

@@ -488,7 +488,7 @@ PROBLEMS = {  # kind: exit code, how to make the file, the row of the manifest, 
 
 
 @pytest.mark.parametrize("kind", PROBLEMS)
-def test_each_problem_is_named_with_its_file_and_its_severity(good, kind):
+def test_each_problem_is_named_with_its_file_and_its_severity(good, undrawn, kind):
     """One problem among good files, and nothing else is found."""
     code, make, row, detail = PROBLEMS[kind]
     make(good / "bad.wav")
@@ -501,7 +501,7 @@ def test_each_problem_is_named_with_its_file_and_its_severity(good, kind):
     assert re.search(detail, problem["detail"])
 
 
-def test_silence_is_no_duplicate_and_a_peak_is_no_clipping(good):
+def test_silence_is_no_duplicate_and_a_peak_is_no_clipping(good, undrawn):
     """Two silent files are alike without being copies; a normalised file reaches full scale once."""
     peak = sound(1.0, seed=9)
     peak[100] = 1.0
@@ -514,7 +514,7 @@ def test_silence_is_no_duplicate_and_a_peak_is_no_clipping(good):
     assert [problem["problem"] for problem in problems] == ["silent", "silent"]
 
 
-def test_errors_come_first_and_a_long_list_is_cut_in_the_report_alone(good):
+def test_errors_come_first_and_a_long_list_is_cut_in_the_report_alone(good, undrawn):
     """The CSV has all."""
     for number in range(30):
         soundfile.write(good / f"quiet{number}.wav", np.zeros(8000), 16_000)
@@ -526,7 +526,7 @@ def test_errors_come_first_and_a_long_list_is_cut_in_the_report_alone(good):
     assert "\n- and 11 more" in report
 
 
-def test_an_empty_split_and_allowed_speakers(good):
+def test_an_empty_split_and_allowed_speakers(good, undrawn):
     """A split without utterances is an error; a speaker in two is none if the configuration allows it."""
     manifest = good / "manifest.csv"
     manifest.write_text(re.sub(",dev,s[46]", ",test,s0", manifest.read_text()))

@@ -4,15 +4,13 @@ Tolerances on an accelerator, where sums may be added in another order each time
 """
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import speech_like, tiny_settings
+from processes import python
 
 import run
 import train
@@ -58,6 +56,24 @@ def losses(tmp_path, tiny_checkpoint, tiny_manifest, device):
     return fit
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[str, str], list[float]]:
+    """By method and device, what `plain` has trained."""
+    return {}
+
+
+@pytest.fixture
+def plain(losses, known, device):
+    """A function that gives the losses of a method by itself, in fp32 without dropout; each is trained once."""
+
+    def fit(method: str) -> list[float]:
+        if (key := (method, name_of(device))) not in known:
+            known[key] = losses("plain", **METHODS[method])
+        return known[key]
+
+    return fit
+
+
 def test_every_hidden_state_is_that_of_the_cpu(backbone, tiny_checkpoint, device):
     """And so that of transformers, with which the CPU's are compared elsewhere."""
     waveforms = [speech_like(samples) for samples in SAMPLES]
@@ -78,22 +94,19 @@ def test_an_utterance_alone_is_the_utterance_in_a_batch(backbone, device):
 
 @pytest.mark.parametrize("tier", ["disk", "auto"])
 @pytest.mark.parametrize("method", METHODS)
-def test_cached_training_is_uncached_training(losses, device, method, tier):
+def test_cached_training_is_uncached_training(losses, plain, device, method, tier):
     """From the disk, and from the device where a whole cache fits."""
-    keys = METHODS[method]
-    expected = losses("plain", **keys)
-    found = losses("cached", cache=True, cache_dtype="float32", cache_tier=tier, **keys)
-    assert found == pytest.approx(expected, abs=TOLERANCE[device.type])
+    found = losses("cached", cache=True, cache_dtype="float32", cache_tier=tier, **METHODS[method])
+    assert found == pytest.approx(plain(method), abs=TOLERANCE[device.type])
 
 
 @pytest.mark.parametrize("method", ["full", "last 2", "LoRA"])
 @pytest.mark.parametrize(
     "saving", [{"micro_batch_size": 1}, {"gradient_checkpointing": True}], ids=["micro", "checkpoint"]
 )
-def test_what_saves_memory_does_not_change_the_loss(losses, device, method, saving):
+def test_what_saves_memory_does_not_change_the_loss(losses, plain, device, method, saving):
     """Micro-batches and gradient checkpointing, with dropout, whose masks must come back in the recomputation."""
-    expected = losses("plain", **METHODS[method])
-    assert losses("saving", **METHODS[method], **saving) == pytest.approx(expected, abs=TOLERANCE[device.type])
+    assert losses("saving", **METHODS[method], **saving) == pytest.approx(plain(method), abs=TOLERANCE[device.type])
     if "gradient_checkpointing" in saving:
         dropped = losses("dropped", **METHODS[method] | {"hidden_dropout": 0.2})
         again = losses("again", **METHODS[method] | {"hidden_dropout": 0.2} | saving)
@@ -130,27 +143,21 @@ def test_predictions_are_those_of_the_test_and_of_the_cpu(losses, tmp_path, devi
     assert one == pytest.approx(other, abs=1e-3)
 
 
-def test_several_processes_train_as_one(tmp_path, tiny_checkpoint, tiny_manifest, losses, device):
+def test_several_processes_train_as_one(tmp_path, tiny_checkpoint, tiny_manifest, plain, device):
     """Over gloo on the CPU, over NCCL on as many GPUs: the losses of one process."""
     size = 2 if device.type == "cpu" else torch.cuda.device_count() if device.type == "cuda" else 1
     if size < 2:
         pytest.skip("needs two devices")
-    expected = losses("one", trainable_layers=2)
+    expected = plain("last 2")
     settings = tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, trainable_layers=2, hidden_dropout=0.0)
     settings |= {"name": "several", "device": device.type, "precision": "fp32"}
     words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}", f"--master_port={port}"]
-    ended = subprocess.run(
-        [*command, "train.py", "configs/partial3.yaml", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", f"--master_port={port}"]
+    command += ["train.py", "configs/partial3.yaml", *words]
+    ended = python(*command, seconds=240, OMP_NUM_THREADS="1")
     assert ended.returncode == 0, ended.stderr
     lines = (tmp_path / "runs" / "several" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line)["train_loss"] for line in lines]
@@ -158,10 +165,9 @@ def test_several_processes_train_as_one(tmp_path, tiny_checkpoint, tiny_manifest
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_16_bit_is_near_fp32(losses, device, precision):
+def test_16_bit_is_near_fp32(losses, plain, device, precision):
     """On every device, whatever kernels it has for it: a wrong kernel is off by more than rounding."""
-    expected = losses("exact", trainable_layers=2)
-    assert losses("rounded", trainable_layers=2, precision=precision) == pytest.approx(expected, abs=0.03)
+    assert losses("rounded", trainable_layers=2, precision=precision) == pytest.approx(plain("last 2"), abs=0.03)
 
 
 def test_the_device_that_was_asked_for_is_the_one_in_use(losses, tmp_path, device):

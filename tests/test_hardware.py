@@ -3,14 +3,13 @@
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_settings
+from processes import start
 
 import run
 import train
@@ -139,13 +138,17 @@ def test_a_second_command_is_refused_and_a_killed_one_does_not_block(tmp_path, t
     """The message names the process and host of the first; the lock of a killed process is gone with it."""
     config = Config(**tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, name="a", epochs=1))
     directory = tmp_path / "runs" / "a"
-    command = [sys.executable, "-c", HOLD, str(directory)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+    (tmp_path / "hold.py").write_text(HOLD)
+    holder, said = start(tmp_path, tmp_path / "hold.py", directory), tmp_path / "stdout"
+    try:
+        while holder.is_alive() and not (said.exists() and said.read_text() == "held\n"):
+            time.sleep(0.01)
         with pytest.raises(ValueError, match=rf"process {holder.pid} on \S+, since .* is at work there"):
             train.train(config)
         assert not (directory / "config.yaml").exists()
+    finally:
         holder.kill()
+        holder.join()
     assert train.train(config)["epochs"] == 1
     assert train.train(config)["epochs"] == 1  # the lock was given back
 

@@ -2,13 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import tiny_settings
+from processes import python
 from test_train import METHODS, assert_same_run
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +18,6 @@ RUNS = {
 KILLER = """
 import json, os, random, signal, sys, time
 import torch
-import torch.export.experimental  # which the first optimizer would import, in each fork
 import train
 
 config, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -78,13 +76,8 @@ def test_a_run_killed_at_random_moments_is_the_run_that_was_not(
     """Checkpoints with every state, log, predictions and scores; five kills, or half of `--kills`, among SIGTERMs."""
     config, kills = tmp_path / "experiment.yaml", (request.config.getoption("--kills") + 1) // 2
     config.write_text(yaml.safe_dump(tiny_settings(tmp_path, tiny_checkpoint, tiny_manifest, **keys)))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, config, str(kills), "0"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60 + 10 * kills,
-    )
+    (tmp_path / "killer.py").write_text(KILLER)
+    done = python(tmp_path / "killer.py", config, kills, 0, seconds=60 + 10 * kills)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     print(report)  # shown by pytest -s

@@ -9,7 +9,6 @@ import os
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import soundfile
 import torch
 import yaml
 from conftest import speech_like, tiny_settings
+from processes import python
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,6 +57,21 @@ def settings(tmp_path, tiny_checkpoint, tiny_manifest):
 
 def directory_of(config: Config) -> Path:
     return Path(config.output_dir) / config.name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_checkpoint, tiny_manifest):
+    """A function from keys to the directory of such a run, with a cache of its own; each is trained once."""
+    finished: dict[str, Path] = {}
+
+    def directory(**keys) -> Path:
+        if (name := str(keys)) not in finished:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            train.train(config := Config(**tiny_settings(folder, tiny_checkpoint, tiny_manifest, name="a", **keys)))
+            finished[name] = directory_of(config)
+        return finished[name]
+
+    return directory
 
 
 def command_line(monkeypatch, *arguments: object) -> object:
@@ -105,9 +120,7 @@ def finished(tmp_path_factory, tiny_checkpoint, tiny_manifest):
     keys = tiny_settings(folder, tiny_checkpoint, tiny_manifest, cache=True, cache_dtype="float32", lr=1e-2)
     path = write_config(folder, **keys)
     arguments = [str(path), "lora_rank=4", "epochs=4", "name=done"]
-    done = subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = python("train.py", *arguments)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "done", done, arguments
 
@@ -315,7 +328,8 @@ def test_a_run_killed_while_it_saves_continues_as_if_it_had_not_been(settings, t
     keys = {**METHODS["LoRA"], "cache": True}
     whole, killed = (settings(name=name, cache_dir=str(tmp_path / name), **keys) for name in ("one", "two"))
     path = write_config(tmp_path, **run.plain(killed))
-    done = subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = python(tmp_path / "killed.py", path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     directory = directory_of(killed)
     assert torch.load(directory / "last.pt", weights_only=True)["state"]["epoch"] == 1
@@ -351,11 +365,10 @@ STOPPED = {  # moments: a function of train.py that a run calls between its sign
 
 @pytest.mark.parametrize("name", [number.name for number in hardware.STOP_SIGNALS])
 @pytest.mark.parametrize("moment", STOPPED.values(), ids=STOPPED)
-def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp_path, monkeypatch, name, moment):
+def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, uninterrupted, monkeypatch, name, moment):
     """Ctrl-C and SIGTERM: no step is lost or repeated, and the whole is bit by bit the run that was not stopped."""
     keys = {**METHODS["LoRA"], "precision": "fp16", "cache": True, "epochs": 4, "patience": 4}
-    whole, parts = (settings(name=name, cache_dir=str(tmp_path / name), **keys) for name in ("one", "two"))
-    train.train(whole)
+    whole, parts = uninterrupted(**keys), settings(**keys)
     home = run if hasattr(run, moment[0]) else train
     steps, calls, real_step, real = [], [], run.step, getattr(home, moment[0])
 
@@ -380,10 +393,10 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(settings, tmp
     assert STEPS * state["epoch"] + len(state["losses"]) == taken < 4 * STEPS
     train.train(parts)
     assert len(steps) == 4 * STEPS
-    assert_same_run(directory_of(whole), directory_of(parts))
+    assert_same_run(whole, directory_of(parts))
 
 
-def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkeypatch):
+def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, uninterrupted, monkeypatch):
     """More than a second later. In the middle of a step nothing can be saved: the last finished epoch counts."""
     real, calls = run.step, []
 
@@ -396,8 +409,7 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments, **how)
 
-    whole, parts = settings(name="one"), settings(name="two")
-    train.train(whole)
+    whole, parts = uninterrupted(), settings()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         patch.setattr(run, "step", step)
         train.train(parts)
@@ -405,7 +417,7 @@ def test_a_second_signal_does_not_wait_and_what_was_saved_stays(settings, monkey
     state = torch.load(directory_of(parts) / "last.pt", weights_only=True)["state"]
     assert (state["epoch"], state["losses"]) == (1, [])
     train.train(parts)
-    assert_same_run(directory_of(whole), directory_of(parts))
+    assert_same_run(whole, directory_of(parts))
 
 
 def test_a_signal_that_is_repeated_at_once_is_one():
@@ -1006,10 +1018,7 @@ def test_a_damaged_checkpoint_of_a_run_is_named(settings, monkeypatch):
 def test_without_a_network_a_real_corpus_is_an_error_that_names_the_ways_out(settings, tmp_path):
     """As a real process: status 1, one message on stderr, no traceback, and no random weights in its place."""
     path = write_config(tmp_path, **run.plain(settings(backbone="facebook/wav2vec2-base")))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(
-        [sys.executable, "train.py", path], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = python("train.py", path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(

@@ -170,9 +170,12 @@ def test_three_spellings_of_weight_norm_are_one_weight(tiny_checkpoint, tmp_path
 
 
 def test_weight_norm_is_folded_to_the_last_digits():
-    """At the width of XLS-R 2B, against fp64: a norm over a quarter of a million weights needs more than fp32."""
-    v = torch.randn(1920, 120, 128, generator=torch.Generator().manual_seed(0))
-    g = torch.ones(1, 1, 128)
+    """At the width of XLS-R 2B, against fp64: a norm over a quarter of a million weights needs more than fp32.
+
+    Eight taps, of 128: each has a norm of its own.
+    """
+    v = torch.randn(1920, 120, 8, generator=torch.Generator().manual_seed(0))
+    g = torch.ones(1, 1, 8)
     state = {"position.g": g, "position.v": v}
     weights.fold_weight_norm(state, {"position.v": "encoder.pos_conv.0.weight_v"}, Path("x.pt"))
     exact = v.double() / v.double().norm(dim=(0, 1), keepdim=True)
