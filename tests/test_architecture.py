@@ -194,7 +194,7 @@ def test_the_core_is_small():
 
 def test_the_whole_is_not_large():
     """Lines that are not blank, without tests: it grows only on purpose."""
-    assert sum(map(code_lines, TREES)) <= 6750
+    assert sum(map(code_lines, TREES)) <= 6780
 
 
 @pytest.mark.parametrize("name", TREES)
