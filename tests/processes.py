@@ -47,8 +47,10 @@ def server_with(*modules: str) -> Iterator[multiprocessing.context.BaseContext]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]), prepend=os.pathsep)
         other.ensure_running()
         patch.setattr(multiprocessing.forkserver, "connect_to_new_process", other.connect_to_new_process)
-        yield multiprocessing.get_context("forkserver")
-    other._stop()
+        try:
+            yield multiprocessing.get_context("forkserver")
+        finally:
+            other._stop()
 
 
 def start(folder: Path, *words: object, cwd: Path = ROOT, **environment: str) -> multiprocessing.process.BaseProcess:
