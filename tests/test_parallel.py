@@ -45,7 +45,8 @@ DRIVER = """
 import json, os, socket, sys
 os.environ["TORCHELASTIC_RUN_ID"] = "test"  # as torchrun does
 for name, module in list(sys.modules.items()):  # ours look for it when they are imported: by the server, without
-    if str(getattr(module, "__file__", "")).startswith(os.getcwd()):
+    file = str(getattr(module, "__file__", ""))
+    if file.startswith(os.getcwd()) and not file.startswith(sys.prefix):  # an environment may lie in the clone
         del sys.modules[name]
 from pathlib import Path
 import torch
