@@ -24,8 +24,9 @@ ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_availabl
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
 PRODUCTS = ("forward", "input gradient", "weight gradient")
 # Which of them oneDNN computes. GFLOP/s of PyTorch's choice (MKL) / oneDNN for 2,016 rows and 768 x 3072, two cores:
-# AMD Zen 5 (AVX-512) 180 / 400 throughout; AMD Zen 3 (AVX2) 117 / 79, 121 / 80, 142 / 67; Intel Sapphire Rapids
-# 130 / 142, 147 / 68, 132 / 50, and limited to AVX2 85 / 92, 95 / 15, 93 / 16. Where nothing was measured: none.
+# AMD Zen 5 (AVX-512) 180 / 400 throughout; Zen 4 (AVX-512) 182 / 210, 196 / 215, 197 / 197; Zen 3 (AVX2) 117 / 79,
+# 121 / 80, 142 / 67; Intel Sapphire Rapids 130 / 142, 147 / 68, 132 / 50, and limited to AVX2 85 / 92, 95 / 15,
+# 93 / 16. Where nothing was measured: none.
 BY_ONEDNN = {("amd", "AVX512"): PRODUCTS, ("intel", "AVX512"): ("forward",), ("intel", "AVX2"): ("forward",)}
 
 
