@@ -4,7 +4,6 @@ The exit status is 0 if no problem was found, 1 after warnings, and 2 after erro
 """
 
 import argparse
-import csv
 import math
 import os
 import sys
@@ -21,6 +20,7 @@ import run
 from config import expand, load_config
 from corpora.published import CORPORA
 from data import SPLITS, Problem, Utterance
+from machine import hardware
 from machine.audio import TooShortError, read_original, silence
 from machine.programs import command
 from report import tables
@@ -30,6 +30,7 @@ LONG = 60.0  # seconds; one label hardly holds for so long, and attention needs 
 # What training refuses, and what makes scores too good; every other kind of problem is a warning.
 ERRORS = {"missing", "unreadable", "too short", "no label", "label outside the range", "several labels", "empty split"}
 ERRORS |= {"constant labels", "speaker overlap", "file in two splits", "duplicate in two splits"}
+PROBLEM, SPEAKER = ("severity", "problem", "file", "detail"), ("split", "speaker", "utterances", "hours")  # columns
 Rows = Sequence[tuple[Utterance, float]]  # each with its seconds, 0 if it cannot be read
 Heard = tuple[float, bytes, list[Problem]]  # of a file: seconds, a hash of its samples unless it is silent, and faults
 
@@ -65,9 +66,10 @@ def check_corpus(path: str, overrides: Sequence[str], out: str | None = None) ->
         lines += [f"Raters, each against the mean of the others, CCC: {agreement or 'unknown'}.", ""]
     report = "\n".join(lines + list_problems(found))
     print(report)  # before a full disk can take it away
-    (folder / "report.md").write_text(f"{report}\n", encoding="utf-8", errors="as_named")
-    write_csv(folder / "problems.csv", ["severity", "problem", "file", "detail"], found)
-    write_csv(folder / "speakers.csv", ["split", "speaker", "utterances", "hours"], speakers(rows))
+    hardware.write_text(folder / "report.md", f"{report}\n", "as_named")
+    problems_csv = [dict(zip(PROBLEM, problem, strict=True)) for problem in found]
+    tables.write_csv(folder / "problems.csv", PROBLEM, problems_csv, "as_named")
+    tables.write_csv(folder / "speakers.csv", SPEAKER, speakers(rows), "as_named")
     if plots := tables.find_plots():
         plots.labels(splits, config.targets, label_range, title, folder / "labels")
     drawn = "labels.png, labels.pdf" if plots else "no picture, since matplotlib is not installed"
@@ -142,19 +144,13 @@ def list_problems(found: Sequence[tuple[str, ...]], limit: int = 20) -> list[str
     return lines + ([f"- and {len(found) - limit:,} more"] if len(found) > limit else [])
 
 
-def speakers(rows: Rows) -> list[tuple[str, str, int, str]]:
-    """Split, speaker, utterances and hours, of each speaker in each split."""
+def speakers(rows: Rows) -> list[dict]:
+    """A row with the columns of SPEAKER for each speaker in each split."""
     lengths = defaultdict(list)
     for utterance, seconds in rows:
         lengths[SPLITS.index(utterance.split), utterance.speaker].append(seconds)
-    return [(SPLITS[at], who, len(each), f"{sum(each) / 3600:.4f}") for (at, who), each in sorted(lengths.items())]
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="as_named") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([data.text_cell(str(cell)) for cell in row] for row in rows)
+    found = ((SPLITS[at], who, len(each), f"{sum(each) / 3600:.4f}") for (at, who), each in sorted(lengths.items()))
+    return [dict(zip(SPEAKER, row, strict=True)) for row in found]
 
 
 def main() -> None:

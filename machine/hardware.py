@@ -149,9 +149,9 @@ def save(path: Path, value: dict) -> None:
     replace(path, lambda file: torch.save(value, file))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """A text in UTF-8."""
-    replace(path, lambda file: file.write_text(text, encoding="utf-8"))
+    replace(path, lambda file: file.write_text(text, encoding="utf-8", errors=errors))
 
 
 def write_yaml(path: Path, value: dict) -> None:

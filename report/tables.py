@@ -17,13 +17,13 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in lines)
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping], errors: str = "strict") -> None:
     """Rows as CSV; a column that a row lacks stays empty, and no text is taken for a formula."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: text_cell(c) if isinstance(c, str) else c for key, c in row.items()} for row in rows)
-    hardware.write_text(path, stream.getvalue())
+    hardware.write_text(path, stream.getvalue(), errors)
 
 
 def find_plots() -> ModuleType | None:

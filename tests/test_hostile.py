@@ -38,7 +38,7 @@ from formats import adapter
 from machine import audio, hardware
 from machine.audio import file_state
 from model import Wav2Vec2
-from report import results
+from report import results, tables
 from tools import caches
 
 HANG = 20  # seconds: far beyond any of these small files
@@ -687,9 +687,9 @@ def test_no_name_becomes_a_formula_in_a_table_and_numbers_stay_numbers(tmp_path)
     predict.row_writer(table, "csv", ["valence"])([row])
     predict.row_writer(lines, "jsonl", ["valence"])([row])
     assert json.loads(lines.getvalue()) == row
-    check.write_csv(tmp_path / "problems.csv", ["problem", "file", "detail"], [["silent", FORMULA, "-x"]])
+    tables.write_csv(tmp_path / "problems.csv", ["file", "detail"], [{"file": FORMULA, "detail": "-x"}])
     speakers = check.speakers([(utterance, 1.0) for utterance in utterances])
-    check.write_csv(tmp_path / "speakers.csv", ["split", "speaker", "utterances", "hours"], speakers)
+    tables.write_csv(tmp_path / "speakers.csv", check.SPEAKER, speakers)
     names = ("problems.csv", "speakers.csv", "predictions_test.csv")
     texts = [table.getvalue(), *((tmp_path / name).read_text("utf-8") for name in names)]
     cells = [cell for text in texts for row in csv.reader(io.StringIO(text, newline="")) for cell in row]
