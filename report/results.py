@@ -357,7 +357,8 @@ def size(count: float) -> str:
 def saved(factor: float) -> str:
     """A factor, and the same as time: 3.41 times as fast takes 71% less."""
     change = 1 - 1 / factor
-    return f"{factor:.2f}x, {abs(change):.0%} {'less' if change >= 0 else 'more'}"
+    digits = 1 if change > 0.99 else 0  # no time at all is 100% less
+    return f"{factor:.2f}x, {abs(change):.{digits}%} {'less' if change >= 0 else 'more'}"
 
 
 COST_COLUMNS: dict[str, tuple] = {  # of the table: how a cell is written, and the keys of a record that it shows

@@ -182,6 +182,7 @@ def test_factors_are_against_the_first_and_read_both_ways(tmp_path):
     assert [row["fewer"] for row in shown] == ["", "75.0%", "3 times as many"]
     assert [row["an epoch against the first"] for row in shown] == ["", "2.50x, 60% less", "0.81x, 24% more"]
     assert [row["total against the first"] for row in shown] == ["", "4.00x, 75% less", "1.00x, 0% less"]
+    assert results.saved(304.35) == "304.35x, 99.7% less"  # and not all of it
 
 
 @pytest.mark.parametrize("fast", ["full", "heads", "both"])
